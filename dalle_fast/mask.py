@@ -1,0 +1,107 @@
+"""Which token may attend to which: the paper's attention masks (section 2.2, appendix B.1).
+
+A stream holds ``text_len`` text tokens followed by ``height * width`` image tokens in raster order.
+Text sees earlier text; every image token sees all text; the kind decides what it sees of the image:
+
+=======  =========================================================================================
+full     every earlier image token, and itself
+row      itself and the ``width`` tokens before it in raster order
+column   the tokens of its own column in rows up to its own
+conv     the causal half of a ``kernel x kernel`` neighbourhood that wraps in raster order
+=======  =========================================================================================
+
+The kernels read the same geometry from ``csrc/mask.h``; ``reference.mask_dense`` is the definition that both are
+tested against.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+KINDS = ("full", "row", "column", "conv")
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """The geometry of one attention mask.
+
+    Args:
+        kind: one of ``full``, ``row``, ``column``, ``conv``.
+        text_len: number of text tokens, at least 0.
+        height, width: the image grid, in tokens; at least 1 each.
+        kernel: edge of the ``conv`` neighbourhood in tokens, odd. Ignored by the other kinds.
+
+    Raises:
+        ValueError: an unknown kind or an impossible size.
+    """
+
+    kind: str
+    text_len: int
+    height: int
+    width: int
+    kernel: int = 11
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"mask kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.text_len < 0:
+            raise ValueError(f"text_len: expected 0 or more, got {self.text_len}")
+        if self.height < 1 or self.width < 1:
+            raise ValueError(f"height and width: expected 1 or more, got {self.height} and {self.width}")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"kernel: expected a positive odd number, got {self.kernel}")
+
+    @property
+    def kind_id(self) -> int:
+        """The kind as the number that ``csrc/mask.h`` knows it by."""
+        return KINDS.index(self.kind)
+
+    @property
+    def image_len(self) -> int:
+        """Number of image tokens."""
+        return self.height * self.width
+
+    @property
+    def seq_len(self) -> int:
+        """Number of tokens in the stream."""
+        return self.text_len + self.image_len
+
+    @property
+    def cache_len(self) -> int:
+        """Image tokens that decoding must keep: the newest one and all that a later token may still see.
+
+        ``row`` and ``conv`` only look back a bounded distance, so a ring of that many slots is enough.
+        """
+        if self.kind == "row":
+            return min(self.width + 1, self.image_len)
+        if self.kind == "conv":
+            radius = self.kernel // 2
+            reach = radius * self.width + min(2 * radius, self.width - 1) - radius
+            return min(reach + 1, self.image_len)
+        return self.image_len
+
+    def dense(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """The mask as a bool matrix [seq_len, seq_len], ``True`` where query (row) sees key (column).
+
+        For tests and pictures: no op builds it.
+        """
+        from .reference import mask_dense
+
+        return mask_dense(self, device)
+
+
+def layer_masks(
+    n_layer: int, text_len: int, height: int, width: int, kernel: int = 11
+) -> tuple[AttentionMask, ...]:
+    """The mask of every layer (appendix B.1): row, column, row, row, ... and ``conv`` in the last layer."""
+    if n_layer < 1:
+        raise ValueError(f"n_layer: expected 1 or more, got {n_layer}")
+
+    def kind(layer: int) -> str:  # layer counts from 1, as in the paper
+        if layer == n_layer:
+            return "conv"
+        return "column" if (layer - 2) % 4 == 0 else "row"
+
+    return tuple(AttentionMask(kind(i), text_len, height, width, kernel) for i in range(1, n_layer + 1))

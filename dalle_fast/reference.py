@@ -1,0 +1,261 @@
+"""The definition of every op in plain PyTorch: same names, same arguments, any device, differentiable.
+
+Written from the paper and independent of the kernels. Nothing here is meant to be fast.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .mask import AttentionMask
+
+# ---------------------------------------------------------------------------------------------- attention masks
+
+
+def mask_keep(mask: AttentionMask, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Whether ``query`` sees ``key`` (appendix B.1); stream positions, int64, broadcast against each other."""
+    q, k = query - mask.text_len, key - mask.text_len  # negative: text
+    if mask.kind == "full":
+        image = k <= q
+    elif mask.kind == "row":
+        image = (k <= q) & (k >= q - mask.width)
+    elif mask.kind == "column":
+        image = (k <= q) & (k % mask.width == q % mask.width)
+    else:
+        radius = mask.kernel // 2
+        shifted = q - k + radius
+        near = (shifted // mask.width <= radius) & (shifted % mask.width <= 2 * radius)
+        image = (k <= q) & near
+    return torch.where(key < mask.text_len, key <= query, (k >= 0) & image)
+
+
+def mask_dense(mask: AttentionMask, device: torch.device | str | None = None) -> torch.Tensor:
+    """The mask as a bool matrix [N, N]: query in rows, key in columns."""
+    position = torch.arange(mask.seq_len, device=device)
+    return mask_keep(mask, position[:, None], position[None, :])
+
+
+# ---------------------------------------------------------------------------------------------- attention
+
+
+def sparse_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: AttentionMask, scale: float | None = None
+) -> torch.Tensor:
+    """Softmax attention over the keys that the mask keeps. q, k, v, result: [B, H, N, D]."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = q @ k.transpose(-2, -1) * scale  # [B, H, N, N]
+    scores = scores.masked_fill(~mask_dense(mask, q.device), float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+def cache_slot(mask: AttentionMask, image_position: torch.Tensor) -> torch.Tensor:
+    """Where the cache keeps the image token at ``image_position`` (raster index, int64).
+
+    Rings for ``row`` and ``conv``; column-major for ``column``, so that one column is contiguous; raster for ``full``.
+    """
+    if mask.kind == "column":
+        return image_position % mask.width * mask.height + image_position // mask.width
+    return image_position % mask.cache_len
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    text_k: torch.Tensor,
+    text_v: torch.Tensor,
+    cache_k: torch.Tensor,
+    cache_v: torch.Tensor,
+    position: torch.Tensor,
+    mask: AttentionMask,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """One step of sampling: store the new image token's key and value, then attend from it.
+
+    q, k, v, result: [C, H, D], the new token of each candidate. text_k, text_v: [P, H, text_len, D], shared by the
+    C / P consecutive candidates of a prompt. cache_k, cache_v: [C, H, cache_len, D], written in place. position:
+    int64 scalar, the raster index of the new token; the tokens before it must already be in the cache.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    repeat = q.shape[0] // text_k.shape[0]
+    cache_k[:, :, cache_slot(mask, position)] = k
+    cache_v[:, :, cache_slot(mask, position)] = v
+    past = torch.arange(mask.image_len, device=q.device)
+    seen = past[(past <= position) & mask_keep(mask, mask.text_len + position, mask.text_len + past)]
+    slots = cache_slot(mask, seen)
+    keys = torch.cat([text_k.repeat_interleave(repeat, 0), cache_k[:, :, slots]], dim=2)  # [C, H, T + seen, D]
+    values = torch.cat([text_v.repeat_interleave(repeat, 0), cache_v[:, :, slots]], dim=2)
+    weights = (torch.einsum("chd,chnd->chn", q, keys) * scale).softmax(-1)
+    return torch.einsum("chn,chnd->chd", weights, values)
+
+
+# ---------------------------------------------------------------------------------------------- random numbers
+
+
+def philox(seed: int | torch.Tensor, index: torch.Tensor, stream: int = 0) -> torch.Tensor:
+    """Philox4x32-10 (Salmon et al., 2011): one 32-bit word for each logical element, as int64 in [0, 2^32).
+
+    The counter is (index // 4 low, index // 4 high, stream, 0), the key the two halves of the seed; lane index % 4 is
+    the element's. A pure function of seed and index, so every kernel and every tiling draws the same numbers.
+    """
+    seed = torch.as_tensor(seed, dtype=torch.int64, device=index.device)
+    word = 0xFFFFFFFF
+    key = [seed & word, (seed >> 32) & word]
+    block = index // 4
+    counter = [block & word, block >> 32, torch.full_like(block, stream), torch.zeros_like(block)]
+    for _ in range(10):
+        # An int64 product wraps modulo 2^64, and its bits are those of the unsigned product.
+        a, b = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+        counter = [
+            ((b >> 32) & word) ^ counter[1] ^ key[0],
+            b & word,
+            ((a >> 32) & word) ^ counter[3] ^ key[1],
+            a & word,
+        ]
+        key = [(key[0] + 0x9E3779B9) & word, (key[1] + 0xBB67AE85) & word]
+    return torch.stack(counter, -1).gather(-1, (index % 4)[..., None])[..., 0]
+
+
+def uniform(seed: int | torch.Tensor, index: torch.Tensor, stream: int = 0) -> torch.Tensor:
+    """Float32 uniforms strictly inside (0, 1): 23 bits and a half, so that neither end is ever reached."""
+    return ((philox(seed, index, stream) >> 9).float() + 0.5) * 2.0**-23
+
+
+def gumbel_noise(
+    seed: int | torch.Tensor, shape: torch.Size, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """Standard Gumbel noise, float32; element i (in contiguous order) is -log(-log(u_i))."""
+    index = torch.arange(shape.numel(), device=device).view(shape)
+    return -torch.log(-torch.log(uniform(seed, index)))
+
+
+# ---------------------------------------------------------------------------------------------- quantization
+
+
+def kl_to_uniform(logits: torch.Tensor) -> torch.Tensor:
+    """KL(softmax(logits) || uniform over K), summed over the grid. logits [B, K, h, w] -> [B], nats."""
+    log_q = logits.log_softmax(1)
+    log_k = torch.log(torch.tensor(float(logits.shape[1]), dtype=logits.dtype, device=logits.device))
+    return (log_q.exp() * (log_q + log_k)).sum(dim=(1, 2, 3))
+
+
+def gumbel_softmax(
+    logits: torch.Tensor, tau: float, seed: int | torch.Tensor, hard: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Relaxed one-hot sample over the codes (section 2.1). logits [B, K, h, w] -> y of that shape, kl [B] in nats.
+
+    ``hard`` returns exact one-hots with the gradient of the soft sample.
+    """
+    noise = gumbel_noise(seed, logits.shape, logits.device).to(logits.dtype)
+    y = ((logits + noise) / tau).softmax(1)
+    if hard:
+        one_hot = torch.zeros_like(y).scatter_(1, y.argmax(1, keepdim=True), 1.0)
+        y = one_hot - y.detach() + y
+    return y, kl_to_uniform(logits)
+
+
+def gumbel_quantize(
+    logits: torch.Tensor, codebook: torch.Tensor, tau: float, seed: int | torch.Tensor, hard: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``gumbel_softmax`` times the codebook: the decoder's first 1x1 convolution.
+
+    logits [B, K, h, w], codebook [K, C] -> z [B, C, h, w], kl [B] in nats, codes [B, h, w] (argmax of the noisy logits).
+    """
+    y, kl = gumbel_softmax(logits, tau, seed, hard)
+    return torch.einsum("bkhw,kc->bchw", y, codebook), kl, y.argmax(1)
+
+
+# ---------------------------------------------------------------------------------------------- resblocks
+
+
+def residual_layer_norm(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add a resblock's output to the residual stream and normalise the sum for the next one (section 2.4).
+
+    x [..., D] fp32 stream, branch [..., D] any dtype -> (x + branch in x's dtype, its LayerNorm in ``dtype``).
+    """
+    total = x + branch.to(x.dtype)
+    return total, F.layer_norm(total, total.shape[-1:], weight, bias, eps).to(dtype or x.dtype)
+
+
+def scale_gradient(grad: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The gradient that enters a resblock on the way back: times the block's scale, cast (figure 4)."""
+    return (grad * scale).to(dtype)
+
+
+def unscale_gradient(grad: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The gradient that leaves a resblock: Inf and NaN become 0, then divided by the scale, in fp32 (figure 4)."""
+    grad = grad.float()
+    return torch.where(grad.isfinite(), grad, torch.zeros_like(grad)) / scale
+
+
+# ---------------------------------------------------------------------------------------------- 16-bit moments
+
+FORMATS = {"1-6-9": (1, 9), "0-6-10": (0, 10)}  # sign bits, significand bits; 6 exponent bits, bias 60
+EXPONENT_BIAS = 60
+
+
+def minifloat_encode(x: torch.Tensor, format: str) -> torch.Tensor:
+    """Round float32 to a 16-bit format of appendix D; the 16 bits come back as int32 in [0, 65536).
+
+    No denormals, code 0 is zero, round half away from zero, saturation at the largest value; NaN, too, becomes the
+    largest value (callers skip such updates before encoding). 0-6-10 has no sign: negative input becomes zero.
+    """
+    sign_bits, mantissa_bits = FORMATS[format]
+    x = x.float()
+    largest = (2.0 - 2.0**-mantissa_bits) * 2.0 ** (63 - EXPONENT_BIAS)
+    size = torch.where(x.isnan(), torch.full_like(x, largest), x.abs()).clamp(max=largest).double()
+    mantissa, exponent = torch.frexp(size)  # size = mantissa * 2^exponent, mantissa in [0.5, 1)
+    steps = torch.floor(mantissa * 2.0 ** (mantissa_bits + 1) + 0.5).to(torch.int64)  # half rounds away from zero
+    code = (exponent.to(torch.int64) - 1 + EXPONENT_BIAS) * 2**mantissa_bits + steps - 2**mantissa_bits
+    # Field 0 with significand 0 is the code of zero, so the smallest value has significand 1.
+    code = torch.where((code <= 0) | (size == 0), torch.zeros_like(code), code)
+    code = code.clamp(max=2 ** (mantissa_bits + 6) - 1)
+    negative = torch.signbit(x) & ~x.isnan()
+    if sign_bits:
+        return torch.where(negative & (code > 0), code + 2**15, code).to(torch.int32)
+    return torch.where(negative, torch.zeros_like(code), code).to(torch.int32)
+
+
+def minifloat_decode(code: torch.Tensor, format: str) -> torch.Tensor:
+    """The float32 value of every 16-bit code (appendix D)."""
+    sign_bits, mantissa_bits = FORMATS[format]
+    code = code.to(torch.int64) & 0xFFFF
+    size_code = code & (2 ** (mantissa_bits + 6) - 1)
+    mantissa = 1.0 + (size_code % 2**mantissa_bits).double() * 2.0**-mantissa_bits
+    value = torch.ldexp(mantissa, size_code // 2**mantissa_bits - EXPONENT_BIAS)
+    value = torch.where(size_code == 0, torch.zeros_like(value), value)
+    negative = (code >= 2**15) & bool(sign_bits)
+    return torch.where(negative, -value, value).float()
+
+
+def adamw16(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One AdamW update in place, moments kept in 16 bits (section 2.4, appendix D).
+
+    param, grad float32; mean (1-6-9) and variance (0-6-10, at most 5) as int16 bit patterns; step counts from 1.
+    """
+    m = minifloat_decode(mean, "1-6-9").lerp(grad.float(), 1 - beta1)
+    s = minifloat_decode(variance, "0-6-10") * beta2 + grad.float().square() * (1 - beta2)
+    s = s.clamp(max=5.0)
+    update = (m / (1 - beta1**step)) / ((s / (1 - beta2**step)).sqrt() + eps)
+    param.mul_(1 - lr * weight_decay).sub_(lr * update)
+    mean.copy_(minifloat_encode(m, "1-6-9").to(torch.int16))
+    variance.copy_(minifloat_encode(s, "0-6-10").to(torch.int16))
