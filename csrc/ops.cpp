@@ -1,0 +1,26 @@
+// Every op's schema. Each op's checks are in <op>.cpp, its kernels in cpu/<op>_cpu.cpp and cuda/<op>_cuda.cu, and its
+// documentation, fake and autograd in dalle_fast/ops/<op>.py.
+//
+// A mask travels as five integers: kind (mask.h), text_len, height, width, kernel.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(dalle_fast, m) {
+  // Attention
+  m.def(
+      "sparse_attention(Tensor q, Tensor k, Tensor v, int kind, int text_len, int height, int width, int kernel, "
+      "float scale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "sparse_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, int kind, "
+      "int text_len, int height, int width, int kernel, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
+  m.def(
+      "decode_attention(Tensor q, Tensor k, Tensor v, Tensor text_k, Tensor text_v, Tensor(a!) cache_k, "
+      "Tensor(b!) cache_v, Tensor position, int kind, int text_len, int height, int width, int kernel, float scale) "
+      "-> Tensor");
+}
+
+// Importing the module runs the registrations of this library; it has no Python members of its own.
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,94 @@
+"""Builds ``dalle_fast._C`` (the torch ops, on torch's stable ABI) and ``dalle_fast._host`` (the data path, pybind11).
+
+Metadata is in pyproject.toml. ``DALLE_FAST_CUDA=0`` leaves the CUDA kernels out, ``DALLE_FAST_CUDA=1`` insists on them;
+without it they are built when torch has CUDA and nvcc is found.
+"""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from pathlib import Path
+
+import pybind11
+import torch
+from setuptools import Extension, setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+ROOT = Path(__file__).parent
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # one binary for every torch from 2.10 on
+# Unwind and debug tables stay out; no -march, since the kernels choose their instruction set at run time.
+CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", STABLE_ABI]
+NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr"]
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+def cuda_decision() -> tuple[bool, str]:
+    """Whether the CUDA kernels are built, and why (not)."""
+    wish = os.environ.get("DALLE_FAST_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"DALLE_FAST_CUDA: expected 0 or 1, got {wish!r}")
+    if wish == "0":
+        return False, "switched off by DALLE_FAST_CUDA=0"
+    if not sources("csrc/cuda/*.cu"):
+        missing = "this version has no CUDA kernels"
+    elif torch.version.cuda is None:
+        missing = f"torch {torch.__version__} was built without CUDA"
+    elif CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
+        missing = "nvcc was not found; set CUDA_HOME"
+    else:
+        return True, f"CUDA {torch.version.cuda}"
+    if wish == "1":
+        raise SystemExit(f"DALLE_FAST_CUDA=1, but the CUDA kernels cannot be built: {missing}")
+    return False, missing
+
+
+def check_toolchain() -> None:
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if version < (2, 10):
+        raise SystemExit(f"torch: expected 2.10 or newer, got {torch.__version__}")
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.exists():
+        raise SystemExit(f"{header} is missing: install Python's headers (Debian, Ubuntu: apt-get install python3-dev)")
+
+
+def torch_ops(with_cuda: bool) -> Extension:
+    """``_C``: schemas, checks, and the kernels of each backend."""
+    files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
+    options = {"include_dirs": [str(ROOT / "csrc")], "py_limited_api": True, "extra_link_args": ["-fopenmp"]}
+    if not with_cuda:
+        return CppExtension("dalle_fast._C", files, extra_compile_args={"cxx": CXX_FLAGS}, **options)
+    return CUDAExtension(
+        "dalle_fast._C",
+        files + sources("csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
+        extra_compile_args={"cxx": [*CXX_FLAGS, "-DDALLE_FAST_CUDA", "-DUSE_CUDA"], "nvcc": NVCC_FLAGS},
+        **options,
+    )
+
+
+def host_module() -> list[Extension]:
+    """``_host``: numpy in, numpy out; not abi3, because pybind11 is not."""
+    files = sources("csrc/host/*.cpp")
+    flags = {"cxx": ["-O3", "-g0", "-fvisibility=hidden", "-Wall"]}
+    include = [pybind11.get_include(), str(ROOT / "csrc")]
+    return [Extension("dalle_fast._host", files, include_dirs=include, extra_compile_args=flags)] if files else []
+
+
+class Build(BuildExtension):
+    """Compiles, then records what was built and why in ``dalle_fast/_build_info.py``."""
+
+    def run(self) -> None:
+        super().run()
+        target = Path(self.get_ext_fullpath("dalle_fast._C")).parent / "_build_info.py"
+        target.write_text(
+            '"""Written by setup.py."""\n\n'
+            f"TORCH_VERSION = {torch.__version__!r}\nCUDA = {WITH_CUDA!r}\nCUDA_REASON = {CUDA_REASON!r}\n"
+        )
+
+
+check_toolchain()
+WITH_CUDA, CUDA_REASON = cuda_decision()
+setup(ext_modules=[torch_ops(WITH_CUDA), *host_module()], cmdclass={"build_ext": Build})
