@@ -17,6 +17,29 @@ STABLE_TORCH_LIBRARY(dalle_fast, m) {
       "decode_attention(Tensor q, Tensor k, Tensor v, Tensor text_k, Tensor text_v, Tensor(a!) cache_k, "
       "Tensor(b!) cache_v, Tensor position, int kind, int text_len, int height, int width, int kernel, float scale) "
       "-> Tensor");
+
+  // Quantization
+  m.def(
+      "gumbel_softmax(Tensor logits, float tau, Tensor seed, bool hard) -> (Tensor y, Tensor kl, Tensor codes, "
+      "Tensor stats)");
+  m.def(
+      "gumbel_softmax_backward(Tensor grad_y, Tensor grad_kl, Tensor logits, Tensor stats, float tau, Tensor seed) "
+      "-> Tensor");
+
+  // Resblocks
+  m.def(
+      "residual_layer_norm(Tensor x, Tensor branch, Tensor weight, Tensor bias, float eps, ScalarType dtype) "
+      "-> (Tensor total, Tensor normed, Tensor mean, Tensor rstd)");
+  m.def(
+      "residual_layer_norm_backward(Tensor grad_total, Tensor grad_normed, Tensor total, Tensor weight, Tensor mean, "
+      "Tensor rstd) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+  m.def("scale_gradient(Tensor grad, Tensor scale, ScalarType dtype) -> Tensor");
+  m.def("unscale_gradient(Tensor grad, Tensor scale) -> Tensor");
+
+  // Optimizer
+  m.def(
+      "adamw16(Tensor(a!) param, Tensor grad, Tensor(b!) mean, Tensor(c!) variance, int step, float lr, float beta1, "
+      "float beta2, float eps, float weight_decay) -> ()");
 }
 
 // Importing the module runs the registrations of this library; it has no Python members of its own.
