@@ -19,7 +19,8 @@ ROOT = Path(__file__).parent
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # one binary for every torch from 2.10 on
 # Unwind and debug tables stay out; no -march, since the kernels choose their instruction set at run time. Without the
 # two -fno flags, selects and square roots are not vectorised.
-CXX_FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fvisibility=hidden", "-Wall", STABLE_ABI]
+MATH_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
+CXX_FLAGS = ["-O3", "-g0", *MATH_FLAGS, "-fopenmp", "-fvisibility=hidden", "-Wall", STABLE_ABI]
 NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr"]
 
 
