@@ -16,6 +16,12 @@ _HOMES = {
     "layer_masks": "mask",
     "reference": "reference",
     "backend": "ops",
+    "gumbel_softmax": "ops",
+    "gumbel_quantize": "ops",
+    "residual_layer_norm": "ops",
+    "scale_gradient": "ops",
+    "unscale_gradient": "ops",
+    "adamw16": "ops",
 }
 
 __all__ = ["__version__", *_HOMES]

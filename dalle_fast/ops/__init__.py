@@ -1,5 +1,17 @@
 """The ops: public function, fake and gradient of each; the kernels are in ``csrc/``."""
 
 from ._library import Backend, backend
+from .adamw16 import adamw16
+from .gumbel import gumbel_quantize, gumbel_softmax
+from .resblock import residual_layer_norm, scale_gradient, unscale_gradient
 
-__all__ = ["Backend", "backend"]
+__all__ = [
+    "Backend",
+    "adamw16",
+    "backend",
+    "gumbel_quantize",
+    "gumbel_softmax",
+    "residual_layer_norm",
+    "scale_gradient",
+    "unscale_gradient",
+]

@@ -1,0 +1,133 @@
+"""Gumbel-softmax relaxation of the quantizer, and its product with the codebook (section 2.1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ._library import kernels_loaded, reference_op
+
+
+def gumbel_softmax(
+    logits: torch.Tensor, tau: float, seed: int | torch.Tensor, hard: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Relaxed one-hot sample over the codes, and the KL divergence to the uniform prior (section 2.1).
+
+    Args:
+        logits: [B, K, h, w], float32 or float64, contiguous or channels_last (another layout is copied).
+        tau: temperature, positive; the sample tends to a one-hot as it tends to 0.
+        seed: of the Gumbel noise: an int, or an int64 tensor of one element. The noise is a function of seed and
+            logical element index alone, and the backward draws it again, so none is stored.
+        hard: return exact one-hots, with the gradient of the soft sample (straight-through).
+
+    Returns:
+        y: the sample, as logits.
+        kl: [B], KL(softmax(logits) || uniform) in nats, summed over the grid.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: logits of another rank or empty, ``tau`` not a positive number, ``seed`` beyond 64 bits.
+    """
+    tau, seed = _checked(logits, tau, seed)
+    if reference := reference_op("gumbel_softmax", logits.device):
+        return reference(logits, tau, seed, hard)
+    y, kl, _, _ = torch.ops.dalle_fast.gumbel_softmax(_dense(logits), tau, seed, hard)
+    return y, kl
+
+
+def gumbel_quantize(
+    logits: torch.Tensor, codebook: torch.Tensor, tau: float, seed: int | torch.Tensor, hard: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`gumbel_softmax` times the codebook: the decoder's first 1x1 convolution (section 2.1).
+
+    Args:
+        logits, tau, seed, hard: as in :func:`gumbel_softmax`.
+        codebook: [K, C], the dtype of logits.
+
+    Returns:
+        z: [B, C, h, w], in the memory layout of logits.
+        kl: [B], as in :func:`gumbel_softmax`.
+        codes: [B, h, w], int64, argmax of the noisy logits.
+
+    Raises:
+        TypeError, ValueError: as in :func:`gumbel_softmax`, or a codebook of another shape or dtype.
+    """
+    tau, seed = _checked(logits, tau, seed)
+    if codebook.dim() != 2 or codebook.shape[0] != logits.shape[1]:
+        raise ValueError(f"codebook: expected [{logits.shape[1]}, C], got {list(codebook.shape)}")
+    if codebook.dtype != logits.dtype or codebook.device != logits.device:
+        raise TypeError(
+            f"codebook: expected {logits.dtype} on {logits.device}, got {codebook.dtype} on {codebook.device}"
+        )
+    if reference := reference_op("gumbel_quantize", logits.device):
+        return reference(logits, codebook, tau, seed, hard)
+    y, kl, codes, _ = torch.ops.dalle_fast.gumbel_softmax(_dense(logits), tau, seed, hard)
+    batch, _, height, width = y.shape
+    if y.is_contiguous():
+        z = (codebook.t() @ y.flatten(2)).view(batch, -1, height, width)  # [C, K] x [B, K, h w]
+    else:
+        z = (y.permute(0, 2, 3, 1) @ codebook).permute(0, 3, 1, 2)  # [B, h, w, K] x [K, C]
+    return z, kl, codes
+
+
+def _checked(logits: torch.Tensor, tau: float, seed: int | torch.Tensor) -> tuple[float, torch.Tensor]:
+    """tau as a float and seed as an int64 tensor on the device of logits, or an error."""
+    if logits.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"logits: expected float32 or float64, got {logits.dtype}")
+    if logits.dim() != 4 or logits.numel() == 0:
+        raise ValueError(f"logits: expected a non-empty [B, K, h, w], got {list(logits.shape)}")
+    if not float(tau) > 0 or float(tau) == float("inf"):
+        raise ValueError(f"tau: expected a finite positive number, got {tau}")
+    if isinstance(seed, torch.Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(f"seed: expected an int64 tensor of one element, got {seed.dtype} {list(seed.shape)}")
+        return float(tau), seed.reshape(()).to(logits.device)
+    if not isinstance(seed, int):
+        raise TypeError(f"seed: expected an int or an int64 tensor, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected 64 bits with a sign, got {seed}")
+    return float(tau), torch.tensor(seed, dtype=torch.int64, device=logits.device)
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """x in one of the two layouts of the kernels: contiguous or channels_last."""
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
+
+
+if kernels_loaded():
+
+    @torch.library.register_fake("dalle_fast::gumbel_softmax")
+    def _gumbel_softmax_fake(
+        logits: torch.Tensor, tau: float, seed: torch.Tensor, hard: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        batch, _, height, width = logits.shape
+        kl = logits.new_empty(batch)
+        codes = logits.new_empty((batch, height, width), dtype=torch.int64)
+        return torch.empty_like(logits), kl, codes, logits.new_empty(batch, 3, height, width)
+
+    @torch.library.register_fake("dalle_fast::gumbel_softmax_backward")
+    def _gumbel_softmax_backward_fake(
+        grad_y: torch.Tensor,
+        grad_kl: torch.Tensor,
+        logits: torch.Tensor,
+        stats: torch.Tensor,
+        tau: float,
+        seed: torch.Tensor,
+    ) -> torch.Tensor:
+        return torch.empty_like(logits)
+
+    def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        logits, ctx.tau, seed, _ = inputs
+        _, _, codes, stats = output
+        ctx.mark_non_differentiable(codes, stats)
+        ctx.save_for_backward(logits, stats, seed)
+
+    def _backward(ctx: Any, grad_y: torch.Tensor, grad_kl: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        logits, stats, seed = ctx.saved_tensors
+        grad_logits = torch.ops.dalle_fast.gumbel_softmax_backward(
+            _dense(grad_y), grad_kl.contiguous(), logits, stats, ctx.tau, seed
+        )
+        return grad_logits, None, None, None
+
+    torch.library.register_autograd("dalle_fast::gumbel_softmax", _backward, setup_context=_setup_context)
