@@ -16,6 +16,8 @@ _HOMES = {
     "layer_masks": "mask",
     "reference": "reference",
     "backend": "ops",
+    "sparse_attention": "ops",
+    "decode_attention": "ops",
     "gumbel_softmax": "ops",
     "gumbel_quantize": "ops",
     "residual_layer_norm": "ops",

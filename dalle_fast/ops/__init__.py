@@ -2,6 +2,8 @@
 
 from ._library import Backend, backend
 from .adamw16 import adamw16
+from .attention import sparse_attention
+from .decode import decode_attention
 from .gumbel import gumbel_quantize, gumbel_softmax
 from .resblock import residual_layer_norm, scale_gradient, unscale_gradient
 
@@ -9,9 +11,11 @@ __all__ = [
     "Backend",
     "adamw16",
     "backend",
+    "decode_attention",
     "gumbel_quantize",
     "gumbel_softmax",
     "residual_layer_norm",
     "scale_gradient",
+    "sparse_attention",
     "unscale_gradient",
 ]

@@ -1,0 +1,53 @@
+// What the attention kernels of every backend are handed; no torch here.
+#pragma once
+
+#include <cstdint>
+
+#include "mask.h"
+
+namespace dalle_fast {
+
+enum class DType : int { kFloat32, kFloat64, kBFloat16 };
+
+// A tensor [B, H, N, D], or of fewer dimensions: then the leading strides are 0.
+struct View {
+  void* data;
+  int64_t batch, head, token, channel;  // strides in elements
+};
+
+struct AttentionShape {
+  int batch, heads, channels;  // B, H, D
+  MaskKind kind;
+  Grid grid;
+  DType dtype;   // of every view
+  double scale;  // of the scores
+};
+
+struct SparseAttentionForward {
+  AttentionShape shape;
+  View q, k, v, out;
+  void* lse;  // [B, H, N] contiguous, natural log; float64 where the views are, else float32
+};
+
+struct SparseAttentionBackward {
+  AttentionShape shape;
+  View dout, q, k, v, out;
+  const void* lse;  // as the forward wrote it
+  View dq, dk, dv;
+};
+
+// `shape.batch` counts candidates. The views q, k, v, out are [C, H, D] (token stride 0).
+struct DecodeAttention {
+  AttentionShape shape;
+  int prompts;  // candidates p * C / prompts ... of text p
+  View q, k, v, out;
+  View text_k, text_v;    // [P, H, text_len, D]
+  View cache_k, cache_v;  // [C, H, cache_len, D]
+  const int64_t* position;
+};
+
+void sparse_attention_forward_cpu(const SparseAttentionForward& params);
+void sparse_attention_backward_cpu(const SparseAttentionBackward& params);
+void decode_attention_cpu(const DecodeAttention& params);
+
+}  // namespace dalle_fast
