@@ -1,4 +1,4 @@
-// gumbel_softmax: checks, outputs, and the choice of a backend.
+// gumbel_softmax and its noise: checks, outputs, and the choice of a backend.
 #include "gumbel.h"
 
 #include <torch/csrc/stable/library.h>
@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <tuple>
+
+#include "cpu/noise.h"
 
 namespace dalle_fast {
 namespace {
@@ -37,11 +39,14 @@ void check(const Tensor& x, const char* name, ScalarType dtype, int64_t numel) {
                   torch::headeronly::toString(x.scalar_type()));
 }
 
+uint64_t seed_value(const Tensor& seed) {
+  check(seed, "seed", ScalarType::Long, 1);
+  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
+}
+
 GumbelShape checked_shape(const Tensor& logits, const Tensor& seed, double tau) {
   STD_TORCH_CHECK(tau > 0, "tau: expected a positive number, got ", tau);
-  check(seed, "seed", ScalarType::Long, 1);
-  return {logits.size(0), logits.size(1), logits.size(2) * logits.size(3),
-          static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())), tau};
+  return {logits.size(0), logits.size(1), logits.size(2) * logits.size(3), seed_value(seed), tau};
 }
 
 template <typename T>
@@ -96,10 +101,18 @@ Tensor gumbel_softmax_backward(const Tensor& grad_y, const Tensor& grad_kl, cons
                            : backward<float>(grad_y, grad_kl, logits, stats, tau, seed);
 }
 
+Tensor philox_uniform(const Tensor& seed, int64_t first, int64_t n) {
+  STD_TORCH_CHECK(first >= 0 && n >= 0, "first, n: expected at least 0, got ", first, ", ", n);
+  Tensor out = torch::stable::new_empty(seed, {n}, ScalarType::Float);
+  uniform_cpu(seed_value(seed), first, n, static_cast<float*>(out.mutable_data_ptr()));
+  return out;
+}
+
 }  // namespace
 }  // namespace dalle_fast
 
 STABLE_TORCH_LIBRARY_IMPL(dalle_fast, CPU, m) {
   m.impl("gumbel_softmax", TORCH_BOX(&dalle_fast::gumbel_softmax));
   m.impl("gumbel_softmax_backward", TORCH_BOX(&dalle_fast::gumbel_softmax_backward));
+  m.impl("philox_uniform", TORCH_BOX(&dalle_fast::philox_uniform));
 }

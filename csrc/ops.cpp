@@ -25,6 +25,7 @@ STABLE_TORCH_LIBRARY(dalle_fast, m) {
   m.def(
       "gumbel_softmax_backward(Tensor grad_y, Tensor grad_kl, Tensor logits, Tensor stats, float tau, Tensor seed) "
       "-> Tensor");
+  m.def("philox_uniform(Tensor seed, int first, int n) -> Tensor");
 
   // Resblocks
   m.def(

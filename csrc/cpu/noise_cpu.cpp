@@ -61,13 +61,16 @@ __attribute__((target("avx2"))) void draw_blocks_avx2(uint64_t seed, uint64_t bl
 }
 #endif
 
-DF_SIMD_CLONES void words_to_noise(const uint32_t* words, int64_t n, float* noise) {
-  for (int64_t i = 0; i < n; ++i) noise[i] = -vec_log(-vec_log(uniform_from_word(words[i])));
+DF_SIMD_CLONES void to_uniform(const uint32_t* words, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = uniform_from_word(words[i]);
 }
 
-}  // namespace
+DF_SIMD_CLONES void to_noise(const uint32_t* words, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = -vec_log(-vec_log(uniform_from_word(words[i])));
+}
 
-void gumbel_noise_cpu(uint64_t seed, int64_t first, int64_t n, float* noise) {
+template <typename Convert>
+void draw_elements(uint64_t seed, int64_t first, int64_t n, float* out, Convert convert) {
 #ifdef DF_X86_PHILOX
   static const auto draw = __builtin_cpu_supports("avx2") ? draw_blocks_avx2 : draw_blocks;
 #else
@@ -79,10 +82,20 @@ void gumbel_noise_cpu(uint64_t seed, int64_t first, int64_t n, float* noise) {
     const int64_t count = std::min(n - done, kWords - skip);
     const int64_t blocks = (skip + count + 3) / 4;
     draw(seed, static_cast<uint64_t>((first + done) / 4), (blocks + kBlocks - 1) / kBlocks * kBlocks, words);
-    words_to_noise(words + skip, count, noise + done);
+    convert(words + skip, count, out + done);
     done += count;
     skip = 0;
   }
+}
+
+}  // namespace
+
+void uniform_cpu(uint64_t seed, int64_t first, int64_t n, float* out) {
+  draw_elements(seed, first, n, out, to_uniform);
+}
+
+void gumbel_noise_cpu(uint64_t seed, int64_t first, int64_t n, float* out) {
+  draw_elements(seed, first, n, out, to_noise);
 }
 
 }  // namespace dalle_fast

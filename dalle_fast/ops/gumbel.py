@@ -117,6 +117,10 @@ if kernels_loaded():
     ) -> torch.Tensor:
         return torch.empty_like(logits)
 
+    @torch.library.register_fake("dalle_fast::philox_uniform")
+    def _philox_uniform_fake(seed: torch.Tensor, first: int, n: int) -> torch.Tensor:
+        return seed.new_empty(n, dtype=torch.float32)
+
     def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         logits, ctx.tau, seed, _ = inputs
         _, _, codes, stats = output

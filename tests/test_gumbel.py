@@ -1,0 +1,233 @@
+"""gumbel_softmax and gumbel_quantize against their definition, and what the definition promises."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dalle_fast as df
+from dalle_fast import reference
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def random_logits(*shape, dtype=torch.float32, layout="contiguous", seed=0):
+    logits = 2 * torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    return logits.contiguous(memory_format=LAYOUTS[layout])
+
+
+def run(module, logits, codebook, tau, seed, hard):
+    """Outputs and gradients of gumbel_quantize, for fixed upstream gradients."""
+    logits, codebook = logits.detach().requires_grad_(), codebook.detach().requires_grad_()
+    z, kl, codes = module.gumbel_quantize(logits, codebook, tau, seed, hard)
+    generator = torch.Generator().manual_seed(9)
+    dz = torch.randn(z.shape, generator=generator).to(z.dtype)
+    dkl = torch.randn(kl.shape, generator=generator).to(kl.dtype)
+    grads = torch.autograd.grad([z, kl], [logits, codebook], [dz, dkl])
+    return z, kl, codes, *grads
+
+
+def assert_matches_float64(logits, codebook, tau, seed, hard):
+    z, kl, codes, *grads = run(df, logits, codebook, tau, seed, hard)
+    z64, kl64, codes64, *grads64 = run(reference, logits.double(), codebook.double(), tau, seed, hard)
+    torch.testing.assert_close(z.double(), z64, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kl.double(), kl64, rtol=1e-5, atol=1e-4)
+    assert torch.equal(codes, codes64)
+    for grad, grad64 in zip(grads, grads64, strict=True):
+        assert (grad.double() - grad64).abs().max() <= 1e-4 * grad64.abs().max()
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tau", [1.0, 1 / 16])
+def test_matches_the_reference(tau, layout, hard):
+    logits = random_logits(2, 150, 8, 20, layout=layout)  # more than two chunks of codes and a tile of pixels
+    codebook = random_logits(150, 24, 1, 1, seed=1).flatten(1)
+    assert_matches_float64(logits, codebook, tau, 123456789123, hard)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    codes=st.integers(1, 140),
+    height=st.integers(1, 9),
+    width=st.integers(1, 17),
+    layout=st.sampled_from(list(LAYOUTS)),
+    hard=st.booleans(),
+    seed=st.integers(-(2**63), 2**63 - 1),
+)
+def test_odd_sizes(batch, codes, height, width, layout, hard, seed):
+    logits = random_logits(batch, codes, height, width, layout=layout)
+    codebook = random_logits(codes, 3, 1, 1, seed=1).flatten(1)
+    y, kl = df.gumbel_softmax(logits, 0.7, seed, hard)
+    y64, kl64 = reference.gumbel_softmax(logits.double(), 0.7, seed, hard)
+    torch.testing.assert_close(y.double(), y64, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kl.double(), kl64, rtol=1e-5, atol=1e-4)
+    assert y.stride() == torch.empty_like(logits).stride()
+    _, _, drawn, grad, _ = run(df, logits, codebook, 0.7, seed, hard)
+    _, _, drawn64, grad64, _ = run(reference, logits.double(), codebook.double(), 0.7, seed, hard)
+    assert torch.equal(drawn, drawn64)
+    assert (grad - grad64).abs().max() <= 1e-4 * grad64.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradcheck(layout):
+    logits = random_logits(2, 5, 2, 3, dtype=torch.float64, layout=layout).requires_grad_()
+    codebook = random_logits(5, 4, 1, 1, dtype=torch.float64).flatten(1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: df.gumbel_softmax(x, 0.8, 7), [logits])
+    assert torch.autograd.gradcheck(lambda x, c: df.gumbel_quantize(x, c, 0.8, 7)[:2], [logits, codebook])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("hard", [False, True])
+def test_opcheck(layout, hard):
+    logits = random_logits(2, 70, 3, 5, layout=layout)
+    op = torch.ops.dalle_fast.gumbel_softmax.default
+    torch.library.opcheck(op, (logits.clone().requires_grad_(), 0.7, torch.tensor(3), hard))
+    y, kl, _, stats = op(logits, 0.7, torch.tensor(3), hard)
+    backward = torch.ops.dalle_fast.gumbel_softmax_backward.default
+    torch.library.opcheck(backward, (torch.ones_like(y), torch.ones_like(kl), logits, stats, 0.7, torch.tensor(3)))
+
+
+def test_straight_through():
+    """Hard samples are exact one-hots of the codes, with the soft sample's gradient."""
+    logits = random_logits(2, 130, 4, 5)
+    codebook = torch.eye(130)
+    y, _ = df.gumbel_softmax(logits, 0.5, 11, hard=True)
+    assert set(y.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(y.sum(1), torch.ones(2, 4, 5))
+    z, _, codes = df.gumbel_quantize(logits, codebook, 0.5, 11, hard=True)
+    assert torch.equal(y.argmax(1), codes)
+    assert torch.equal(z.argmax(1), codes)
+    soft, hard = (run(df, logits, codebook, 0.5, 11, flag)[3] for flag in (False, True))
+    assert torch.equal(soft, hard)
+
+
+def test_codes_follow_the_softmax():
+    """The argmax of the noisy logits is a draw from softmax(logits), at any temperature."""
+    probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1])
+    logits = probabilities.log().view(1, 4, 1, 1).expand(1, 4, 256, 256)
+    _, _, codes = df.gumbel_quantize(logits, torch.eye(4), 0.3, 2024)
+    frequencies = codes.flatten().bincount(minlength=4) / codes.numel()
+    sigma = (probabilities * (1 - probabilities) / codes.numel()).sqrt()
+    assert ((frequencies - probabilities).abs() < 5 * sigma).all()
+
+
+def test_low_temperature_is_one_hot():
+    logits = random_logits(1, 40, 4, 4)
+    y, _ = df.gumbel_softmax(logits, 1e-4, 5)
+    torch.testing.assert_close(y.amax(1), torch.ones(1, 4, 4), rtol=0, atol=1e-3)
+
+
+def test_kl_of_known_distributions():
+    uniform = torch.full((2, 8192, 2, 2), 3.25)
+    assert torch.equal(df.gumbel_softmax(uniform, 1.0, 0)[1], torch.zeros(2))
+    one_hot = torch.zeros(1, 8192, 2, 2)
+    one_hot[:, 17] = 500.0
+    kl = df.gumbel_softmax(one_hot, 1.0, 0)[1]
+    assert kl.item() == pytest.approx(4 * math.log(8192), rel=1e-6)
+
+
+def test_kl_is_per_image():
+    logits = random_logits(8, 64, 4, 4)
+    kl = df.gumbel_softmax(logits, 1.0, 0)[1]
+    for image in range(8):
+        assert torch.equal(df.gumbel_softmax(logits[image : image + 1], 1.0, 0)[1], kl[image : image + 1])
+
+
+def test_strided_and_surrounded_by_nan():
+    """Only the elements of the view are read, whatever its strides and neighbours."""
+    codebook = random_logits(70, 3, 1, 1, seed=1).flatten(1)
+    plain = random_logits(2, 70, 5, 7)
+    expected = run(df, plain, codebook, 0.7, 1, False)
+    for permutation in ((0, 1, 2, 3), (0, 2, 3, 1), (3, 2, 1, 0)):
+        padded = torch.full([n + 4 for n in plain.permute(permutation).shape], float("nan"))
+        view = padded[2:-2, 2:-2, 2:-2, 2:-2].permute([permutation.index(d) for d in range(4)])
+        view.copy_(plain)
+        for result, wanted in zip(run(df, view, codebook, 0.7, 1, False), expected, strict=True):
+            assert torch.equal(result, wanted)
+        assert padded.isnan().sum() == padded.numel() - plain.numel()
+
+
+def test_layouts_agree():
+    """The noise belongs to the logical element: the layout changes nothing but rounding."""
+    logits, codebook = random_logits(2, 70, 5, 7), torch.eye(70)
+    contiguous = run(df, logits, codebook, 0.7, 1, False)
+    last = run(df, logits.contiguous(memory_format=torch.channels_last), codebook, 0.7, 1, False)
+    for a, b in zip(contiguous, last, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_of_an_expanded_sum():
+    logits = random_logits(2, 70, 5, 7).requires_grad_()
+    y, kl = df.gumbel_softmax(logits, 0.7, 1)
+    (grad,) = torch.autograd.grad(y.sum() + 0 * kl.sum(), logits)
+    assert grad.abs().max() < 1e-5  # each sample sums to 1, whatever the logits
+
+
+def test_bitwise_repeatable_on_any_number_of_threads():
+    logits = random_logits(2, 300, 12, 12)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 2):
+            torch.set_num_threads(n)
+            y, kl = df.gumbel_softmax(logits.requires_grad_(), 0.7, 5)
+            results.append((y, kl, *torch.autograd.grad([y, kl], logits, [y.detach(), kl.detach()])))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_seed_as_int_or_tensor():
+    logits = random_logits(1, 10, 2, 2)
+    y = df.gumbel_softmax(logits, 1.0, -5)[0]
+    assert torch.equal(y, df.gumbel_softmax(logits, 1.0, torch.tensor([-5]))[0])
+    assert not torch.equal(y, df.gumbel_softmax(logits, 1.0, -6)[0])
+
+
+def test_impossible_codes_get_nothing():
+    logits = random_logits(1, 200, 2, 2)
+    logits[:, :100] = float("-inf")
+    y, _ = df.gumbel_softmax(logits, 1.0, 3)
+    assert torch.equal(y[:, :100], torch.zeros(1, 100, 2, 2))
+    torch.testing.assert_close(y.sum(1), torch.ones(1, 2, 2))
+
+
+def test_nan_logits_stay_visible():
+    logits = random_logits(1, 200, 2, 2)
+    logits[0, 150, 1, 1] = float("nan")
+    y, kl = df.gumbel_softmax(logits, 1.0, 3)
+    assert y[0, :, 1, 1].isnan().all()
+    assert y[0, :, 0, 0].isfinite().all()
+    assert kl.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"tau": 0.0}, ValueError, "tau: expected a finite positive number, got 0.0"),
+        ({"tau": -1.0}, ValueError, "tau: .* got -1.0"),
+        ({"tau": float("nan")}, ValueError, "tau: .* got nan"),
+        ({"tau": float("inf")}, ValueError, "tau: .* got inf"),
+        ({"logits": torch.zeros(2, 3)}, ValueError, r"logits: expected a non-empty \[B, K, h, w\], got \[2, 3\]"),
+        ({"logits": torch.zeros(0, 3, 2, 2)}, ValueError, r"logits: .* got \[0, 3, 2, 2\]"),
+        ({"logits": torch.zeros(1, 3, 2, 2, dtype=torch.bfloat16)}, TypeError, "logits: .* got torch.bfloat16"),
+        ({"seed": 2**63}, ValueError, "seed: expected 64 bits with a sign, got 9223372036854775808"),
+        ({"seed": 1.5}, TypeError, "seed: expected an int or an int64 tensor, got float"),
+        ({"seed": torch.tensor(1.0)}, TypeError, "seed: expected an int64 tensor of one element, got torch.float32"),
+        ({"seed": torch.tensor([1, 2])}, TypeError, "seed: expected an int64 tensor of one element"),
+        ({"codebook": torch.zeros(4, 2)}, ValueError, r"codebook: expected \[3, C\], got \[4, 2\]"),
+        ({"codebook": torch.zeros(3)}, ValueError, r"codebook: expected \[3, C\], got \[3\]"),
+        ({"codebook": torch.zeros(3, 2).double()}, TypeError, "codebook: expected torch.float32 .* torch.float64"),
+    ],
+)
+def test_bad_input(change, error, message):
+    arguments = {"logits": torch.zeros(1, 3, 2, 2), "codebook": torch.zeros(3, 2), "tau": 1.0, "seed": 0, **change}
+    with pytest.raises(error, match=message):
+        df.gumbel_quantize(**arguments)
