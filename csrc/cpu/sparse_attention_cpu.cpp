@@ -115,38 +115,56 @@ struct Head {
         channel(view.channel) {}
 };
 
+// Calls f with the stride between channels, as a constant where it is 1, which lets the loops vectorise.
+template <typename F>
+void with_channel_stride(int64_t stride, F&& f) {
+  if (stride == 1) {
+    f(std::integral_constant<int64_t, 1>());
+  } else {
+    f(stride);
+  }
+}
+
 // to[i, d] = element (first + i, d) of the head times scale; rows of `pitch` elements.
 template <typename Storage, typename S, typename T>
 void pack_rows(const Head<Storage>& from, const S& stream, int first, int count, int channels, T scale, int64_t pitch,
                T* to) {
-  for (int i = 0; i < count; ++i) {
-    const Storage* row = from.data + stream.token(first + i) * from.token;
-    T* out = to + i * pitch;
-    if (from.channel == 1) {
-      for (int d = 0; d < channels; ++d) out[d] = static_cast<T>(row[d]) * scale;
-    } else {
-      for (int d = 0; d < channels; ++d) out[d] = static_cast<T>(row[d * from.channel]) * scale;
+  with_channel_stride(from.channel, [&](auto stride) {
+    for (int i = 0; i < count; ++i) {
+      const Storage* row = from.data + stream.token(first + i) * from.token;
+      for (int d = 0; d < channels; ++d) to[i * pitch + d] = static_cast<T>(row[d * stride]) * scale;
     }
-  }
+  });
 }
 
-// to[d, i] = element (i, d) of the head; rows of `pitch` elements.
+// to[d, i] = element (i, d) of the head; rows of `pitch` elements. A block of tokens at a time, so that whole cache
+// lines are written.
 template <typename Storage, typename S, typename T>
 void pack_columns(const Head<Storage>& from, const S& stream, int channels, int64_t pitch, T* to) {
-  for (int i = 0; i < stream.seq_len; ++i) {
-    const Storage* row = from.data + stream.token(i) * from.token;
-    for (int d = 0; d < channels; ++d) to[d * pitch + i] = static_cast<T>(row[d * from.channel]);
-  }
+  constexpr int kBlock = kColumns<T>;
+  with_channel_stride(from.channel, [&](auto stride) {
+    for (int first = 0; first < stream.seq_len; first += kBlock) {
+      const Storage* rows[kBlock];
+      for (int i = 0; i < kBlock; ++i) {  // past the end, the last token again: its columns are never used
+        rows[i] = from.data + stream.token(std::min(first + i, stream.seq_len - 1)) * from.token;
+      }
+      for (int d = 0; d < channels; ++d) {
+        for (int i = 0; i < kBlock; ++i) to[d * pitch + first + i] = static_cast<T>(rows[i][d * stride]);
+      }
+    }
+  });
 }
 
 // Element (first + i, d) of the head = from[i, d] * scale.
 template <typename Storage, typename S, typename T>
 void unpack_rows(const T* from, int64_t pitch, const S& stream, int first, int count, int channels, T scale,
                  const Head<Storage>& to) {
-  for (int i = 0; i < count; ++i) {
-    Storage* row = to.data + stream.token(first + i) * to.token;
-    for (int d = 0; d < channels; ++d) row[d * to.channel] = static_cast<Storage>(from[i * pitch + d] * scale);
-  }
+  with_channel_stride(to.channel, [&](auto stride) {
+    for (int i = 0; i < count; ++i) {
+      Storage* row = to.data + stream.token(first + i) * to.token;
+      for (int d = 0; d < channels; ++d) row[d * stride] = static_cast<Storage>(from[i * pitch + d] * scale);
+    }
+  });
 }
 
 // Element (i, first column + j) of the score tile = left[i] . keys[:, j], for both spans; keys are [channels, pitch].
