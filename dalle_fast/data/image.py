@@ -1,0 +1,25 @@
+"""Any image file as uint8 RGB."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+def decode_image(content: bytes) -> np.ndarray:
+    """The pixels of an image file as uint8 [H, W, 3]: upright by its EXIF tag, transparency over white.
+
+    Pillow's own errors (OSError, ValueError, SyntaxError, ...) pass through for broken content.
+    """
+    with Image.open(io.BytesIO(content)) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 255
+            grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
+            return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        return np.array(image.convert("RGB"))
