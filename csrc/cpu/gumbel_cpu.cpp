@@ -91,35 +91,40 @@ void store_tile(const T* tile, GridStrides strides, int64_t codes, int64_t pixel
 template <typename T>
 DF_ALWAYS_INLINE void reduce_tile_body(T* tile, const float* noise, int64_t first_code, int64_t codes, int64_t pixels,
                                        T inverse_tau, ChunkSums<T> sums) {
+  // Without __restrict, the compiler gives up on proving that none of these overlap.
+  T* __restrict best = sums.best, * __restrict plain_max = sums.plain_max, * __restrict noisy_sum = sums.noisy_sum;
+  T* __restrict plain_sum = sums.plain_sum, * __restrict plain_weighted = sums.plain_weighted;
+  int32_t* __restrict code = sums.code;
   // Finite, so that a pixel whose logits are all -inf here gives zeros and not NaN.
-  std::fill_n(sums.best, pixels, std::numeric_limits<T>::lowest());
-  std::fill_n(sums.plain_max, pixels, std::numeric_limits<T>::lowest());
-  std::fill_n(sums.code, pixels, static_cast<int32_t>(first_code));
+  std::fill_n(best, pixels, std::numeric_limits<T>::lowest());
+  std::fill_n(plain_max, pixels, std::numeric_limits<T>::lowest());
+  std::fill_n(code, pixels, static_cast<int32_t>(first_code));
   for (int64_t c = 0; c < codes; ++c) {
     const T* row = tile + c * kPitch;
     const float* noise_row = noise + c * kPitch;
     for (int64_t p = 0; p < pixels; ++p) {
       const T noisy = row[p] + static_cast<T>(noise_row[p]);
-      const bool better = noisy > sums.best[p];
-      sums.best[p] = better ? noisy : sums.best[p];
-      sums.code[p] = better ? static_cast<int32_t>(first_code + c) : sums.code[p];
-      sums.plain_max[p] = row[p] > sums.plain_max[p] ? row[p] : sums.plain_max[p];
+      const bool better = noisy > best[p];
+      best[p] = better ? noisy : best[p];
+      code[p] = better ? static_cast<int32_t>(first_code + c) : code[p];
+      plain_max[p] = row[p] > plain_max[p] ? row[p] : plain_max[p];
     }
   }
-  std::fill_n(sums.noisy_sum, pixels, T(0));
-  std::fill_n(sums.plain_sum, pixels, T(0));
-  std::fill_n(sums.plain_weighted, pixels, T(0));
+  std::fill_n(noisy_sum, pixels, T(0));
+  std::fill_n(plain_sum, pixels, T(0));
+  std::fill_n(plain_weighted, pixels, T(0));
   for (int64_t c = 0; c < codes; ++c) {
-    T* row = tile + c * kPitch;
-    const float* noise_row = noise + c * kPitch;
+    T* __restrict row = tile + c * kPitch;
+    const float* __restrict noise_row = noise + c * kPitch;
     for (int64_t p = 0; p < pixels; ++p) {
-      const T below = row[p] - sums.plain_max[p];
+      const T below = row[p] - plain_max[p];
       const T plain = vec_exp(below);
-      const T noisy = vec_exp((row[p] + static_cast<T>(noise_row[p]) - sums.best[p]) * inverse_tau);
-      sums.plain_sum[p] += plain;
-      sums.plain_weighted[p] += plain * below;
-      sums.noisy_sum[p] += noisy;
-      row[p] = noisy;
+      plain_sum[p] += plain;
+      plain_weighted[p] += plain * below;
+    }
+    for (int64_t p = 0; p < pixels; ++p) {
+      row[p] = vec_exp((row[p] + static_cast<T>(noise_row[p]) - best[p]) * inverse_tau);
+      noisy_sum[p] += row[p];
     }
   }
 }
