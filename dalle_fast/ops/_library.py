@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import importlib.machinery
 import os
 import warnings
 from collections.abc import Callable
@@ -43,7 +43,8 @@ def _load() -> Backend:
     if os.environ.get("DALLE_FAST_REFERENCE", "0") not in ("", "0"):
         why = "forced by DALLE_FAST_REFERENCE"
         return Backend((), {"cpu": why, "cuda": why}, why)
-    if importlib.util.find_spec("dalle_fast._C") is None:
+    package = importlib.import_module("dalle_fast")
+    if importlib.machinery.PathFinder.find_spec("dalle_fast._C", package.__path__) is None:
         why = "dalle_fast._C is not built; run: pip install --no-build-isolation -e ."
         warnings.warn(f"dalle_fast runs its slow reference ops: {why}", stacklevel=2)
         return Backend((), {"cpu": why, "cuda": why}, why)

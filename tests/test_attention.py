@@ -1,0 +1,215 @@
+"""Sparse attention against its definition: values, gradients, memory, repeatability, bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import FORWARD, GRADIENT, HALF, error
+
+import dalle_fast as df
+from dalle_fast import AttentionMask, reference
+from dalle_fast.mask import KINDS
+from dalle_fast.ops.attention import mask_args
+
+SMALL = {kind: AttentionMask(kind, text_len=5, height=4, width=3, kernel=3) for kind in KINDS}
+# More than one tile of text and of image queries, none of them full.
+LARGE = {kind: AttentionMask(kind, text_len=37, height=9, width=13, kernel=5) for kind in KINDS}
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def qkv(mask, batch=2, heads=3, channels=16, seed=0, dtype=torch.float32):
+    return [normal(batch, heads, mask.seq_len, channels, seed=seed + i, dtype=dtype) for i in range(3)]
+
+
+def run(module, tensors, mask, scale=None):
+    """Output and the gradients of q, k and v, for a fixed upstream gradient."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out = module.sparse_attention(*leaves, mask, scale)
+    upstream = normal(*out.shape, seed=9).to(out.dtype)
+    return [out, *torch.autograd.grad(out, leaves, upstream)]
+
+
+def assert_matches_float64(tensors, mask, scale=None):
+    exact = run(reference, [x.double() for x in tensors], mask, scale)
+    for i, (result, wanted) in enumerate(zip(run(df, tensors, mask, scale), exact, strict=True)):
+        assert result.shape == wanted.shape
+        assert error(result, wanted) <= (GRADIENT if i else FORWARD)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_matches_float64(kind, scale):
+    assert_matches_float64(qkv(LARGE[kind]), LARGE[kind], scale)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    text_len=st.integers(0, 30),
+    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    radius=st.integers(0, 6),
+    sizes=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 40)),
+    seed=st.integers(0, 1000),
+)
+def test_odd_sizes(kind, text_len, grid, radius, sizes, seed):
+    mask = AttentionMask(kind, text_len, *grid, kernel=2 * radius + 1)
+    assert_matches_float64(qkv(mask, *sizes, seed=seed), mask)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind):
+    tensors = [x.requires_grad_() for x in qkv(SMALL[kind], 1, 2, 3, dtype=torch.float64)]
+    assert torch.autograd.gradcheck(lambda q, k, v: df.sparse_attention(q, k, v, SMALL[kind]), tensors)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_is_no_worse_than_torch(kind):
+    tensors = qkv(LARGE[kind], dtype=torch.bfloat16)
+    exact = run(reference, [x.double() for x in tensors], LARGE[kind])
+    theirs = run(reference, tensors, LARGE[kind])
+    for result, eager, wanted in zip(run(df, tensors, LARGE[kind]), theirs, exact, strict=True):
+        assert result.dtype == torch.bfloat16
+        assert error(result, wanted) <= HALF * error(eager, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck(kind):
+    mask = SMALL[kind]
+    tensors = [x.requires_grad_() for x in qkv(mask, 1, 2, 4)]
+    arguments = (*tensors, *mask_args(mask), 0.5)
+    torch.library.opcheck(torch.ops.dalle_fast.sparse_attention, arguments)
+    with torch.no_grad():
+        out, lse = torch.ops.dalle_fast.sparse_attention(*arguments)
+    backward = (torch.ones_like(out), *(x.detach() for x in tensors), out, lse, *arguments[3:])
+    torch.library.opcheck(torch.ops.dalle_fast.sparse_attention_backward, backward)
+
+
+def test_log_sum_exp():
+    mask = SMALL["column"]
+    q, k, v = qkv(mask, dtype=torch.float64)
+    _, lse = torch.ops.dalle_fast.sparse_attention(q, k, v, *mask_args(mask), 0.25)
+    scores = (q @ k.mT * 0.25).masked_fill(~mask.dense(), float("-inf"))
+    torch.testing.assert_close(lse, scores.logsumexp(-1))
+
+
+LAYOUTS = {
+    "heads last": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "channels first": lambda x: x.mT.contiguous().mT,
+    "every other channel": lambda x: torch.stack([x, torch.full_like(x, torch.nan)], -1).flatten(-2)[..., ::2],
+    "one head for all": lambda x: x[:, :1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["column", "conv"])
+def test_any_strides(layout, kind):
+    tensors = [LAYOUTS[layout](x) for x in qkv(SMALL[kind])]
+    assert not tensors[0].is_contiguous()
+    assert_matches_float64(tensors, SMALL[kind])
+
+
+def surrounded(x, pad):
+    """The same values as a view into a larger buffer of NaN."""
+    buffer = torch.full([size + 2 * pad for size in x.shape], torch.nan, dtype=x.dtype)
+    inside = buffer[tuple(slice(pad, pad + size) for size in x.shape)]
+    return inside.copy_(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("channels", [3, 16])
+def test_reads_nothing_outside_its_inputs(kind, channels):
+    mask = SMALL[kind]
+    tensors = qkv(mask, channels=channels)
+    for result, wanted in zip(run(df, [surrounded(x, 2) for x in tensors], mask), run(df, tensors, mask), strict=True):
+        assert torch.equal(result, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_hidden_has_no_influence(kind):
+    """A change of key and value j changes exactly the rows that see j."""
+    mask = SMALL[kind]
+    q, k, v = qkv(mask, 1, 1)
+    before = df.sparse_attention(q, k, v, mask)
+    for token in range(mask.seq_len):
+        k2, v2 = k.clone(), v.clone()
+        k2[:, :, token] += 1
+        v2[:, :, token] -= 1
+        changed = (df.sparse_attention(q, k2, v2, mask) != before).any(-1)[0, 0]
+        assert torch.equal(changed, mask.dense()[:, token])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_bits_every_run_and_any_number_of_threads(kind):
+    tensors = qkv(LARGE[kind], 1, 1)
+    first = run(df, tensors, LARGE[kind])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            for result, wanted in zip(run(df, tensors, LARGE[kind]), first, strict=True):
+                assert torch.equal(result, wanted)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_large_scores_stay_finite():
+    """Scores in the ten thousands: the exponentials neither overflow nor all vanish."""
+    mask = SMALL["row"]
+    tensors = [100 * x for x in qkv(mask)]
+    out, *gradients = run(df, tensors, mask)
+    assert error(out, reference.sparse_attention(*(x.double() for x in tensors), mask)) <= FORWARD
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_merging_heads_is_free():
+    mask = SMALL["row"]
+    out = df.sparse_attention(*qkv(mask), mask)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_compiles_without_a_break():
+    mask = SMALL["conv"]
+    tensors = qkv(mask)
+    compiled = torch.compile(
+        lambda q, k, v: df.sparse_attention(q, k, v, mask) * 2, backend="aot_eager", fullgraph=True
+    )
+    assert torch.equal(compiled(*tensors), df.sparse_attention(*tensors, mask) * 2)
+
+
+MASK = SMALL["row"]
+GOOD = torch.zeros(2, 3, MASK.seq_len, 8)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "mask", "kind", "message"),
+    [
+        (GOOD[0], GOOD, GOOD, MASK, ValueError, r"q: expected a non-empty \[B, H, N, D\], got \[3, 17, 8\]"),
+        (GOOD[:0], GOOD[:0], GOOD[:0], MASK, ValueError, r"q: expected a non-empty .* got \[0, 3, 17, 8\]"),
+        (GOOD, GOOD[:, :2], GOOD, MASK, ValueError, r"k: expected the shape of q, .* got \[2, 2, 17, 8\]"),
+        (GOOD, GOOD, GOOD[..., :7], MASK, ValueError, r"v: expected the shape of q, .* got \[2, 3, 17, 7\]"),
+        (GOOD[:, :, 1:], GOOD[:, :, 1:], GOOD[:, :, 1:], MASK, ValueError, "q: expected N = 17 tokens, .* got 16"),
+        (GOOD.half(), GOOD, GOOD, MASK, TypeError, "q: expected torch.float32 or .* got torch.float16"),
+        (GOOD, GOOD.double(), GOOD, MASK, TypeError, "k: expected the dtype of q, torch.float32, got torch.float64"),
+        (GOOD, GOOD, None, MASK, TypeError, "v: expected a tensor, got NoneType"),
+        (GOOD, GOOD, GOOD, "row", TypeError, "mask: expected an AttentionMask, got str"),
+        (GOOD, GOOD, GOOD.to("meta"), MASK, ValueError, "v: expected the device of q, cpu, got meta"),
+    ],
+)
+def test_bad_input(q, k, v, mask, kind, message):
+    with pytest.raises(kind, match=message):
+        df.sparse_attention(q, k, v, mask)
+
+
+def test_the_op_itself_guards_memory():
+    """Direct calls skip the Python checks, and still cannot read past a tensor."""
+    with pytest.raises(RuntimeError, match="q: expected N = 17 tokens, got 16"):
+        torch.ops.dalle_fast.sparse_attention(*[GOOD[:, :, 1:]] * 3, *mask_args(MASK), 1.0)
+    with pytest.raises(RuntimeError, match="mask: impossible sizes"):
+        torch.ops.dalle_fast.sparse_attention(GOOD, GOOD, GOOD, 3, 5, 4, 3, 2**31 - 1, 1.0)
+    with pytest.raises(RuntimeError, match="mask kind: expected 0 to 3, got 4"):
+        torch.ops.dalle_fast.sparse_attention(GOOD, GOOD, GOOD, 4, 5, 4, 3, 3, 1.0)

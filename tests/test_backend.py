@@ -1,0 +1,95 @@
+"""What runs: kernels, or the references with a word about it, or an error that names the cause."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dalle_fast as df
+
+PACKAGE = Path(df.__file__).parent
+
+USE = """
+import torch, dalle_fast as df
+mask = df.AttentionMask("row", 1, 2, 2)
+x = torch.randn(1, 1, 5, 4, requires_grad=True)
+out = df.sparse_attention(x, x, x, mask)
+out.sum().backward()
+assert torch.allclose(out, df.reference.sparse_attention(x, x, x, mask), atol=1e-6)
+df.sparse_attention(x, x, x, mask)
+print(df.backend())
+"""
+
+
+def python(code, path=None, **environment):
+    """Run code in a fresh interpreter; `path` comes first on the module path."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    if path is not None:
+        env["PYTHONPATH"] = str(path)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=path)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the Python files, without any binary."""
+    for folder in (PACKAGE, PACKAGE / "ops"):
+        target = tmp_path / "dalle_fast" / folder.relative_to(PACKAGE)
+        target.mkdir(parents=True)
+        for file in folder.glob("*.py"):
+            shutil.copy(file, target)
+    return tmp_path
+
+
+def test_kernels_run_here():
+    backend = df.backend()
+    assert "cpu" in backend.devices
+    assert backend.reference is None
+    assert str(backend).startswith("cpu: yes (built with torch ")
+    assert "\ncuda: " in str(backend)
+
+
+def test_forced_reference():
+    result = python(USE, DALLE_FAST_REFERENCE="1")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("reference: forced by DALLE_FAST_REFERENCE\n")
+    assert result.stdout.startswith("cpu: no")
+
+
+def test_missing_binary_warns_once(copy):
+    result = python(USE, copy)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("UserWarning: dalle_fast runs its slow reference ops: dalle_fast._C is not built") == 1
+    assert "reference: dalle_fast._C is not built; run: pip install" in result.stdout
+
+
+def test_broken_binary_is_an_error(copy):
+    (copy / "dalle_fast" / "_C.abi3.so").write_bytes(b"not a library")
+    result = python(USE, copy)
+    assert result.returncode == 1
+    assert "ImportError: dalle_fast._C is built but does not load with torch" in result.stderr
+    assert "Rebuild it: pip install" in result.stderr.splitlines()[-1]
+
+
+def test_a_device_without_kernels_is_an_error(monkeypatch):
+    from dalle_fast.ops import _library
+
+    monkeypatch.setattr(_library, "_BACKEND", _library.Backend(("cpu",), {"cpu": "", "cuda": "no nvcc"}))
+    with pytest.raises(RuntimeError, match="adamw16: this install has no kernel for cuda: no nvcc"):
+        _library.reference_op("adamw16", torch.device("cuda"))
+    assert _library.reference_op("adamw16", torch.device("cpu")) is None
+
+
+def test_unknown_public_name():
+    with pytest.raises(AttributeError, match="module 'dalle_fast' has no attribute 'attention'"):
+        _ = df.attention
+
+
+@pytest.mark.parametrize("name", df.__all__)
+def test_public_name(name):
+    assert getattr(df, name) is not None

@@ -1,0 +1,142 @@
+"""Decode attention against its definition and against the rows of sparse attention, at every position."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerances import FORWARD, HALF, error
+
+import dalle_fast as df
+from dalle_fast import AttentionMask, reference
+from dalle_fast.mask import KINDS
+from dalle_fast.ops.attention import mask_args
+
+MASKS = [
+    AttentionMask(kind, text_len, height, width, kernel)
+    for kind in KINDS
+    for text_len, height, width, kernel in [(5, 4, 3, 3), (0, 3, 5, 5), (7, 1, 4, 11), (2, 6, 1, 3)]
+]
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def stream(mask, prompts=2, repeat=3, heads=2, channels=8, dtype=torch.float32):
+    """q, k, v [C, H, N, D] of whole streams; the candidates of a prompt share its text."""
+    q, k, v = (normal(prompts * repeat, heads, mask.seq_len, channels, seed=i, dtype=dtype) for i in range(3))
+    for x in (k, v):
+        x[:, :, : mask.text_len] = x[::repeat, :, : mask.text_len].repeat_interleave(repeat, 0)
+    return q, k, v
+
+
+def caches(mask, k, fill=torch.nan):
+    """Whatever the caches hold at first must never be read."""
+    return [torch.full((*k.shape[:2], mask.cache_len, k.shape[3]), fill, dtype=k.dtype) for _ in range(2)]
+
+
+def decode_all(module, mask, q, k, v, repeat=3, scale=None):
+    """The image rows, [C, H, image_len, D], one step at a time; and the final caches."""
+    text_k, text_v = (x[::repeat, :, : mask.text_len] for x in (k, v))
+    cache_k, cache_v = caches(mask, k)
+    rows = []
+    for position in range(mask.image_len):
+        new = (x[:, :, mask.text_len + position] for x in (q, k, v))
+        rows.append(
+            module.decode_attention(*new, text_k, text_v, cache_k, cache_v, torch.tensor(position), mask, scale)
+        )
+    return torch.stack(rows, 2), cache_k, cache_v
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_equals_the_rows_of_sparse_attention(mask):
+    q, k, v = stream(mask)
+    exact = reference.sparse_attention(q.double(), k.double(), v.double(), mask)[:, :, mask.text_len :]
+    rows, cache_k, cache_v = decode_all(df, mask, q, k, v)
+    assert error(rows, exact) <= FORWARD
+    slots = reference.cache_slot(mask, torch.arange(mask.image_len))
+    for position in range(mask.image_len - 1, -1, -1):  # a later token may have taken the slot
+        if slots[position] not in slots[position + 1 :]:
+            assert torch.equal(cache_k[:, :, slots[position]], k[:, :, mask.text_len + position])
+            assert torch.equal(cache_v[:, :, slots[position]], v[:, :, mask.text_len + position])
+
+
+@pytest.mark.parametrize("mask", MASKS[::4], ids=str)
+def test_matches_the_reference(mask):
+    tensors = stream(mask, dtype=torch.float64)
+    ours, theirs = (decode_all(module, mask, *tensors, scale=0.2) for module in (df, reference))
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-12)
+    for cache, wanted in zip(ours[1:], theirs[1:], strict=True):
+        assert torch.equal(cache, wanted)
+
+
+@pytest.mark.parametrize("mask", MASKS[::4], ids=str)
+def test_bfloat16_is_no_worse_than_torch(mask):
+    tensors = stream(mask, dtype=torch.bfloat16)
+    exact = decode_all(reference, mask, *(x.double() for x in tensors))[0]
+    ours, theirs = (decode_all(module, mask, *tensors)[0] for module in (df, reference))
+    assert ours.dtype == torch.bfloat16
+    assert error(ours, exact) <= HALF * error(theirs, exact)
+
+
+@pytest.mark.parametrize("mask", MASKS[::4], ids=str)
+def test_any_strides_and_no_reads_outside(mask):
+    q, k, v = stream(mask)
+    wanted = decode_all(df, mask, q, k, v)[0]
+    strided = []
+    for x in (q, k, v):
+        buffer = torch.full((*x.shape[:2], x.shape[2] + 2, 2 * x.shape[3]), torch.nan)
+        strided.append(buffer[:, :, 1:-1, ::2].copy_(x))
+    assert error(decode_all(df, mask, *strided)[0], wanted.double()) <= FORWARD
+
+
+def test_same_bits_every_run():
+    mask = MASKS[0]
+    tensors = stream(mask)
+    assert torch.equal(decode_all(df, mask, *tensors)[0], decode_all(df, mask, *tensors)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_opcheck(kind):
+    mask = AttentionMask(kind, 3, 2, 2, 3)
+    q, k, v = stream(mask, 1, 2)
+    text = (x[:1, :, :3] for x in (k, v))
+    new = (x[:, :, 3] for x in (q, k, v))
+    arguments = (*new, *text, *caches(mask, k, fill=0.0), torch.tensor(0), *mask_args(mask), 0.5)
+    torch.library.opcheck(torch.ops.dalle_fast.decode_attention, arguments)
+
+
+def good():
+    mask = AttentionMask("row", 3, 2, 4)
+    q, k, v = stream(mask, 1, 2)
+    cache_k, cache_v = caches(mask, k)
+    names = ("q", "k", "v", "text_k", "text_v", "cache_k", "cache_v", "position", "mask")
+    text = (x[:1, :, :3] for x in (k, v))
+    return dict(
+        zip(names, (*(x[:, :, 3] for x in (q, k, v)), *text, cache_k, cache_v, torch.tensor(0), mask), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "kind", "message"),
+    [
+        ("q", lambda x: x[0], ValueError, r"q: expected a non-empty \[C, H, D\], got \[2, 8\]"),
+        ("q", lambda x: x.double(), TypeError, "k: expected the dtype of q, torch.float64, got torch.float32"),
+        ("k", lambda x: x[:1], ValueError, r"k: expected \[2, 2, 8\], got \[1, 2, 8\]"),
+        ("text_k", lambda x: x.repeat(3, 1, 1, 1), ValueError, "text_k: expected .* with C = 2 a multiple of P"),
+        ("text_v", lambda x: x[:, :, 1:], ValueError, r"text_v: expected \[1, 2, 3, 8\], got \[1, 2, 2, 8\]"),
+        ("cache_k", lambda x: x[:, :, 1:], ValueError, r"cache_k: expected \[2, 2, 5, 8\], got \[2, 2, 4, 8\]"),
+        ("position", lambda x: x[None], ValueError, r"position: expected a scalar on cpu, got \[1\]"),
+        ("position", lambda x: x.float(), TypeError, "position: expected torch.int64, got torch.float32"),
+        ("position", lambda x: x + 8, RuntimeError, "position: expected 0 to 7, got 8"),
+        ("mask", lambda x: None, TypeError, "mask: expected an AttentionMask, got NoneType"),
+    ],
+)
+def test_bad_input(name, change, kind, message):
+    arguments = good()
+    arguments[name] = change(arguments[name])
+    untouched = [x.clone() for x in (arguments["cache_k"], arguments["cache_v"])]
+    with pytest.raises(kind, match=message):
+        df.decode_attention(**arguments)
+    for cache, before in zip((arguments["cache_k"], arguments["cache_v"]), untouched, strict=True):
+        assert torch.equal(cache.isnan(), before.isnan())

@@ -1,0 +1,14 @@
+"""How close is close: relative to the largest value of the float64 result. Masks, codes and noise are exact."""
+
+from __future__ import annotations
+
+import torch
+
+FORWARD = 1e-5  # float32 against the float64 reference
+GRADIENT = 1e-4
+HALF = 2.0  # a 16-bit result may be this many times as far from float64 as the same reference in 16 bits
+
+
+def error(result: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest difference over largest value."""
+    return ((result.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-6)).item()
