@@ -15,10 +15,16 @@ class DVAEConfig:
     n_init: int = 128  # width of the decoder's first convolution, the codebook
     groups: tuple[int, ...] = (1, 2, 4, 8)  # width multiples; a factor 2 of resolution between two groups
     n_blk_per_group: int = 2
+    gain: float | None = None  # of a resblock's branch; None: 1 / n_layers^2, which a short training cannot outgrow
 
     def __post_init__(self) -> None:
         if not self.groups or self.image_size % self.downsampling:
             raise ValueError(f"image_size: expected a multiple of {self.downsampling}, got {self.image_size}")
+
+    @property
+    def branch_gain(self) -> float:
+        """What a resblock's branch is multiplied by."""
+        return (len(self.groups) * self.n_blk_per_group) ** -2.0 if self.gain is None else self.gain
 
     @property
     def downsampling(self) -> int:

@@ -1,0 +1,141 @@
+"""CLIP: how well a picture fits a caption (arXiv 2103.00020), to rerank samples (section 2.6).
+
+Two transformer towers into one space, trained contrastively. Parameter names are those of openai/CLIP: ``visual.conv1``,
+``visual.class_embedding``, ``transformer.resblocks.0.attn.in_proj_weight``, ``text_projection``, ``logit_scale``, ...
+Text comes from this project's tokenizer, so a caption ends at its first padding token, and that is where it is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..config import CLIPConfig
+
+MAX_LOGIT_SCALE = math.log(100.0)  # section 2.5 of the CLIP paper: clipped, or training becomes unstable
+
+
+class QuickGELU(nn.Module):
+    """The approximation of GELU that CLIP was trained with."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class ResidualAttentionBlock(nn.Module):
+    """Pre-norm attention and MLP on [B, N, D]."""
+
+    def __init__(self, width: int, n_head: int) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, n_head, batch_first=True)
+        self.ln_1 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width))
+        )
+        self.ln_2 = nn.LayerNorm(width)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, width: int, n_layer: int, n_head: int) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, n_head) for _ in range(n_layer))
+        for block in self.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * n_layer) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * n_layer) ** -0.5)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:  # [B, N, D] -> [B, N, D]
+        for block in self.resblocks:
+            x = block(x, mask)
+        return x
+
+
+class VisionTransformer(nn.Module):
+    """Images [B, 3, S, S] to features [B, embed_dim], read at a class token."""
+
+    def __init__(self, cfg: CLIPConfig) -> None:
+        super().__init__()
+        width, patch = cfg.vision_width, cfg.patch_size
+        n_patch = (cfg.image_size // patch) ** 2
+        self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
+        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
+        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(n_patch + 1, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, cfg.vision_layers, width // cfg.head_dim)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, cfg.embed_dim))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.conv1(2 * images - 1).flatten(2).transpose(1, 2)  # [B, patches, width]
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positional_embedding
+        return self.ln_post(self.transformer(self.ln_pre(x))[:, 0]) @ self.proj
+
+
+class CLIP(nn.Module):
+    """Images [B, 3, S, S] in [0, 1] and encoded captions [B, T] in one space."""
+
+    def __init__(self, cfg: CLIPConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.visual = VisionTransformer(cfg)
+        self.token_embedding = nn.Embedding(cfg.text_vocab + cfg.text_len, cfg.text_width)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(cfg.text_len, cfg.text_width))
+        self.transformer = Transformer(cfg.text_width, cfg.text_layers, cfg.text_width // cfg.head_dim)
+        self.ln_final = nn.LayerNorm(cfg.text_width)
+        self.text_projection = nn.Parameter(cfg.text_width**-0.5 * torch.randn(cfg.text_width, cfg.embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        """Unit vectors, [B, embed_dim]."""
+        s = self.cfg.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, s, s):
+            raise ValueError(f"images: expected [B, 3, {s}, {s}], got {list(images.shape)}")
+        return F.normalize(self.visual(images), dim=-1)
+
+    def encode_text(self, text_tokens: torch.Tensor) -> torch.Tensor:
+        """Unit vectors, [B, embed_dim]."""
+        t = self.cfg.text_len
+        if text_tokens.ndim != 2 or text_tokens.shape[1] != t:
+            raise ValueError(f"text_tokens: expected [B, {t}], got {list(text_tokens.shape)}")
+        x = self.token_embedding(text_tokens) + self.positional_embedding
+        causal = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)  # True: may not be seen
+        x = self.ln_final(self.transformer(x, causal))
+        length = (text_tokens < self.cfg.text_vocab).sum(1)  # padding ids come after the vocabulary
+        end = length.clamp(max=t - 1)  # the first padding token, or the last token of a full caption
+        return F.normalize(x[torch.arange(len(x), device=x.device), end] @ self.text_projection, dim=-1)
+
+    def logits(self, images: torch.Tensor, text_tokens: torch.Tensor) -> torch.Tensor:
+        """Scaled cosine of every image with every caption, [images, captions]."""
+        scale = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+        return scale * self.encode_image(images) @ self.encode_text(text_tokens).T
+
+    def loss(self, images: torch.Tensor, text_tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Symmetric contrastive cross-entropy in nats; pair i of the batch belongs together. Also ``accuracy``.
+
+        Equal captions within a batch are all counted as right, in equal shares.
+        """
+        logits = self.logits(images, text_tokens)
+        same = (text_tokens[:, None] == text_tokens[None, :]).all(-1).to(logits.dtype)
+        target = same / same.sum(1, keepdim=True)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        best = logits.argmax(1)
+        return loss, {"accuracy": same[torch.arange(len(best), device=best.device), best].mean()}
+
+    @torch.no_grad()
+    def score(self, images: torch.Tensor, text_tokens: torch.Tensor) -> torch.Tensor:
+        """Scaled cosine of image i with caption i, or with the one caption given: [B]."""
+        if len(text_tokens) not in (1, len(images)):
+            raise ValueError(f"text_tokens: expected 1 or {len(images)} captions, got {len(text_tokens)}")
+        scale = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+        return scale * (self.encode_image(images) * self.encode_text(text_tokens)).sum(-1)

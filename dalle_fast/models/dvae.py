@@ -1,0 +1,214 @@
+"""Discrete VAE: images to a grid of codes and back (section 2.1, appendix A).
+
+Architecture and parameter names are those of the release, so that its weights fit: ``encoder.blocks.input.w``,
+``decoder.blocks.group_1.block_1.res_path.conv_1.w``, ...
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..config import DVAEConfig
+from ..ops import gumbel_quantize
+
+PIXEL_MARGIN = 0.1  # e of appendix A.3: keeps pixels away from 0 and 1, where the logit is infinite
+
+
+def map_pixels(images: torch.Tensor) -> torch.Tensor:
+    """phi of appendix A.3: [0, 1] to [e, 1 - e]."""
+    return (1 - 2 * PIXEL_MARGIN) * images + PIXEL_MARGIN
+
+
+def unmap_pixels(pixels: torch.Tensor) -> torch.Tensor:
+    """The inverse of ``map_pixels``, clamped to [0, 1]."""
+    return ((pixels - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN)).clamp(0, 1)
+
+
+def logit_laplace_nll(pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
+    """-ln f(x | mu, b) of the logit-Laplace distribution (appendix A.3), nats per value.
+
+    pixels in (0, 1), mu and log_b: tensors of one shape, which is also the result's.
+    """
+    log_jacobian = torch.log(pixels) + torch.log1p(-pixels)
+    return (torch.logit(pixels) - mu).abs() * torch.exp(-log_b) + log_b + math.log(2.0) + log_jacobian
+
+
+class Conv2d(nn.Module):
+    """Same-size convolution whose parameters are called ``w`` and ``b``, as in the release."""
+
+    def __init__(self, n_in: int, n_out: int, kw: int) -> None:
+        super().__init__()
+        self.kw = kw
+        self.w = nn.Parameter(torch.randn(n_out, n_in, kw, kw) / math.sqrt(n_in * kw**2))
+        self.b = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, n_in, h, w] -> [B, n_out, h, w]
+        return F.conv2d(x, self.w, self.b, padding=(self.kw - 1) // 2)
+
+
+class ResBlock(nn.Module):
+    """Bottleneck resblock: four convolutions at a quarter of the width, the branch damped by ``gain``."""
+
+    def __init__(self, n_in: int, n_out: int, kernels: tuple[int, int, int, int], gain: float) -> None:
+        super().__init__()
+        n_hid = n_out // 4
+        widths = (n_in, n_hid, n_hid, n_hid, n_out)
+        path: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, kw in enumerate(kernels):
+            path[f"relu_{i + 1}"] = nn.ReLU()
+            path[f"conv_{i + 1}"] = Conv2d(widths[i], widths[i + 1], kw)
+        self.gain = gain
+        self.id_path = Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+        self.res_path = nn.Sequential(path)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, n_in, h, w] -> [B, n_out, h, w]
+        return self.id_path(x) + self.gain * self.res_path(x)
+
+
+def _groups(
+    cfg: DVAEConfig, widths: list[int], kernels: tuple[int, int, int, int], resample: tuple[str, nn.Module]
+) -> OrderedDict[str, nn.Module]:
+    """Groups of resblocks from widths[0] through widths[1:], with a change of resolution between two groups."""
+    n_blk = cfg.n_blk_per_group
+    groups: OrderedDict[str, nn.Module] = OrderedDict()
+    for g in range(1, len(widths)):
+        blocks: OrderedDict[str, nn.Module] = OrderedDict()
+        for i in range(n_blk):
+            blocks[f"block_{i + 1}"] = ResBlock(widths[g - 1] if i == 0 else widths[g], widths[g], kernels, cfg.branch_gain)
+        if g < len(widths) - 1:
+            blocks[resample[0]] = resample[1]
+        groups[f"group_{g}"] = nn.Sequential(blocks)
+    return groups
+
+
+class Encoder(nn.Module):
+    """Images [B, 3, S, S] (pixels mapped by phi) to logits over the codes [B, K, h, w]."""
+
+    def __init__(self, cfg: DVAEConfig) -> None:
+        super().__init__()
+        widths = [cfg.n_hid] + [cfg.n_hid * multiple for multiple in cfg.groups]
+        blocks: OrderedDict[str, nn.Module] = OrderedDict(input=Conv2d(3, cfg.n_hid, 7))
+        blocks.update(_groups(cfg, widths, (3, 3, 3, 1), ("pool", nn.MaxPool2d(2))))
+        blocks["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Conv2d(widths[-1], cfg.vocab_size, 1)))
+        self.blocks = nn.Sequential(blocks)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.blocks(pixels)
+
+
+class Decoder(nn.Module):
+    """Codes to the maps of the likelihood, [B, 6, S, S]: mu in maps 0-2, ln b in maps 3-5.
+
+    The first convolution is 1x1 on one-hot codes, that is, a codebook: ``forward`` starts behind it.
+    """
+
+    def __init__(self, cfg: DVAEConfig) -> None:
+        super().__init__()
+        widths = [cfg.n_init] + [cfg.n_hid * multiple for multiple in reversed(cfg.groups)]
+        blocks: OrderedDict[str, nn.Module] = OrderedDict(input=Conv2d(cfg.vocab_size, cfg.n_init, 1))
+        blocks.update(_groups(cfg, widths, (1, 3, 3, 3), ("upsample", nn.Upsample(scale_factor=2))))
+        blocks["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Conv2d(widths[-1], 6, 1)))
+        self.blocks = nn.Sequential(blocks)
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        """One row for each code, [K, n_init]."""
+        return self.blocks.input.w[:, :, 0, 0].T
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:  # z [B, n_init, h, w], codes times the codebook
+        return self.blocks[1:](z + self.blocks.input.b[:, None, None])
+
+
+class DiscreteVAE(nn.Module):
+    """Stage 1: images [B, 3, S, S] in [0, 1] <-> codes [B, h, w] in [0, vocab_size)."""
+
+    def __init__(self, cfg: DVAEConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.encoder = Encoder(cfg)
+        self.decoder = Decoder(cfg)
+
+    def _check(self, images: torch.Tensor) -> None:
+        s = self.cfg.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, s, s) or not images.is_floating_point():
+            raise ValueError(
+                f"images: expected float [B, 3, {s}, {s}], got {images.dtype} {list(images.shape)}"
+            )
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """Unnormalised log-probabilities of the codes, [B, K, h, w]."""
+        self._check(images)
+        return self.encoder(map_pixels(images))
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """The likeliest code at each place, no noise (section 2.2): int64 [B, h, w]."""
+        return self.logits(images).argmax(1)
+
+    @torch.no_grad()
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes [B, h, w] to images [B, 3, S, S] in [0, 1]: the median of the likelihood."""
+        k = self.cfg.vocab_size
+        if codes.ndim != 3 or codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < k:
+            raise ValueError(f"codes: expected [B, h, w] in [0, {k}), got {list(codes.shape)}")
+        mu = self.decoder(F.embedding(codes, self.decoder.codebook).permute(0, 3, 1, 2))[:, :3]
+        return unmap_pixels(torch.sigmoid(mu))
+
+    @torch.no_grad()
+    def init_codes(self, images: torch.Tensor, margin: float = 3.0, seed: int = 0) -> None:
+        """Start each code at a patch of these images, so that the codes are spread over the data from the beginning.
+
+        From a random start nearly every patch prefers the same few codes, and a short training collapses onto them.
+        The encoder's last convolution is set to w_k = s f_k, b_k = -s |f_k|^2 / 2, which makes the logits squared
+        distances to features f_k of the images; these are picked far from one another (k-means++, Arthur and
+        Vassilvitskii, 2007). ``margin`` is the mean distance of the best logit from the second.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        features = F.relu(self.encoder.blocks[:-1](map_pixels(images))).permute(0, 2, 3, 1).flatten(0, 2)  # [n, C]
+        picked = features[torch.randint(len(features), (1,), generator=generator)]
+        nearest = (features - picked).square().sum(1)
+        for _ in range(1, self.cfg.vocab_size):
+            weights = nearest if nearest.sum() > 0 else torch.ones_like(nearest)
+            new = features[torch.multinomial(weights, 1, generator=generator)]
+            nearest = torch.minimum(nearest, (features - new).square().sum(1))
+            picked = torch.cat([picked, new])
+        logits = features @ picked.T - picked.square().sum(1) / 2
+        best = logits.topk(2).values
+        scale = margin / (best[:, 0] - best[:, 1]).mean().clamp(min=1e-6)
+        conv = self.encoder.blocks.output.conv
+        conv.w.copy_(scale * picked[:, :, None, None])
+        conv.b.copy_(-scale * picked.square().sum(1) / 2)
+
+    def loss(
+        self, images: torch.Tensor, tau: float, beta: float, seed: int | torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The negative evidence lower bound in nats per pixel value (section 2.1, appendix A.2).
+
+        Args:
+            images: [B, 3, S, S] in [0, 1].
+            tau: temperature of the relaxation.
+            beta: weight of the KL to the uniform prior, which is summed over an image and averaged over the batch.
+            seed: of the Gumbel noise.
+
+        Returns:
+            The loss, and its parts: ``nll`` (nats per value), ``kl`` (nats per image), ``mse`` of the
+            reconstruction, and ``code_counts`` [K], how often each code was the sampled one.
+        """
+        logits = self.logits(images)
+        z, kl, codes = gumbel_quantize(logits, self.decoder.codebook, tau, seed)
+        mu, log_b = self.decoder(z).chunk(2, dim=1)
+        nll = logit_laplace_nll(map_pixels(images), mu, log_b).mean()
+        loss = nll + beta * kl.mean() / images[0].numel()
+        with torch.no_grad():
+            metrics = {
+                "nll": nll.detach(),
+                "kl": kl.mean(),
+                "mse": F.mse_loss(unmap_pixels(torch.sigmoid(mu)), images),
+                "code_counts": torch.bincount(codes.flatten(), minlength=self.cfg.vocab_size),
+            }
+        return loss, metrics

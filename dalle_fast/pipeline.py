@@ -1,0 +1,116 @@
+"""The whole path: a caption in, the best of many pictures out (section 2.6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .data.augment import center_crop_resize
+from .models import CLIP, DALLE, DiscreteVAE, load_model
+from .sheet import contact_sheet, save_image
+from .tokenizer import Tokenizer
+
+BUILT_IN = Path(__file__).parent / "pretrained"  # one folder for each model that ships with the package
+BATCH = 64  # candidates drawn together
+
+
+@dataclass(frozen=True)
+class Result:
+    """The best pictures for one caption, best first."""
+
+    caption: str
+    images: torch.Tensor  # float [top, 3, S, S] in [0, 1]
+    scores: torch.Tensor  # [top], scaled cosine of picture and caption
+
+    def save(self, path: str | Path) -> None:
+        """Write the pictures as one sheet with their scores."""
+        save_image(contact_sheet(self.images, [f"{score:.2f}" for score in self.scores.tolist()]), path)
+
+
+@dataclass(frozen=True)
+class TextToImage:
+    """A tokenizer and three models that were trained together."""
+
+    tokenizer: Tokenizer
+    dvae: DiscreteVAE
+    dalle: DALLE
+    clip: CLIP
+
+    @classmethod
+    def load(cls, folder_or_name: str | Path) -> TextToImage:
+        """Open a folder that training wrote, or a built-in model by its name.
+
+        Raises:
+            FileNotFoundError: no such folder or name, or a part of it is missing.
+            ValueError: the parts do not belong together.
+        """
+        folder = Path(folder_or_name)
+        if not folder.is_dir() and len(folder.parts) == 1:
+            folder = BUILT_IN / folder_or_name
+        if not folder.is_dir():
+            names = ", ".join(sorted(p.name for p in BUILT_IN.glob("*/"))) or "none"
+            raise FileNotFoundError(f"model: expected a folder or a built-in name ({names}), got {folder_or_name}")
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        dvae, dalle, clip = (load_model(folder / f"{kind}.safetensors", kind) for kind in ("dvae", "dalle", "clip"))
+        for name, size in (("text_vocab", tokenizer.vocab_size), ("text_len", tokenizer.text_len)):
+            if getattr(dalle.cfg, name) != size or getattr(clip.cfg, name) != size:
+                raise ValueError(f"{name} in {folder}: expected the tokenizer's {size} in dalle and clip")
+        grid = (dalle.cfg.height, dalle.cfg.width, dalle.cfg.image_vocab)
+        if grid != (dvae.cfg.grid, dvae.cfg.grid, dvae.cfg.vocab_size):
+            raise ValueError(f"image codes in {folder}: expected the dvae's grid and vocabulary in dalle, got {grid}")
+        if clip.cfg.image_size != dvae.cfg.image_size:
+            raise ValueError(f"image_size in {folder}: expected the dvae's {dvae.cfg.image_size} in clip")
+        return cls(tokenizer, dvae, dalle, clip)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        caption: str,
+        n: int = 64,
+        top: int = 8,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float = 1.0,
+        image_prompt: np.ndarray | None = None,
+        keep_rows: int = 0,
+        keep_columns: int = 0,
+    ) -> Result:
+        """Draw n candidates for a caption and return the ``top`` that CLIP likes best.
+
+        Args:
+            seed: the same seed draws the same pictures again.
+            temperature, top_k, top_p, guidance: as in ``DALLE.generate``.
+            image_prompt: a picture, uint8 [H, W, 3], of which the first ``keep_rows`` rows and ``keep_columns``
+                columns of codes stay; the rectangle below and right of them is drawn anew.
+        """
+        if not 1 <= top <= n:
+            raise ValueError(f"top: expected 1 to n = {n}, got {top}")
+        text = self.tokenizer.encode([caption])
+        prompt = None if image_prompt is None else self._prompt(image_prompt, keep_rows, keep_columns)
+        if prompt is None and (keep_rows or keep_columns):
+            raise ValueError("keep_rows, keep_columns: expected an image_prompt to keep them of")
+        generator = torch.Generator().manual_seed(seed)
+        images, scores = [], []
+        for start in range(0, n, BATCH):
+            codes = self.dalle.generate(
+                text, min(BATCH, n - start), generator, temperature, top_k, top_p, guidance, prompt
+            )
+            images.append(self.dvae.decode(codes))
+            scores.append(self.clip.score(images[-1], text))
+        best = torch.cat(scores).topk(top)
+        return Result(caption, torch.cat(images)[best.indices], best.values)
+
+    def _prompt(self, image: np.ndarray, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The codes of a picture and which of them stay."""
+        size, grid = self.dvae.cfg.image_size, self.dvae.cfg.grid
+        for name, value in (("keep_rows", rows), ("keep_columns", columns)):
+            if not 0 <= value < grid:
+                raise ValueError(f"{name}: expected 0 to {grid - 1}, got {value}")
+        pixels = torch.from_numpy(center_crop_resize(image, size)).permute(2, 0, 1)[None] / 255
+        place = torch.arange(grid)
+        return self.dvae.encode(pixels)[0], (place[:, None] < rows) | (place[None, :] < columns)

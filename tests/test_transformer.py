@@ -1,0 +1,210 @@
+"""The prior: what it may see, what it costs, and that sampling with caches is the same model."""
+
+import pytest
+import torch
+
+import dalle_fast as df
+from dalle_fast.config import PRESETS, DALLEConfig
+from dalle_fast.models import DALLE
+from dalle_fast.models.transformer import Layer
+
+SMALL = DALLEConfig(
+    text_vocab=20, text_len=5, image_vocab=13, height=4, width=4, d_model=32, n_layer=4, head_dim=16, kernel=3
+)
+
+
+def small_model(cfg: DALLEConfig = SMALL) -> DALLE:
+    """A model whose weights are large enough for every token to matter."""
+    torch.manual_seed(0)
+    model = DALLE(cfg).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+def small_batch(b: int = 2, cfg: DALLEConfig = SMALL) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randint(cfg.text_vocab, (b, cfg.text_len), generator=generator)
+    return text, torch.randint(cfg.image_vocab, (b, cfg.height, cfg.width), generator=generator)
+
+
+@pytest.mark.parametrize("name,billions", [("1.2B", 1.2), ("2.8B", 2.9), ("5.6B", 5.7), ("12B", 12.3)])
+def test_preset_sizes(name, billions):
+    with torch.device("meta"):
+        model = DALLE(PRESETS[name].dalle)
+    assert len(model.layers) == 64
+    d = PRESETS[name].dalle.d_model
+    layer = 12 * d * d + 13 * d  # two norms, four matrices of attention, two of the MLP, their biases
+    tables = (16384 + 256 + 8192) * 2 * d + 16384 + 256 + 8192 + (256 + 32 + 32) * d + 3 * d
+    count = sum(p.numel() for p in model.parameters())
+    assert count == 64 * layer + tables
+    assert round(count / 1e9, 1) == billions
+
+
+def test_layer_masks_follow_the_paper():
+    masks = [layer.attn.mask.kind for layer in small_model().layers]
+    assert masks == ["row", "column", "row", "conv"]
+
+
+def logits_stream(model: DALLE, text: torch.Tensor, codes: torch.Tensor) -> list[torch.Tensor]:
+    """The logits of every token in stream order, one row a token."""
+    with torch.no_grad():
+        logits_text, logits_image = model(text, codes)
+    return [*logits_text[0], *logits_image[0]]
+
+
+@pytest.mark.parametrize("kind", ["full", "row", "column", "conv", "paper"])
+def test_no_token_changes_what_predicts_it_or_earlier_ones(kind):
+    model = small_model()
+    if kind != "paper":
+        for layer in model.layers:
+            layer.attn.mask = df.AttentionMask(kind, SMALL.text_len, 4, 4, kernel=3)
+    text, codes = small_batch(1)
+    before = logits_stream(model, text, codes)
+    for i in range(len(before)):
+        changed_text, changed_codes = text.clone(), codes.clone()
+        if i < SMALL.text_len:
+            changed_text[0, i] = (text[0, i] + 1) % SMALL.text_vocab
+        else:
+            changed_codes.view(-1)[i - SMALL.text_len] = (codes.view(-1)[i - SMALL.text_len] + 1) % SMALL.image_vocab
+        after = logits_stream(model, changed_text, changed_codes)
+        assert all(torch.equal(a, b) for a, b in zip(before[: i + 1], after[: i + 1], strict=True)), i
+        if i + 1 < len(before):
+            assert not torch.equal(before[i + 1], after[i + 1]), f"token {i} does not reach the next one"
+
+
+def test_every_image_token_depends_on_all_text():
+    model = small_model()
+    text, codes = small_batch(1)
+    before = logits_stream(model, text, codes)[SMALL.text_len :]
+    for i in range(SMALL.text_len):
+        changed = text.clone()
+        changed[0, i] = (text[0, i] + 1) % SMALL.text_vocab
+        after = logits_stream(model, changed, codes)[SMALL.text_len :]
+        assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), i
+
+
+@pytest.mark.parametrize("kind", ["full", "row", "column", "conv", "paper"])
+def test_cached_equals_uncached(kind):
+    model = small_model()
+    if kind != "paper":
+        for layer in model.layers:
+            layer.attn.mask = df.AttentionMask(kind, SMALL.text_len, 4, 4, kernel=3)
+    text, _ = small_batch(2)
+    candidates = 3
+    _, codes = small_batch(2 * candidates)
+    expected = model(text.repeat_interleave(candidates, 0), codes)[1]
+    with torch.no_grad():
+        logits, caches = model.prefill(text, candidates)
+        steps = [logits.repeat_interleave(candidates, 0)]
+        for i in range(SMALL.image_len - 1):
+            steps.append(model.decode(codes.flatten(1)[:, i], torch.tensor(i), caches))
+    torch.testing.assert_close(torch.stack(steps, 1), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_caches_keep_only_what_a_mask_sees():
+    _, caches = small_model().prefill(small_batch(1)[0], 2)
+    assert [k.shape[2] for _, _, k, _ in caches] == [5, 16, 5, 6]  # W + 1, H W, W + 1, W + 2 at kernel 3
+
+
+def test_greedy_sampling_equals_the_argmax_of_the_uncached_model():
+    model = small_model()
+    text, _ = small_batch(2)
+    drawn = model.generate(text, 2, torch.Generator().manual_seed(0), top_k=1)
+    with torch.no_grad():
+        logits = model(text.repeat_interleave(2, 0), drawn)[1]
+    assert torch.equal(logits.argmax(-1).view_as(drawn), drawn)
+
+
+def test_same_generator_state_same_codes_and_inputs_stay_untouched():
+    model = small_model()
+    text, codes = small_batch(2)
+    text_before, codes_before = text.clone(), codes.clone()
+    keep = torch.zeros(4, 4, dtype=torch.bool)
+    keep[:2] = True
+    for options in ({}, {"guidance": 3.0}, {"image_prompt": (codes[0], keep)}, {"top_k": 5, "top_p": 0.9}):
+        a, b = (model.generate(text, 3, torch.Generator().manual_seed(7), **options) for _ in range(2))
+        assert torch.equal(a, b)
+    assert torch.equal(text, text_before) and torch.equal(codes, codes_before)
+
+
+def test_guidance_of_one_is_no_guidance_and_more_of_it_moves_the_logits():
+    model = small_model()
+    text, _ = small_batch(1)
+    plain = model.generate(text, 4, torch.Generator().manual_seed(0))
+    assert torch.equal(plain, model.generate(text, 4, torch.Generator().manual_seed(0), guidance=1.0))
+    guided = model.generate(text, 4, torch.Generator().manual_seed(0), guidance=4.0, top_k=1)
+    empty = torch.arange(SMALL.text_len) + SMALL.text_vocab
+    with torch.no_grad():
+        with_caption = model(text.repeat(4, 1), guided)[1]
+        without = model(empty.repeat(4, 1), guided)[1]
+    assert torch.equal((without + 4.0 * (with_caption - without)).argmax(-1).view_as(guided), guided)
+
+
+@pytest.mark.parametrize("rows,columns", [(1, 0), (2, 0), (3, 3), (0, 2), (1, 1)])
+def test_image_prompt_redraws_exactly_the_rectangle(rows, columns):
+    model = small_model()
+    text, codes = small_batch(1)
+    place = torch.arange(4)
+    keep = (place[:, None] < rows) | (place[None, :] < columns)
+    drawn = model.generate(text, 8, torch.Generator().manual_seed(0), image_prompt=(codes[0], keep))
+    assert (drawn[:, keep] == codes[0][keep]).all()
+    assert (drawn[:, ~keep] != codes[0][~keep]).any()
+
+
+def test_image_prompt_that_misses_the_corner_is_refused():
+    text, codes = small_batch(1)
+    keep = torch.ones(4, 4, dtype=torch.bool)
+    for rows, columns in ((slice(0, 2), slice(0, 4)), (slice(1, 3), slice(1, 3)), (slice(0, 0), slice(0, 0))):
+        holes = keep.clone()
+        holes[rows, columns] = False
+        with pytest.raises(ValueError, match="bottom-right corner"):
+            small_model().generate(text, 1, image_prompt=(codes[0], holes))
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"n": 0}, "n: expected 1 or more, got 0"),
+        ({"temperature": float("nan")}, "temperature: expected .* got nan"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"top_k": 0}, "top_k: expected 1 or more, got 0"),
+        ({"top_p": 1.5}, "top_p: expected a share"),
+        ({"guidance": float("inf")}, "guidance"),
+    ],
+)
+def test_bad_sampling_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        small_model().generate(small_batch(1)[0], **{"n": 1, **options})
+
+
+def test_bad_batches():
+    model = small_model()
+    text, codes = small_batch(2)
+    with pytest.raises(ValueError, match=r"text_tokens: expected \[B, 5\]"):
+        model(text[:, :4], codes)
+    with pytest.raises(ValueError, match="text_tokens: expected values"):
+        model(text + 25, codes)
+    with pytest.raises(ValueError, match=r"codes: expected \[B, 4, 4\]"):
+        model(text, codes[:, :3])
+    with pytest.raises(ValueError, match="codes: expected values"):
+        model(text, codes + 13)
+    with pytest.raises(ValueError, match="B >= 1"):
+        model(text[:0], codes[:0])
+    with pytest.raises(TypeError, match="int64"):
+        model(text.float(), codes)
+
+
+def test_loss_weights_text_one_eighth():
+    model = small_model()
+    text, codes = small_batch(3)
+    logits_text, logits_image = model(text, codes)
+    log_text = logits_text.log_softmax(-1).gather(-1, text[..., None])
+    log_image = logits_image.log_softmax(-1).gather(-1, codes.flatten(1)[..., None])
+    torch.testing.assert_close(model.loss(text, codes), -(log_text.mean() / 8 + log_image.mean() * 7 / 8))
+
+
+def test_layer_reads_its_own_norms():
+    layer = Layer(32, 16, df.AttentionMask("row", 5, 4, 4))
+    assert {name.split(".")[0] for name, _ in layer.named_parameters()} == {"attn_norm", "attn", "mlp_norm", "mlp"}
