@@ -137,8 +137,8 @@ def _index_shard(pairs: IndexedPairs, shard: Path, file: BinaryIO) -> None:
                 if member.isreg() and stem and kind in ("image", "txt", "json"):
                     samples.setdefault(str(path.with_name(stem)), {})[kind] = (member.offset_data, member.size)
             file.seek(tar.offset)
-            if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes a broken header for the end
-                raise tarfile.ReadError("damaged header")
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a broken header for the end
+                raise tarfile.ReadError("expected a header or the end mark")
         except tarfile.TarError as error:
             pairs.skip(shard.name, f"truncated or damaged at byte {min(tar.offset, file_size)}: {error}")
     for key, parts in samples.items():

@@ -1,0 +1,9 @@
+"""Types of the C++ module in csrc/host."""
+
+import numpy as np
+
+def area_resize(image: np.ndarray, height: int, width: int) -> np.ndarray: ...
+
+class BPE:
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]]) -> None: ...
+    def encode(self, words: list[str], dropout: float, seed: int) -> list[int]: ...
