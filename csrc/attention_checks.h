@@ -35,7 +35,7 @@ inline ScalarType accumulate_type(const Tensor& x) {
 
 inline Grid checked_grid(int64_t kind, int64_t text_len, int64_t height, int64_t width, int64_t kernel) {
   constexpr int64_t kMost = std::numeric_limits<int>::max();
-  STD_TORCH_CHECK(kind >= 0 && kind <= static_cast<int64_t>(MaskKind::kConv), "mask kind: expected 0 to 3, got ", kind);
+  STD_TORCH_CHECK(kind >= 0 && kind < kMaskKinds, "mask kind: expected 0 to ", kMaskKinds - 1, ", got ", kind);
   STD_TORCH_CHECK(text_len >= 0 && text_len < kMost / 2 && height > 0 && height < kMost && width > 0 && width < kMost &&
                       height * width < kMost / 2 && kernel > 0 && kernel % 2 == 1 && kernel < kMost / (width + 2) / 2,
                   "mask: impossible sizes text_len ", text_len, ", height ", height, ", width ", width, ", kernel ",

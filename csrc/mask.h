@@ -19,6 +19,7 @@ namespace dalle_fast {
 
 // The numbers are those of AttentionMask.kind_id.
 enum class MaskKind : int { kFull = 0, kRow = 1, kColumn = 2, kConv = 3 };
+constexpr int kMaskKinds = 4;
 
 struct KeyRange {
   int begin;

@@ -92,9 +92,7 @@ class AttentionMask:
         return mask_dense(self, device)
 
 
-def layer_masks(
-    n_layer: int, text_len: int, height: int, width: int, kernel: int = 11
-) -> tuple[AttentionMask, ...]:
+def layer_masks(n_layer: int, text_len: int, height: int, width: int, kernel: int = 11) -> tuple[AttentionMask, ...]:
     """The mask of every layer (appendix B.1): row, column, row, row, ... and ``conv`` in the last layer."""
     if n_layer < 1:
         raise ValueError(f"n_layer: expected 1 or more, got {n_layer}")

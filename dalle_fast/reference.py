@@ -122,9 +122,7 @@ def uniform(seed: int | torch.Tensor, index: torch.Tensor, stream: int = 0) -> t
     return ((philox(seed, index, stream) >> 9).float() + 0.5) * 2.0**-23
 
 
-def gumbel_noise(
-    seed: int | torch.Tensor, shape: torch.Size, device: torch.device | str | None = None
-) -> torch.Tensor:
+def gumbel_noise(seed: int | torch.Tensor, shape: torch.Size, device: torch.device | str | None = None) -> torch.Tensor:
     """Standard Gumbel noise, float32; element i (in contiguous order) is -log(-log(u_i))."""
     index = torch.arange(shape.numel(), device=device).view(shape)
     return -torch.log(-torch.log(uniform(seed, index)))
@@ -160,7 +158,7 @@ def gumbel_quantize(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``gumbel_softmax`` times the codebook: the decoder's first 1x1 convolution.
 
-    logits [B, K, h, w], codebook [K, C] -> z [B, C, h, w], kl [B] in nats, codes [B, h, w] (argmax of the noisy logits).
+    logits [B, K, h, w], codebook [K, C] -> z [B, C, h, w], kl [B] in nats, codes [B, h, w], argmax of noisy logits.
     """
     y, kl = gumbel_softmax(logits, tau, seed, hard)
     return torch.einsum("bkhw,kc->bchw", y, codebook), kl, y.argmax(1)

@@ -1,0 +1,50 @@
+# `make demo` and `make test` do everything on a fresh machine with Python 3.10+ and a C++ compiler. Later runs rebuild
+# only after a change. TORCH=2.12.1 chooses another torch, DALLE_FAST_CUDA=0/1 leaves out or insists on CUDA kernels.
+
+TORCH ?= 2.13.0
+PYTHON ?= python3
+
+BIN := .venv/bin
+TORCH_STAMP := .venv/.torch-$(TORCH)
+BUILD_STAMP := .venv/.built
+CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: build demo test lint bench format pretrained
+
+build: $(BUILD_STAMP)
+
+demo: build
+	$(BIN)/dalle-fast demo
+
+test: build
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: build
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+bench: build
+	$(BIN)/python -m pytest benchmarks
+
+format: build
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+pretrained: build
+	$(BIN)/python -m dalle_fast.demo --pretrained
+
+$(TORCH_STAMP):
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "torch==$(TORCH)" setuptools wheel pybind11 ninja numpy
+	rm -f .venv/.torch-*
+	touch $@
+
+$(BUILD_STAMP): $(TORCH_STAMP) setup.py pyproject.toml $(CXX_FILES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
