@@ -1,0 +1,143 @@
+"""Settings of training: frozen dataclasses whose defaults are the paper's values. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .schedules import Plateau, cosine, warmup
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What every training has. The subclasses add their values and say how the step size runs."""
+
+    steps: int  # updates
+    batch_size: int
+    lr: float  # at its peak
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float  # of matrices and filters only
+    clip_norm: float  # of the whole gradient; 0 does not clip
+    ema_decay: float
+    ema_every: int  # updates
+    seed: int = 0
+    workers: int = 0  # processes that prepare data; 0 prepares it in this one
+    log_every: int = 100  # updates
+    val_every: int = 5_000  # updates; the last update is always followed by a validation
+    val_samples: int = 1_024
+    save_every: int = 5_000  # updates; a killed run loses at most so many
+    tensorboard: bool = False  # event files beside the log
+    device: str = "cpu"
+    warmup_steps: int = 0  # updates of linear growth of the step size
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "ema_every", "log_every", "val_every", "val_samples", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
+        for name in ("lr", "weight_decay", "clip_norm", "workers", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay: expected 0 or more and below 1, got {self.ema_decay}")
+
+    def lr_at(self, step: int) -> float:
+        """The step size of an update, before any halving on a plateau."""
+        raise NotImplementedError
+
+    def lr_share(self, name: str) -> float:
+        """What the step size is multiplied by for the parameter of this name."""
+        return 1.0
+
+    def plateau(self) -> Plateau | None:
+        """What halves the step size on a plateau of the loss, if anything does."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainDVAE(TrainConfig):
+    """Stage 1 (section 2.1, appendix A.2). The cosine schedules of a short run need short horizons."""
+
+    steps: int = 3_000_000
+    batch_size: int = 512
+    lr: float = 1e-4
+    lr_end: float = 1.25e-6
+    lr_steps: int = 1_200_000
+    tau: float = 1.0  # temperature of the relaxation
+    tau_end: float = 1 / 16
+    tau_steps: int = 150_000
+    beta: float = 0.0  # weight of the KL
+    beta_end: float = 6.6
+    beta_steps: int = 5_000
+    init_codes: bool = False  # start the codes at patches of the data, see DiscreteVAE.init_codes
+    encoder_lr: float = 1.0  # step size of the encoder, as a share of lr
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    clip_norm: float = 0.0
+    ema_decay: float = 0.999
+    ema_every: int = 1
+
+    def lr_at(self, step: int) -> float:
+        return warmup(step, self.warmup_steps) * cosine(step, self.lr, self.lr_end, self.lr_steps)
+
+    def lr_share(self, name: str) -> float:
+        return self.encoder_lr if name.startswith("encoder.") else 1.0
+
+    def tau_at(self, step: int) -> float:
+        return cosine(step, self.tau, self.tau_end, self.tau_steps)
+
+    def beta_at(self, step: int) -> float:
+        return cosine(step, self.beta, self.beta_end, self.beta_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCLIP(TrainConfig):
+    """The reranker (arXiv 2103.00020, table 18 and ViT-B/32): linear warm-up, then a cosine to 0."""
+
+    steps: int = 390_000
+    batch_size: int = 32_768
+    lr: float = 5e-4
+    warmup_steps: int = 2_000
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.2
+    clip_norm: float = 0.0
+    ema_decay: float = 0.999
+    ema_every: int = 1
+
+    def lr_at(self, step: int) -> float:
+        return warmup(step, self.warmup_steps) * cosine(step, self.lr, 0.0, self.steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainDALLE(TrainConfig):
+    """Stage 2 (section 2.2, appendix B.2): warm-up, then halvings on plateaus; short runs take a cosine."""
+
+    steps: int = 430_000
+    batch_size: int = 1_024
+    lr: float = 4.5e-4
+    warmup_steps: int = 5_000
+    lr_schedule: Literal["plateau", "cosine"] = "plateau"
+    plateau_window: int = 1_000  # updates whose mean loss is compared
+    plateau_patience: int = 10  # windows without gain before a halving
+    bpe_dropout: bool = True  # captions are cut differently each time they are seen
+    caption_dropout: float = 0.0  # share of captions replaced by the empty one, which guidance needs
+    betas: tuple[float, float] = (0.9, 0.96)
+    eps: float = 1e-8
+    weight_decay: float = 4.5e-2
+    clip_norm: float = 4.0
+    ema_decay: float = 0.99
+    ema_every: int = 25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"caption_dropout: expected a share in [0, 1], got {self.caption_dropout}")
+
+    def lr_at(self, step: int) -> float:
+        peak = self.lr if self.lr_schedule == "plateau" else cosine(step, self.lr, 0.0, self.steps)
+        return warmup(step, self.warmup_steps) * peak
+
+    def plateau(self) -> Plateau | None:
+        return Plateau(self.plateau_window, self.plateau_patience) if self.lr_schedule == "plateau" else None

@@ -1,0 +1,282 @@
+"""The training loop that the three models share.
+
+One update: a batch, the loss, its gradient, clipping, AdamW with the step size of the schedule, the running average of
+the parameters. Now and then: a log record, a validation with the averaged parameters, a checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Generic, Protocol, TypeVar, cast
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..models import save_model
+from .checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from .config import TrainConfig
+from .metrics import Log, Meter, Metrics
+from .schedules import Plateau
+
+MAX_SKIPPED_IN_A_ROW = 100  # updates without a finite gradient, after which training is given up
+Batch = dict[str, Any]
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Task(Protocol[Model]):
+    """What the loop must know of a model and its data; see ``tasks.py``."""
+
+    kind: str  # names the model's file and the folder of its training
+    model: Model  # with its sizes in ``cfg``
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        """The batches of steps ``start``, ``start + 1``, ...; a pure function of the step."""
+
+    def loss(self, model: Model, batch: Batch, step: int) -> tuple[torch.Tensor, Metrics]:
+        """What to descend, and what to log beside it."""
+
+    def validation(self) -> Iterable[tuple[Batch, int]]:
+        """Held-out batches and their numbers of samples, the same each time; empty if there is no such data."""
+
+    def evaluate(self, model: Model, batch: Batch) -> Metrics:
+        """Metrics of a held-out batch, ``loss`` among them."""
+
+    def report_skipped(self, path: Path) -> None:
+        """Write which samples were left out, and why."""
+
+
+class TrainingStopped(Exception):
+    """Ctrl-C or a request to end: the run has saved its state and goes on from there next time."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name} and saved at step {step}")
+        self.signum = signum
+        self.step = step
+
+
+@dataclass
+class State(Generic[Model]):
+    """Everything that changes while training; a checkpoint is this and the random state."""
+
+    model: Model
+    average: Model  # its parameters are the exponential moving average of the model's
+    optimizer: torch.optim.Optimizer
+    plateau: Plateau | None
+    step: int = 0  # finished updates, and so the position in the data
+    skipped_updates: int = 0  # for want of a finite gradient
+    seconds: float = 0.0
+    parameters: list[torch.Tensor] = field(init=False)
+    averages: list[torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = list(self.model.parameters())
+        self.averages = list(self.average.parameters())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "plateau": asdict(self.plateau) if self.plateau else None,
+            "step": self.step,
+            "skipped_updates": self.skipped_updates,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, content: dict[str, Any]) -> None:
+        self.model.load_state_dict(content["model"])
+        self.average.load_state_dict(content["average"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        if self.plateau and content["plateau"]:
+            self.plateau = Plateau(**content["plateau"])
+        self.step, self.seconds = content["step"], content["seconds"]
+        self.skipped_updates = content["skipped_updates"]
+
+
+def fit(task: Task[Model], config: TrainConfig, out: str | Path, resume: bool = True) -> tuple[Model, dict[str, float]]:
+    """Train a model to the end, or on to the end from the checkpoint of an earlier run.
+
+    Args:
+        task: the model and its data.
+        config: how to train it.
+        out: the folder of the text-to-image system. The averaged model is written to ``<kind>.safetensors``, and
+            ``checkpoint.pt``, ``log.jsonl`` and ``skipped.jsonl`` to the folder ``<kind>``.
+        resume: go on from a checkpoint found there. Otherwise it is overwritten.
+
+    Returns:
+        the averaged model, on the CPU and in eval mode, and its metrics: those of the last validation as ``val_...``.
+
+    Raises:
+        TrainingStopped: on SIGINT or SIGTERM, after saving.
+        ValueError: the checkpoint belongs to another model, seed or batch size.
+        RuntimeError: the loss is not finite any more.
+    """
+    out, device = Path(out), torch.device(config.device)
+    folder = out / task.kind
+    folder.mkdir(parents=True, exist_ok=True)
+    fingerprint = fingerprint_of(task, config)
+    checkpoint = folder / "checkpoint.pt"
+    content = load_checkpoint(checkpoint, fingerprint) if resume and checkpoint.exists() else None
+
+    state = new_state(task.model.to(device), config)
+    if content:
+        state.load_state_dict(content)
+        set_random_state(content["random"], device)
+
+    def save() -> None:
+        save_checkpoint(checkpoint, {"fingerprint": fingerprint, "random": random_state(device), **state.state_dict()})
+        task.report_skipped(folder / "skipped.jsonl")
+
+    metrics: dict[str, float] = {}  # the newest
+    meter, skipped_in_a_row = Meter(), 0
+    start = time.perf_counter() - state.seconds
+    bar = tqdm(total=config.steps, initial=state.step, desc=task.kind, unit="step", disable=None)  # None: on a tty only
+    with stop_signals() as signals, Log(folder / "log.jsonl", state.step, config.tensorboard) as log, bar:
+        batches = task.batches(state.step)
+        while state.step < config.steps:
+            lr = config.lr_at(state.step) * (state.plateau.scale if state.plateau else 1.0)
+            finite, values = update(state, task, to_device(next(batches), device), lr, config)
+            state.step += 1
+            state.seconds = time.perf_counter() - start
+            if finite:
+                meter.add(values)
+                skipped_in_a_row = 0
+            else:
+                state.skipped_updates += 1
+                skipped_in_a_row += 1
+            if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                raise RuntimeError(f"training: expected a finite gradient, got none in {skipped_in_a_row} updates")
+
+            last = state.step == config.steps
+            bar.update()
+            if last or state.step % config.log_every == 0:
+                counters = {"lr": lr, "skipped_updates": state.skipped_updates, "seconds": state.seconds}
+                metrics |= meter.result() | counters
+                log.write(state.step, metrics)
+                bar.set_postfix(loss=metrics.get("loss"))
+            if last or state.step % config.val_every == 0:
+                validated = validate(task, state.average, device)
+                metrics |= validated
+                log.write(state.step, validated)
+            if last or signals or state.step % config.save_every == 0:
+                save()
+            if signals and not last:
+                raise TrainingStopped(signals[0], state.step)
+    model = state.average.cpu()
+    save_model(model, out / f"{task.kind}.safetensors")
+    return model, metrics or validate(task, model, torch.device("cpu"))
+
+
+def new_state(model: Model, config: TrainConfig) -> State[Model]:
+    """The state before the first update."""
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), config.lr, config.betas, config.eps, fused=True)
+    return State(model.train(), average, optimizer, config.plateau())
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """Groups for the optimizer: matrices and filters decay; gains, biases and embeddings do not.
+
+    ``lr_share`` of a group is what the step size is multiplied by for it.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        decays = parameter.ndim >= 2 and id(parameter) not in embeddings and "embedding" not in name
+        key = (config.weight_decay if decays else 0.0, config.lr_share(name))
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay, "lr_share": lr_share}
+        for (weight_decay, lr_share), parameters in groups.items()
+    ]
+
+
+def update(
+    state: State[Model], task: Task[Model], batch: Batch, lr: float, config: TrainConfig
+) -> tuple[bool, Metrics]:
+    """One update of the parameters and their average; whether it was made, and the metrics of the batch.
+
+    Without a finite loss and gradient nothing changes: an update that is skipped does less harm than a NaN.
+    """
+    loss, metrics = task.loss(state.model, batch, state.step)
+    loss.backward()
+    gradients = [p.grad for p in state.parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
+    if finite:
+        if config.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(state.parameters, config.clip_norm, norm)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr * group["lr_share"]
+        state.optimizer.step()
+        if state.plateau and state.step >= config.warmup_steps:
+            state.plateau.update(loss.item())
+        if (state.step + 1) % config.ema_every == 0:
+            update_average(state.averages, state.parameters, config.ema_decay, (state.step + 1) // config.ema_every)
+    state.optimizer.zero_grad()
+    return finite, {"loss": loss, "grad_norm": norm, **metrics}
+
+
+@torch.no_grad()
+def update_average(averages: list[torch.Tensor], parameters: list[torch.Tensor], decay: float, count: int) -> None:
+    """Move the running average towards the parameters, for the ``count``-th time.
+
+    The decay starts low and rises to its value over about 10 / (1 - decay) counts: else the average of a short run
+    would mostly be the random start.
+    """
+    decay = min(decay, count / (9 + count))
+    torch._foreach_lerp_(averages, parameters, 1 - decay)
+
+
+@torch.no_grad()
+def validate(task: Task[Model], model: Model, device: torch.device) -> dict[str, float]:
+    """Metrics over the held-out data as ``val_...``; nothing when there is none."""
+    meter = Meter()
+    for batch, size in task.validation():
+        meter.add(task.evaluate(model, to_device(batch, device)), size)
+    return {f"val_{name}": value for name, value in meter.result().items()}
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying from them; a second one has its usual effect."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield received
+        return
+    earlier = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for signum, handler in earlier.items():
+            signal.signal(signum, handler)
+
+    def receive(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        restore()
+
+    for signum in earlier:
+        signal.signal(signum, receive)
+    try:
+        yield received
+    finally:
+        restore()
+
+
+def fingerprint_of(task: Task[Model], config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint must agree in with the run that resumes it: the model, and what decides its data."""
+    sizes = json.loads(json.dumps(asdict(cast(Any, task.model.cfg))))  # tuples become lists, as they are read back
+    return {"kind": task.kind, "seed": config.seed, "batch_size": config.batch_size, **sizes}

@@ -1,0 +1,93 @@
+"""Averages of metrics, and the log file they go to."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+Metrics = dict[str, torch.Tensor]
+
+
+class Meter:
+    """Running averages: scalars are averaged, vectors [K] are counts of codes and are added up."""
+
+    def __init__(self) -> None:
+        self._sums: Metrics = {}
+        self._weight = 0
+
+    def add(self, metrics: Metrics, weight: int = 1) -> None:
+        for name, value in metrics.items():
+            value = value.detach() * weight if value.ndim == 0 else value
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._weight += weight
+
+    def result(self) -> dict[str, float]:
+        """The averages; counts become ``codes_used`` (codes seen at all) and ``code_perplexity``. Starts anew."""
+        result: dict[str, float] = {}
+        for name, value in self._sums.items():
+            if value.ndim == 0:
+                result[name] = value.item() / self._weight
+            else:
+                result["codes_used"] = int((value > 0).sum())
+                result["code_perplexity"] = perplexity(value)
+        self._sums, self._weight = {}, 0
+        return result
+
+
+def perplexity(counts: torch.Tensor) -> float:
+    """How many equally used codes would have the entropy of these counts [K]: from 1, collapsed, to K."""
+    p = counts.double() / counts.sum()
+    return torch.special.entr(p).sum().exp().item()
+
+
+class Log:
+    """A JSONL file, a record a line, and optionally TensorBoard beside it.
+
+    Args:
+        path: continued if it exists; records of steps after ``step`` are dropped, for a resumed run makes them again.
+        step: where the run starts.
+        tensorboard: also write event files to the folder ``tensorboard`` beside the file.
+    """
+
+    def __init__(self, path: Path, step: int, tensorboard: bool = False) -> None:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and step else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(path.parent / "tensorboard", purge_step=step + 1)
+
+    def write(self, step: int, record: dict[str, float]) -> None:
+        """Append a record; what is not finite becomes null, for JSON has no word for it."""
+        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        if self._writer:
+            for name, value in record.items():
+                self._writer.add_scalar(name, value, step)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if self._writer:
+            self._writer.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a record; infinite for a line that a killed run left half written."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

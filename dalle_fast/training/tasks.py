@@ -1,0 +1,290 @@
+"""What each of the four trainings learns from: batches, loss and validation of the tokenizer and the three models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..config import CLIPConfig, DALLEConfig, DVAEConfig
+from ..data import (
+    Batches,
+    BrokenSample,
+    Pair,
+    augment_dalle,
+    augment_dvae,
+    center_crop_resize,
+    collate,
+)
+from ..data.loader import Corpus
+from ..models import CLIP, DALLE, DiscreteVAE
+from ..models.transformer import TEXT_WEIGHT
+from ..tokenizer import Tokenizer
+from .config import TrainCLIP, TrainConfig, TrainDALLE, TrainDVAE
+from .loop import Batch, fit
+from .metrics import Metrics
+
+Sample = dict[str, Any]
+MAX_SEED = 2**63
+INIT_IMAGES = 256  # whose patches the codes may start at
+
+
+def train_tokenizer(
+    captions: Iterable[str], out: str | Path, vocab_size: int = 16384, text_len: int = 256
+) -> Tokenizer:
+    """Learn the vocabulary from captions and write it to ``out/tokenizer.json``."""
+    tokenizer = Tokenizer.train(captions, vocab_size, text_len)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    tokenizer.save(Path(out) / "tokenizer.json")
+    return tokenizer
+
+
+def train_dvae(
+    pairs: Corpus,
+    val_pairs: Corpus | None,
+    model_cfg: DVAEConfig,
+    train_cfg: TrainDVAE,
+    out: str | Path,
+    resume: bool = True,
+) -> tuple[DiscreteVAE, dict[str, float]]:
+    """Stage 1: learn image codes from the images of ``pairs``. Files, results and errors as in ``loop.fit``."""
+    return fit(DVAETask(pairs, val_pairs, model_cfg, train_cfg), train_cfg, out, resume)
+
+
+def train_clip(
+    pairs: Corpus,
+    val_pairs: Corpus | None,
+    tokenizer: Tokenizer,
+    model_cfg: CLIPConfig,
+    train_cfg: TrainCLIP,
+    out: str | Path,
+    resume: bool = True,
+) -> tuple[CLIP, dict[str, float]]:
+    """The reranker: learn which caption fits which image. Files, results and errors as in ``loop.fit``."""
+    return fit(CLIPTask(pairs, val_pairs, tokenizer, model_cfg, train_cfg), train_cfg, out, resume)
+
+
+def train_dalle(
+    pairs: Corpus,
+    val_pairs: Corpus | None,
+    tokenizer: Tokenizer,
+    model_cfg: DALLEConfig,
+    train_cfg: TrainDALLE,
+    out: str | Path,
+    dvae: DiscreteVAE | None = None,
+    resume: bool = True,
+) -> tuple[DALLE, dict[str, float]]:
+    """Stage 2: learn captions and image codes. ``pairs`` hold images, which ``dvae`` encodes as they come, or codes.
+
+    Files, results and errors as in ``loop.fit``.
+    """
+    return fit(DALLETask(pairs, val_pairs, tokenizer, model_cfg, train_cfg, dvae), train_cfg, out, resume)
+
+
+def new_model(model_class: Callable[[Any], nn.Module], model_cfg: Any, seed: int) -> Any:
+    """A model whose random start depends on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model_class(model_cfg)
+
+
+class CorpusTask:
+    """The data side of a task: ``sample`` is what training sees of a pair, ``val_sample`` what validation sees."""
+
+    def __init__(
+        self,
+        pairs: Corpus,
+        val_pairs: Corpus | None,
+        sample: Callable[[Any, np.random.Generator], Sample],
+        val_sample: Callable[[Any], Sample],
+        config: TrainConfig,
+    ) -> None:
+        self._batches = Batches(pairs, config.batch_size, sample, config.seed, config.workers)
+        self._val_pairs = val_pairs
+        self._val_sample = val_sample
+        self._val_samples = config.val_samples
+        self._batch_size = config.batch_size
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        return self._batches.iterate(start)
+
+    def validation(self) -> Iterator[tuple[Batch, int]]:
+        """Held-out samples in batches, spread evenly over their corpus; broken ones are left out."""
+        if self._val_pairs is None:
+            return
+        total = len(self._val_pairs)
+        count = min(total, self._val_samples)
+        samples: list[Sample] = []
+        for i in range(count):
+            with suppress(BrokenSample):
+                samples.append(self._val_sample(self._val_pairs[i * total // count]))
+            if samples and (len(samples) == self._batch_size or i == count - 1):
+                yield collate(samples), len(samples)
+                samples = []
+
+    def report_skipped(self, path: Path) -> None:
+        self._batches.write_report(path)
+
+
+# ---------------------------------------------------------------------------------------------- dVAE
+
+
+def _dvae_sample(pair: Pair, rng: np.random.Generator, size: int) -> Sample:
+    return {"image": augment_dvae(pair.image, size, rng)}
+
+
+def _dvae_val_sample(pair: Pair, size: int) -> Sample:
+    return {"image": center_crop_resize(pair.image, size)}
+
+
+class DVAETask(CorpusTask):
+    """Images to codes and back. ``loss`` is the negative evidence lower bound."""
+
+    kind = "dvae"
+
+    def __init__(self, pairs: Corpus, val_pairs: Corpus | None, model_cfg: DVAEConfig, train_cfg: TrainDVAE) -> None:
+        size = model_cfg.image_size
+        super().__init__(
+            pairs, val_pairs, partial(_dvae_sample, size=size), partial(_dvae_val_sample, size=size), train_cfg
+        )
+        self.config = train_cfg
+        self.model: DiscreteVAE = new_model(DiscreteVAE, model_cfg, train_cfg.seed)
+        if train_cfg.init_codes:
+            steps = range(-(-INIT_IMAGES // train_cfg.batch_size))
+            images = torch.cat([self._batches.batch_at(step)["image"] for step in steps])
+            self.model.init_codes(images, seed=train_cfg.seed)
+        self.model.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+
+    def loss(self, model: DiscreteVAE, batch: Batch, step: int) -> tuple[torch.Tensor, Metrics]:
+        images = batch["image"].contiguous(memory_format=torch.channels_last)
+        seed = int(np.random.default_rng((self.config.seed, step)).integers(MAX_SEED))
+        return model.loss(images, self.config.tau_at(step), self.config.beta_at(step), seed)
+
+    def evaluate(self, model: DiscreteVAE, batch: Batch) -> Metrics:
+        """The loss at the final temperature and KL weight; error and code use without noise, as stage 2 sees them."""
+        images = batch["image"].contiguous(memory_format=torch.channels_last)
+        loss, metrics = model.loss(images, self.config.tau_end, self.config.beta_end, seed=0)
+        codes = model.encode(images)
+        return {
+            "loss": loss,
+            "nll": metrics["nll"],
+            "kl": metrics["kl"],
+            "mse": (model.decode(codes) - images).square().mean(),
+            "code_counts": torch.bincount(codes.flatten(), minlength=model.cfg.vocab_size),
+        }
+
+
+# ---------------------------------------------------------------------------------------------- captioned images
+
+
+def _tokens(tokenizer: Tokenizer, caption: str, seed: int | None = None) -> torch.Tensor:
+    return tokenizer.encode([caption], seed=seed, truncate=True)[0]
+
+
+def _captioned_sample(
+    pair: Any, rng: np.random.Generator, size: int, tokenizer: Tokenizer, bpe_dropout: bool, caption_dropout: float
+) -> Sample:
+    """An image, or its codes, and the tokens of its caption as training sees them."""
+    caption = "" if caption_dropout and rng.random() < caption_dropout else pair.caption
+    tokens = _tokens(tokenizer, caption, int(rng.integers(MAX_SEED)) if bpe_dropout else None)
+    if isinstance(pair, Pair):
+        return {"image": augment_dalle(pair.image, size, rng), "text": tokens}
+    return {"codes": pair.codes, "text": tokens}
+
+
+def _captioned_val_sample(pair: Any, size: int, tokenizer: Tokenizer) -> Sample:
+    tokens = _tokens(tokenizer, pair.caption)
+    if isinstance(pair, Pair):
+        return {"image": center_crop_resize(pair.image, size), "text": tokens}
+    return {"codes": pair.codes, "text": tokens}
+
+
+def _check_tokenizer(tokenizer: Tokenizer, model_cfg: CLIPConfig | DALLEConfig) -> None:
+    for name, got in (("text_vocab", tokenizer.vocab_size), ("text_len", tokenizer.text_len)):
+        if getattr(model_cfg, name) != got:
+            raise ValueError(f"{name}: expected the tokenizer's {got}, got {getattr(model_cfg, name)}")
+
+
+class CLIPTask(CorpusTask):
+    """Which caption belongs to which image of a batch. ``loss`` is contrastive."""
+
+    kind = "clip"
+
+    def __init__(
+        self, pairs: Corpus, val_pairs: Corpus | None, tokenizer: Tokenizer, model_cfg: CLIPConfig, train_cfg: TrainCLIP
+    ) -> None:
+        _check_tokenizer(tokenizer, model_cfg)
+        size = model_cfg.image_size
+        super().__init__(
+            pairs,
+            val_pairs,
+            partial(_captioned_sample, size=size, tokenizer=tokenizer, bpe_dropout=False, caption_dropout=0.0),
+            partial(_captioned_val_sample, size=size, tokenizer=tokenizer),
+            train_cfg,
+        )
+        self.model: CLIP = new_model(CLIP, model_cfg, train_cfg.seed)
+
+    def loss(self, model: CLIP, batch: Batch, step: int) -> tuple[torch.Tensor, Metrics]:
+        return model.loss(batch["image"], batch["text"])
+
+    def evaluate(self, model: CLIP, batch: Batch) -> Metrics:
+        loss, metrics = model.loss(batch["image"], batch["text"])
+        return {"loss": loss, **metrics}
+
+
+class DALLETask(CorpusTask):
+    """The stream of caption and image codes. ``loss`` is cross-entropy, 1/8 of the text and 7/8 of the image."""
+
+    kind = "dalle"
+
+    def __init__(
+        self,
+        pairs: Corpus,
+        val_pairs: Corpus | None,
+        tokenizer: Tokenizer,
+        model_cfg: DALLEConfig,
+        train_cfg: TrainDALLE,
+        dvae: DiscreteVAE | None,
+    ) -> None:
+        _check_tokenizer(tokenizer, model_cfg)
+        grid = (model_cfg.height, model_cfg.width)
+        if dvae is not None and (*grid, model_cfg.image_vocab) != (dvae.cfg.grid, dvae.cfg.grid, dvae.cfg.vocab_size):
+            expected = f"a grid {dvae.cfg.grid} x {dvae.cfg.grid} of {dvae.cfg.vocab_size} codes, as the dvae's"
+            raise ValueError(f"dalle: expected {expected}, got {grid[0]} x {grid[1]} of {model_cfg.image_vocab}")
+        size = dvae.cfg.image_size if dvae is not None else 0
+        sample = partial(
+            _captioned_sample,
+            size=size,
+            tokenizer=tokenizer,
+            bpe_dropout=train_cfg.bpe_dropout,
+            caption_dropout=train_cfg.caption_dropout,
+        )
+        super().__init__(
+            pairs, val_pairs, sample, partial(_captioned_val_sample, size=size, tokenizer=tokenizer), train_cfg
+        )
+        self.model: DALLE = new_model(DALLE, model_cfg, train_cfg.seed)
+        self._dvae = dvae
+        if dvae is not None:
+            dvae.eval().to(memory_format=torch.channels_last).to(train_cfg.device)  # type: ignore[call-overload]
+
+    def _codes(self, batch: Batch) -> torch.Tensor:
+        if "codes" in batch:
+            return batch["codes"]
+        if self._dvae is None:
+            raise ValueError("dvae: expected one to encode the images, got none")
+        return self._dvae.encode(batch["image"].contiguous(memory_format=torch.channels_last))
+
+    def loss(self, model: DALLE, batch: Batch, step: int) -> tuple[torch.Tensor, Metrics]:
+        text_loss, image_loss = model.losses(batch["text"], self._codes(batch))
+        loss = TEXT_WEIGHT * text_loss + (1 - TEXT_WEIGHT) * image_loss
+        return loss, {"text_loss": text_loss, "image_loss": image_loss}
+
+    def evaluate(self, model: DALLE, batch: Batch) -> Metrics:
+        loss, metrics = self.loss(model, batch, 0)
+        return {"loss": loss, **metrics}
