@@ -9,13 +9,10 @@ from __future__ import annotations
 import copy
 import json
 import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
@@ -25,8 +22,10 @@ from tqdm import tqdm
 from ..models import save_model
 from .checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from .config import TrainConfig
+from .memory import keep_freed_memory
 from .metrics import Log, Meter, Metrics
 from .schedules import Plateau
+from .signals import stop_signals
 
 MAX_SKIPPED_IN_A_ROW = 100  # updates without a finite gradient, after which training is given up
 Batch = dict[str, Any]
@@ -128,6 +127,8 @@ def fit(task: Task[Model], config: TrainConfig, out: str | Path, resume: bool = 
     checkpoint = folder / "checkpoint.pt"
     content = load_checkpoint(checkpoint, fingerprint) if resume and checkpoint.exists() else None
 
+    if device.type == "cpu":
+        keep_freed_memory()
     state = new_state(task.model.to(device), config)
     if content:
         state.load_state_dict(content)
@@ -137,7 +138,7 @@ def fit(task: Task[Model], config: TrainConfig, out: str | Path, resume: bool = 
         save_checkpoint(checkpoint, {"fingerprint": fingerprint, "random": random_state(device), **state.state_dict()})
         task.report_skipped(folder / "skipped.jsonl")
 
-    metrics: dict[str, float] = {}  # the newest
+    metrics: dict[str, float] = {}  # the newest of each
     meter, skipped_in_a_row = Meter(), 0
     start = time.perf_counter() - state.seconds
     bar = tqdm(total=config.steps, initial=state.step, desc=task.kind, unit="step", disable=None)  # None: on a tty only
@@ -161,19 +162,21 @@ def fit(task: Task[Model], config: TrainConfig, out: str | Path, resume: bool = 
             bar.update()
             if last or state.step % config.log_every == 0:
                 counters = {"lr": lr, "skipped_updates": state.skipped_updates, "seconds": state.seconds}
-                metrics |= meter.result() | counters
-                log.write(state.step, metrics)
-                bar.set_postfix(loss=metrics.get("loss"))
+                record = meter.result() | counters
+                log.write(state.step, record)
+                bar.set_postfix(loss=record.get("loss"))
+                metrics |= record
             if last or state.step % config.val_every == 0:
-                validated = validate(task, state.average, device)
-                metrics |= validated
-                log.write(state.step, validated)
+                record = validate(task, state.average, device)
+                log.write(state.step, record)
+                metrics |= record
             if last or signals or state.step % config.save_every == 0:
                 save()
-            if signals and not last:
+            if last or signals:
+                save_model(state.average, out / f"{task.kind}.safetensors")
+            if signals:
                 raise TrainingStopped(signals[0], state.step)
     model = state.average.cpu()
-    save_model(model, out / f"{task.kind}.safetensors")
     return model, metrics or validate(task, model, torch.device("cpu"))
 
 
@@ -224,7 +227,7 @@ def update(
         if (state.step + 1) % config.ema_every == 0:
             update_average(state.averages, state.parameters, config.ema_decay, (state.step + 1) // config.ema_every)
     state.optimizer.zero_grad()
-    return finite, {"loss": loss, "grad_norm": norm, **metrics}
+    return finite, {"loss": loss.detach(), "grad_norm": norm, **metrics}
 
 
 @torch.no_grad()
@@ -249,31 +252,6 @@ def validate(task: Task[Model], model: Model, device: torch.device) -> dict[str,
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying from them; a second one has its usual effect."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield received
-        return
-    earlier = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for signum, handler in earlier.items():
-            signal.signal(signum, handler)
-
-    def receive(signum: int, frame: FrameType | None) -> None:
-        received.append(signum)
-        restore()
-
-    for signum in earlier:
-        signal.signal(signum, receive)
-    try:
-        yield received
-    finally:
-        restore()
 
 
 def fingerprint_of(task: Task[Model], config: TrainConfig) -> dict[str, Any]:

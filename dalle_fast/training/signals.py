@@ -1,0 +1,34 @@
+"""Ending when asked to, but not in the middle of a step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying from them; a second one has its usual effect."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield received
+        return
+    earlier = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for signum, handler in earlier.items():
+            signal.signal(signum, handler)
+
+    def receive(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        restore()
+
+    for signum in earlier:
+        signal.signal(signum, receive)
+    try:
+        yield received
+    finally:
+        restore()
