@@ -24,6 +24,14 @@ _HOMES = {
     "scale_gradient": "ops",
     "unscale_gradient": "ops",
     "adamw16": "ops",
+    "PRESETS": "config",
+    "Tokenizer": "tokenizer",
+    "DiscreteVAE": "models",
+    "DALLE": "models",
+    "CLIP": "models",
+    "load_model": "models",
+    "save_model": "models",
+    "TextToImage": "pipeline",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -49,7 +49,7 @@ def detect(images: torch.Tensor) -> list[list[Found]]:
     """What each picture shows. images: float [B, 3, S, S] in [0, 1]."""
     names = list(COLOURS)
     palette = torch.tensor([COLOURS[name] for name in names]) / 255  # [8, 3]
-    b, _, s, _ = images.shape
+    s = images.shape[-1]
     border = torch.cat([images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]], dim=2)
     ground = border.median(dim=2).values[:, :, None, None]  # [B, 3, 1, 1]
     distance = (images - ground).abs().amax(1)  # [B, S, S]

@@ -1,7 +1,7 @@
 """Captioned scenes drawn from nothing: "a red circle above a blue square".
 
-One or two anti-aliased shapes on a light ground, with jittered size, place and shade. Some pairs of objects never meet
-in the training split; they make up the held-out split, which asks for combinations that a model has not seen.
+One or two anti-aliased shapes on light, grainy paper, with jittered size, place and shade. Some pairs of objects never
+meet in the training split; they make up the held-out split, which asks for combinations that a model has not seen.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import itertools
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from .pairs import Pair
+from .pairs import Pair, Skipped
 
 SHAPES = ("circle", "square", "triangle")
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -28,6 +29,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 RELATIONS = ("above", "below", "left of", "right of")
 HELD_OUT_SHARE = 8  # one pair of objects in this many
+GRAIN = 0.05  # standard deviation of the noise on every pixel: without it, the flat ground would outweigh the shapes
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ def draw(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
         colour = np.clip(np.array(COLOURS[item.colour]) * rng.uniform(0.95, 1.05), 0, 255)
         cover = np.clip(0.5 - _signed_distance(item.shape, x - cx, y - cy, r), 0, 1)[..., None]
         picture = picture * (1 - cover) + colour * cover
-    return (picture + 0.5).astype(np.uint8)
+    picture += rng.normal(0, 255 * GRAIN, picture.shape)
+    return np.clip(picture + 0.5, 0, 255).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ class SceneCorpus:
     size: int = 32
     seed: int = 0
     held_out: bool = False
+    skipped: ClassVar[tuple[Skipped, ...]] = ()
 
     def __len__(self) -> int:
         return self.n

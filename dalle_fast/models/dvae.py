@@ -79,7 +79,9 @@ def _groups(
     for g in range(1, len(widths)):
         blocks: OrderedDict[str, nn.Module] = OrderedDict()
         for i in range(n_blk):
-            blocks[f"block_{i + 1}"] = ResBlock(widths[g - 1] if i == 0 else widths[g], widths[g], kernels, cfg.branch_gain)
+            blocks[f"block_{i + 1}"] = ResBlock(
+                widths[g - 1] if i == 0 else widths[g], widths[g], kernels, cfg.branch_gain
+            )
         if g < len(widths) - 1:
             blocks[resample[0]] = resample[1]
         groups[f"group_{g}"] = nn.Sequential(blocks)
@@ -136,9 +138,7 @@ class DiscreteVAE(nn.Module):
     def _check(self, images: torch.Tensor) -> None:
         s = self.cfg.image_size
         if images.ndim != 4 or images.shape[1:] != (3, s, s) or not images.is_floating_point():
-            raise ValueError(
-                f"images: expected float [B, 3, {s}, {s}], got {images.dtype} {list(images.shape)}"
-            )
+            raise ValueError(f"images: expected float [B, 3, {s}, {s}], got {images.dtype} {list(images.shape)}")
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """Unnormalised log-probabilities of the codes, [B, K, h, w]."""
@@ -154,7 +154,7 @@ class DiscreteVAE(nn.Module):
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes [B, h, w] to images [B, 3, S, S] in [0, 1]: the median of the likelihood."""
         k = self.cfg.vocab_size
-        if codes.ndim != 3 or codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < k:
+        if codes.ndim != 3 or codes.numel() == 0 or not 0 <= int(codes.min()) <= int(codes.max()) < k:
             raise ValueError(f"codes: expected [B, h, w] in [0, {k}), got {list(codes.shape)}")
         mu = self.decoder(F.embedding(codes, self.decoder.codebook).permute(0, 3, 1, 2))[:, :3]
         return unmap_pixels(torch.sigmoid(mu))

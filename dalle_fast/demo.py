@@ -1,0 +1,248 @@
+"""The whole system on drawn scenes, from nothing: train all four models, draw pictures, and judge them.
+
+``python -m dalle_fast.demo --pretrained`` trains longer, by the same recipe, and writes the model that ships.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .config import PRESETS
+from .data.detector import Found, detect, relation_holds
+from .data.encoded import EncodedPair
+from .data.pairs import Pair
+from .data.scenes import Scene, SceneCorpus, all_scenes
+from .models import DiscreteVAE, load_model, save_model
+from .pipeline import BUILT_IN, TextToImage
+from .sheet import contact_sheet, save_image
+from .tokenizer import Tokenizer
+from .training import TrainCLIP, TrainDALLE, TrainDVAE, train_clip, train_dalle, train_dvae
+
+CANDIDATES = 16  # drawn for each caption that is judged
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How much of everything; the sizes of the models are the preset "tiny"."""
+
+    pairs: int  # drawn for training
+    captions: int  # judged, on each side of the split
+    dvae: TrainDVAE
+    clip: TrainCLIP
+    dalle: TrainDALLE
+
+
+def recipe(pairs: int, captions: int, dvae_steps: int, clip_steps: int, dalle_steps: int, seed: int = 0) -> Recipe:
+    """The settings of a run on scenes; everything but the lengths was tuned for 2 cores."""
+    dvae = TrainDVAE(
+        steps=dvae_steps, batch_size=16, lr=3e-3, lr_steps=dvae_steps, warmup_steps=100, encoder_lr=0.1, tau=0.5,
+        tau_steps=dvae_steps // 2, beta=2.0, beta_end=2.0, init_codes=True, clip_norm=1.0, ema_decay=0.99,
+        val_every=500, val_samples=256, save_every=1000, seed=seed,
+    )  # fmt: skip
+    clip = TrainCLIP(
+        steps=clip_steps, batch_size=128, lr=1e-3, warmup_steps=100, weight_decay=0.1, clip_norm=1.0, ema_decay=0.99,
+        val_every=500, val_samples=512, save_every=1000, seed=seed,
+    )  # fmt: skip
+    dalle = TrainDALLE(
+        steps=dalle_steps, batch_size=32, lr=1.5e-3, warmup_steps=100, lr_schedule="cosine", caption_dropout=0.1,
+        bpe_dropout=False, clip_norm=1.0, ema_decay=0.9, ema_every=5, val_every=500, val_samples=512, save_every=1000,
+        seed=seed,
+    )  # fmt: skip
+    return Recipe(pairs, captions, dvae, clip, dalle)
+
+
+DEMO = recipe(pairs=20_000, captions=60, dvae_steps=2_500, clip_steps=1_000, dalle_steps=1_500)
+PRETRAINED = recipe(pairs=40_000, captions=200, dvae_steps=4_500, clip_steps=1_500, dalle_steps=4_000)
+
+
+# ---------------------------------------------------------------------------------------------- judging
+
+
+def judge(pipe: TextToImage, scenes: list[Scene], seed: int) -> dict[str, float]:
+    """How often pictures show what their captions say, in shares; one draw of ``CANDIDATES`` for each scene.
+
+    ``single``: a candidate taken at random; ``best``: the one that CLIP likes best; ``any``: at least one of them.
+    ``items`` and ``relation`` split the best one's verdict: the right shapes in the right colours; and, of those
+    that have them, in the right relation.
+    """
+    single, best, any_of_them, items, relations = [], [], [], [], []
+    for i, scene in enumerate(scenes):
+        drawn = pipe(scene.caption, n=CANDIDATES, top=CANDIDATES, seed=seed + i)
+        hits = [verdict(scene, found) for found in detect(drawn.images)]
+        right = [all(hit) for hit in hits]
+        single.append(float(np.mean(right)))
+        best.append(right[0])
+        any_of_them.append(any(right))
+        items.append(hits[0][0])
+        if hits[0][0] and scene.second is not None:
+            relations.append(hits[0][1])
+    shares = {"single": single, "best": best, "any": any_of_them, "items": items, "relation": relations}
+    return {name: round(float(np.mean(values)), 4) if values else 0.0 for name, values in shares.items()}
+
+
+def verdict(scene: Scene, found: list[Found]) -> tuple[bool, bool]:
+    """Whether exactly the right items are there, and whether they stand as the caption says."""
+    wanted = [item for item in (scene.first, scene.second) if item is not None]
+    if sorted(map(str, wanted)) != sorted(str(f.item) for f in found):
+        return False, False
+    if scene.second is None or scene.relation is None:
+        return True, True
+    orders = (found, found[::-1])
+    return True, any(a.item == scene.first and relation_holds(scene.relation, a, b) for a, b in orders)
+
+
+def detector_accuracy(held_out: bool, n: int = 500) -> float:
+    """How often the judge is right about drawn scenes, whose content is known."""
+    corpus = SceneCorpus(n, seed=99, held_out=held_out)
+    pictures = torch.from_numpy(np.stack([pair.image for pair in corpus])).permute(0, 3, 1, 2) / 255
+    return float(np.mean([all(verdict(corpus.scene(i), found)) for i, found in enumerate(detect(pictures))]))
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def draw_losses(out: Path) -> None:
+    """losses.png: training and validation loss of every stage, from the logs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    stages = ("dvae", "clip", "dalle")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
+    for axis, stage in zip(axes, stages, strict=True):
+        lines = [json.loads(line) for line in (out / stage / "log.jsonl").read_text().splitlines()]
+        for name, label in (("loss", "training"), ("val_loss", "held-out data")):
+            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            axis.plot(*zip(*points, strict=True), label=label)
+        axis.set(title=stage, xlabel="update", ylabel="loss (nats)")
+        axis.legend()
+    figure.savefig(out / "losses.png", dpi=90)
+    plt.close(figure)
+
+
+def draw_codes(counts: np.ndarray, path: Path) -> None:
+    """codes.png: how often each code is used, commonest first."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
+    axis.bar(range(len(counts)), np.sort(counts)[::-1] / counts.sum(), width=1.0)
+    axis.set(title=f"{(counts > 0).sum()} of {len(counts)} codes in use", xlabel="code, by use", ylabel="share")
+    axis.set_yscale("log")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------- the run
+
+
+@torch.no_grad()
+def encode_all(dvae: DiscreteVAE, pairs: list[Pair], batch: int = 256) -> list[EncodedPair]:
+    """Every picture as its codes."""
+    encoded: list[EncodedPair] = []
+    for start in range(0, len(pairs), batch):
+        some = pairs[start : start + batch]
+        images = torch.from_numpy(np.stack([pair.image for pair in some])).permute(0, 3, 1, 2) / 255
+        codes = dvae.encode(images).numpy()
+        encoded += [EncodedPair(grid, pair.caption) for grid, pair in zip(codes, some, strict=True)]
+    return encoded
+
+
+def run(out: Path, plan: Recipe = DEMO) -> dict[str, object]:
+    """Train, draw and judge; fill the folder ``out`` and return what metrics.json holds.
+
+    A run that was stopped goes on from its last save when started again on the same folder.
+    """
+    started = time.monotonic()
+    seconds: dict[str, float] = {}
+
+    def lap(stage: str) -> None:
+        seconds[stage] = round(time.monotonic() - started - sum(seconds.values()), 1)
+        print(f"{stage}: {seconds[stage]:.0f} s", flush=True)
+
+    out.mkdir(parents=True, exist_ok=True)
+    cfg = PRESETS["tiny"]
+    val_corpus = SceneCorpus(512, seed=1)
+    pairs, val = list(SceneCorpus(plan.pairs)), list(val_corpus)
+    tokenizer = Tokenizer.train((p.caption for p in pairs), cfg.dalle.text_vocab, cfg.dalle.text_len)
+    tokenizer.save(out / "tokenizer.json")
+    lap("scenes and tokenizer")
+    dvae, _ = train_dvae(pairs, val, cfg.dvae, plan.dvae, out)
+    lap("dvae")
+    codes, val_codes = encode_all(dvae, pairs), encode_all(dvae, val)
+    train_dalle(codes, val_codes, tokenizer, cfg.dalle, plan.dalle, out)
+    lap("dalle")
+    train_clip(pairs, val, tokenizer, cfg.clip, plan.clip, out)
+    lap("clip")
+
+    originals = torch.from_numpy(np.stack([pair.image for pair in val])).permute(0, 3, 1, 2) / 255
+    grids = torch.from_numpy(np.stack([pair.codes for pair in val_codes]))
+    copies = dvae.decode(grids)
+    both = torch.stack([originals[:16], copies[:16]], 1).flatten(0, 1)
+    save_image(contact_sheet(both, ["picture", "through the dVAE"] * 16, columns=8), out / "reconstructions.png")
+    counts = np.bincount(grids.flatten().numpy(), minlength=cfg.dvae.vocab_size)
+    draw_codes(counts, out / "codes.png")
+    draw_losses(out)
+
+    pipe = TextToImage.load(out)
+    rng = np.random.default_rng(0)
+    metrics: dict[str, object] = {
+        "codes_used": int((counts > 0).sum()),
+        "codes": cfg.dvae.vocab_size,
+        "code_perplexity": round(float(np.exp(-sum(p * np.log(p) for p in counts / counts.sum() if p > 0))), 2),
+        "reconstruction_mse": round((copies - originals).square().mean().item(), 5),
+        "reconstruction_read_right": round(
+            float(np.mean([all(verdict(val_corpus.scene(i), found)) for i, found in enumerate(detect(copies))])), 4
+        ),
+    }
+    for side, held_out in (("seen", False), ("held_out", True)):
+        scenes = all_scenes(held_out)
+        chosen = [scenes[i] for i in rng.choice(len(scenes), min(plan.captions, len(scenes)), replace=False)]
+        metrics[side] = {"captions": len(chosen), **judge(pipe, chosen, seed=1000)}
+        metrics[f"detector_right_on_drawn_{side}"] = detector_accuracy(held_out)
+    _draw_sheet(pipe, out / "sheet.png")
+    lap("pictures and verdicts")
+    metrics["seconds"] = seconds
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    return metrics
+
+
+def _draw_sheet(pipe: TextToImage, path: Path) -> None:
+    """sheet.png: the best four of sixteen for captions of both sides of the split."""
+    rng = np.random.default_rng(1)
+    images, labels = [], []
+    for held_out in (False, True):
+        scenes = [scene for scene in all_scenes(held_out) if scene.second is not None]
+        for i in rng.choice(len(scenes), 4, replace=False):
+            result = pipe(scenes[i].caption, n=CANDIDATES, top=4, seed=0)
+            images.append(result.images)
+            side = "held out" if held_out else "seen"
+            labels += [f"{result.caption} ({side})\n{score:.1f}" for score in result.scores.tolist()]
+    save_image(contact_sheet(torch.cat(images), labels, columns=4), path)
+
+
+def make_pretrained(out: Path) -> dict[str, object]:
+    """Train the model that ships, and write it to the package in half precision."""
+    metrics = run(out, PRETRAINED)
+    target = BUILT_IN / "tiny"
+    for kind in ("dvae", "dalle", "clip"):
+        save_model(load_model(out / f"{kind}.safetensors"), target / f"{kind}.safetensors", half=True)
+    Tokenizer.load(out / "tokenizer.json").save(target / "tokenizer.json")
+    (target / "metrics.json").write_text((out / "metrics.json").read_text())
+    return metrics
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--pretrained"]:
+        sys.exit("usage: python -m dalle_fast.demo --pretrained")
+    print(json.dumps(make_pretrained(Path("runs/pretrained")), indent=2))
