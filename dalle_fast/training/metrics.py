@@ -55,18 +55,24 @@ class Log:
     """
 
     def __init__(self, path: Path, step: int, tensorboard: bool = False) -> None:
+        self._writer: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError(
+                    "tensorboard: expected the package, got none; try: pip install tensorboard"
+                ) from error
+            self._writer = SummaryWriter(path.parent / "tensorboard", purge_step=step + 1)
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and step else []
         kept = [line for line in lines if _step_of(line) <= step]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
-        self._writer: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(path.parent / "tensorboard", purge_step=step + 1)
 
     def write(self, step: int, record: dict[str, float]) -> None:
-        """Append a record; what is not finite becomes null, for JSON has no word for it."""
+        """Append a record, unless it is empty; what is not finite becomes null, for JSON has no word for it."""
+        if not record:
+            return
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()

@@ -188,21 +188,33 @@ def _tokens(tokenizer: Tokenizer, caption: str, seed: int | None = None) -> torc
 
 
 def _captioned_sample(
-    pair: Any, rng: np.random.Generator, size: int, tokenizer: Tokenizer, bpe_dropout: bool, caption_dropout: float
+    pair: Any,
+    rng: np.random.Generator,
+    size: int | None,
+    tokenizer: Tokenizer,
+    bpe_dropout: bool,
+    caption_dropout: float,
 ) -> Sample:
     """An image, or its codes, and the tokens of its caption as training sees them."""
     caption = "" if caption_dropout and rng.random() < caption_dropout else pair.caption
     tokens = _tokens(tokenizer, caption, int(rng.integers(MAX_SEED)) if bpe_dropout else None)
-    if isinstance(pair, Pair):
-        return {"image": augment_dalle(pair.image, size, rng), "text": tokens}
-    return {"codes": pair.codes, "text": tokens}
+    if not isinstance(pair, Pair):
+        return {"codes": pair.codes, "text": tokens}
+    return {"image": augment_dalle(pair.image, _known(size), rng), "text": tokens}
 
 
-def _captioned_val_sample(pair: Any, size: int, tokenizer: Tokenizer) -> Sample:
+def _captioned_val_sample(pair: Any, size: int | None, tokenizer: Tokenizer) -> Sample:
     tokens = _tokens(tokenizer, pair.caption)
-    if isinstance(pair, Pair):
-        return {"image": center_crop_resize(pair.image, size), "text": tokens}
-    return {"codes": pair.codes, "text": tokens}
+    if not isinstance(pair, Pair):
+        return {"codes": pair.codes, "text": tokens}
+    return {"image": center_crop_resize(pair.image, _known(size)), "text": tokens}
+
+
+def _known(size: int | None) -> int:
+    """The size that the dVAE wants its images in."""
+    if size is None:
+        raise ValueError("dvae: expected one to encode the images, got none")
+    return size
 
 
 def _check_tokenizer(tokenizer: Tokenizer, model_cfg: CLIPConfig | DALLEConfig) -> None:
@@ -257,7 +269,7 @@ class DALLETask(CorpusTask):
         if dvae is not None and (*grid, model_cfg.image_vocab) != (dvae.cfg.grid, dvae.cfg.grid, dvae.cfg.vocab_size):
             expected = f"a grid {dvae.cfg.grid} x {dvae.cfg.grid} of {dvae.cfg.vocab_size} codes, as the dvae's"
             raise ValueError(f"dalle: expected {expected}, got {grid[0]} x {grid[1]} of {model_cfg.image_vocab}")
-        size = dvae.cfg.image_size if dvae is not None else 0
+        size = dvae.cfg.image_size if dvae is not None else None
         sample = partial(
             _captioned_sample,
             size=size,
@@ -276,8 +288,7 @@ class DALLETask(CorpusTask):
     def _codes(self, batch: Batch) -> torch.Tensor:
         if "codes" in batch:
             return batch["codes"]
-        if self._dvae is None:
-            raise ValueError("dvae: expected one to encode the images, got none")
+        assert self._dvae is not None  # or there would be no image: see _known
         return self._dvae.encode(batch["image"].contiguous(memory_format=torch.channels_last))
 
     def loss(self, model: DALLE, batch: Batch, step: int) -> tuple[torch.Tensor, Metrics]:

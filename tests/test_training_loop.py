@@ -1,0 +1,365 @@
+"""The loop: a run that stops, by whatever death, goes on bit by bit as if it had not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from training_helpers import KINDS, checkpoint, same, settings, task
+
+from dalle_fast.models import load_model
+from dalle_fast.training import TrainingStopped, fit
+from dalle_fast.training import loop as training_loop
+from dalle_fast.training.loop import new_state, parameter_groups, update_average
+from dalle_fast.training.metrics import Log, perplexity
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models are so small that a second thread only slows them down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def records(out: Path, kind: str) -> list[dict]:
+    return [json.loads(line) for line in (out / kind / "log.jsonl").read_text().splitlines()]
+
+
+def timeless(out: Path, kind: str) -> list[dict]:
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records(out, kind)]
+
+
+def state_of(out: Path, kind: str) -> dict:
+    return {name: value for name, value in checkpoint(out, kind).items() if name != "seconds"}
+
+
+# ---------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_equals_uninterrupted_bitwise(kind, tmp_path):
+    config = settings(kind)
+    _, expected = fit(task(kind, config), config, tmp_path / "whole")
+    # Ten samples in batches of four: step 4 is in the middle of an epoch.
+    if kind == "clip":  # its cosine ends with the run, so the shorter run is one that was stopped
+        stop_after(4, task(kind, config), config, tmp_path / "parts")
+    else:
+        fit(task(kind, replace(config, steps=4)), replace(config, steps=4), tmp_path / "parts")
+    torch.rand(5)  # whatever happens in between
+    model, metrics = fit(task(kind, config), config, tmp_path / "parts")
+    assert same(state_of(tmp_path / "parts", kind), state_of(tmp_path / "whole", kind))
+    assert {k: v for k, v in metrics.items() if k.startswith("val_")} == {
+        k: v for k, v in expected.items() if k.startswith("val_")
+    }
+    exported = load_model(tmp_path / "whole" / f"{kind}.safetensors")
+    assert same(dict(exported.state_dict()), dict(model.state_dict()))
+
+
+def stop_after(step: int, stopped_task, config, out: Path, signum: int = signal.SIGINT) -> TrainingStopped:
+    """Train and send a signal during an update."""
+    loss = stopped_task.loss
+
+    def loss_and_signal(model, batch, at):
+        if at == step - 1:
+            os.kill(os.getpid(), signum)
+        return loss(model, batch, at)
+
+    stopped_task.loss = loss_and_signal
+    with pytest.raises(TrainingStopped) as stopped:
+        fit(stopped_task, config, out)
+    return stopped.value
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_saves(signum, tmp_path):
+    config = settings("dvae")
+    handler = signal.getsignal(signum)
+    stopped = stop_after(4, task("dvae", config), config, tmp_path, signum)
+    assert (stopped.signum, stopped.step) == (signum, 4)
+    assert checkpoint(tmp_path, "dvae")["step"] == 4
+    assert load_model(tmp_path / "dvae.safetensors", "dvae")
+    assert signal.getsignal(signum) is handler
+    fit(task("dvae", config), config, tmp_path)
+    assert checkpoint(tmp_path, "dvae")["step"] == 7
+
+
+def test_a_killed_run_loses_only_the_steps_since_its_last_save(tmp_path):
+    tests = Path(__file__).parent
+    code = (
+        "import sys; from training_helpers import *; from dalle_fast.training import fit\n"
+        "torch.set_num_threads(1)\n"
+        "config = settings('dalle', steps=10**6, save_every=5, log_every=1, val_every=10**6)\n"
+        "fit(task('dalle', config), config, sys.argv[1])"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "killed")], env=environment)
+    try:
+        deadline = time.monotonic() + 60
+        log = tmp_path / "killed" / "dalle" / "log.jsonl"
+        while not (log.exists() and log.read_bytes().count(b"\n") > 12):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    saved = checkpoint(tmp_path / "killed", "dalle")["step"]
+    done = records_of_torn_log(log)
+    assert saved % 5 == 0
+    assert 0 <= done - saved <= 5
+
+    steps = saved + 4
+    config = settings("dalle", steps=steps, save_every=10**6, log_every=1, val_every=10**6)
+    fit(task("dalle", config), config, tmp_path / "killed")
+    fit(task("dalle", config), config, tmp_path / "whole")
+    assert same(state_of(tmp_path / "killed", "dalle"), state_of(tmp_path / "whole", "dalle"))
+    assert [r["step"] for r in records(tmp_path / "killed", "dalle") if "loss" in r] == list(range(1, steps + 1))
+
+
+def records_of_torn_log(log: Path) -> int:
+    """The last step in a log whose last line may be incomplete."""
+    return json.loads(log.read_text().rpartition("\n")[0].splitlines()[-1])["step"]
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    config = settings("clip")
+    model, metrics = fit(task("clip", config), config, tmp_path)
+    log = (tmp_path / "clip" / "log.jsonl").read_text()
+    again, metrics_again = fit(task("clip", config), config, tmp_path)
+    assert same(dict(model.state_dict()), dict(again.state_dict()))
+    assert metrics_again.items() <= metrics.items()
+    assert (tmp_path / "clip" / "log.jsonl").read_text() == log
+
+
+def test_without_resume_training_starts_anew(tmp_path):
+    config = settings("dvae")
+    fit(task("dvae", config), config, tmp_path)
+    first = state_of(tmp_path, "dvae")
+    fit(task("dvae", config), config, tmp_path, resume=False)
+    assert same(state_of(tmp_path, "dvae"), first)
+    assert [r["step"] for r in records(tmp_path, "dvae") if "loss" in r] == [2, 4, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [("dvae", {"seed": 4}, "seed=4"), ("dvae", {"batch_size": 5}, "batch_size=5"), ("clip", {}, "kind=clip")],
+)
+def test_a_checkpoint_of_another_run_is_refused(kind, changes, message, tmp_path):
+    config = settings("dvae", steps=1)
+    fit(task("dvae", config), config, tmp_path)
+    (tmp_path / "clip").symlink_to(tmp_path / "dvae")
+    before = (tmp_path / "dvae" / "checkpoint.pt").read_bytes()
+    other = settings(kind, **changes)
+    with pytest.raises(ValueError, match=message):
+        fit(task(kind, other), other, tmp_path)
+    assert (tmp_path / "dvae" / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    (tmp_path / "dvae").mkdir()
+    (tmp_path / "dvae" / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    config = settings("dvae")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt"):
+        fit(task("dvae", config), config, tmp_path)
+
+
+def test_a_save_that_fails_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    config = settings("dvae", steps=2)
+    fit(task("dvae", config), config, tmp_path)
+    before = (tmp_path / "dvae" / "checkpoint.pt").read_bytes()
+
+    def full_disk(content, file):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    longer = settings("dvae", steps=4)
+    with pytest.raises(OSError, match="no space"):
+        fit(task("dvae", longer), longer, tmp_path)
+    assert (tmp_path / "dvae" / "checkpoint.pt").read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------------- updates
+
+
+def test_an_update_without_a_finite_gradient_changes_nothing(tmp_path):
+    config = settings("dvae", steps=4, log_every=1)
+    broken = task("dvae", config)
+    loss, seen = broken.loss, []
+
+    def sometimes_infinite(model, batch, step):
+        seen.append([p.detach().clone() for p in model.parameters()])
+        value, metrics = loss(model, batch, step)
+        return value * (float("nan") if step == 1 else 1.0), metrics
+
+    broken.loss = sometimes_infinite
+    fit(broken, config, tmp_path)
+    assert not same(seen[0], seen[1])
+    assert same(seen[1], seen[2])
+    assert not same(seen[2], seen[3])
+    lines = [record for record in records(tmp_path, "dvae") if "skipped_updates" in record]
+    assert [record["skipped_updates"] for record in lines] == [0, 1, 1, 1]
+    assert ["loss" in record for record in lines] == [True, False, True, True]
+    assert checkpoint(tmp_path, "dvae")["skipped_updates"] == 1
+
+
+def test_training_that_has_diverged_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_loop, "MAX_SKIPPED_IN_A_ROW", 3)
+    config = settings("dvae", steps=9)
+    broken = task("dvae", config)
+    loss = broken.loss
+    broken.loss = lambda model, batch, step: (loss(model, batch, step)[0] * float("inf"), {})
+    with pytest.raises(RuntimeError, match="none in 3 updates"):
+        fit(broken, config, tmp_path)
+
+
+def test_the_gradient_is_clipped(tmp_path):
+    config = settings("clip", steps=1, clip_norm=1e-3, weight_decay=0.0)
+    one = task("clip", config)
+    state = new_state(one.model, config)
+    batch = next(one.batches(0))
+    seen = []
+    state.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: seen.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+    )
+    finite, metrics = training_loop.update(state, one, batch, 1e-3, config)
+    assert finite
+    assert metrics["grad_norm"] > 1e-2  # the log shows it as it was
+    assert torch.nn.utils.get_total_norm(seen[0]).item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_average_follows_the_parameters():
+    average, parameter = [torch.zeros(3)], [torch.ones(3)]
+    update_average(average, parameter, decay=0.99, count=1)  # early: 1/10 of the old value stays
+    torch.testing.assert_close(average[0], torch.full((3,), 0.9))
+    average = [torch.zeros(3)]
+    update_average(average, parameter, decay=0.99, count=10**6)
+    torch.testing.assert_close(average[0], torch.full((3,), 0.01))
+
+
+def test_the_average_moves_every_few_updates_and_is_what_is_exported(tmp_path):
+    config = settings("dvae", steps=3, ema_every=2)
+    model, _ = fit(task("dvae", config), config, tmp_path)
+    content = checkpoint(tmp_path, "dvae")
+    assert same(dict(content["average"]), dict(model.state_dict()))
+    assert not same(dict(content["average"]), dict(content["model"]))
+    never = settings("dvae", steps=3, ema_every=4)
+    start = task("dvae", never).model.state_dict()
+    model, _ = fit(task("dvae", never), never, tmp_path / "never")
+    assert same(dict(model.state_dict()), dict(start))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gains_biases_and_embeddings_do_not_decay(kind):
+    config = settings(kind, weight_decay=0.3)
+    model = task(kind, config).model
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decays = {names[id(p)]: g["weight_decay"] > 0 for g in parameter_groups(model, config) for p in g["params"]}
+    assert decays.keys() == set(names.values())
+    for name, decay in decays.items():
+        exempt = name.endswith(("bias", ".b")) or "embedding" in name or "position" in name
+        assert decay == (not exempt and model.get_parameter(name).ndim > 1), name
+    assert any(decays.values())
+    if kind == "dvae":
+        shares = {names[id(p)]: g["lr_share"] for g in parameter_groups(model, config) for p in g["params"]}
+        assert {name.split(".")[0]: share for name, share in shares.items()} == {"encoder": 0.5, "decoder": 1.0}
+
+
+def test_the_step_size_follows_the_schedule_and_the_plateau(tmp_path):
+    config = settings("dalle", steps=8, log_every=1, lr=1e-30, warmup_steps=2)  # nothing is learnt: a plateau
+    fit(task("dalle", config), config, tmp_path)
+    rates = [record["lr"] for record in records(tmp_path, "dalle") if "lr" in record]
+    assert rates[:2] == [0.5e-30, 1e-30]
+    halvings = checkpoint(tmp_path, "dalle")["plateau"]["halvings"]
+    assert halvings >= 1
+    assert min(rates) >= 1e-30 * 0.5**halvings
+    assert rates == sorted(rates[:2]) + sorted(rates[2:], reverse=True)
+
+
+# ---------------------------------------------------------------------------------------------- log
+
+
+def test_the_log_has_what_a_newcomer_looks_for(tmp_path):
+    config = settings("dvae")
+    _, metrics = fit(task("dvae", config), config, tmp_path)
+    lines = records(tmp_path, "dvae")
+    assert [r["step"] for r in lines if "loss" in r] == [2, 4, 6, 7]
+    assert [r["step"] for r in lines if "val_loss" in r] == [3, 6, 7]
+    training, validation = lines[-2], lines[-1]
+    assert {
+        "loss",
+        "nll",
+        "kl",
+        "mse",
+        "grad_norm",
+        "lr",
+        "codes_used",
+        "code_perplexity",
+        "seconds",
+    } <= training.keys()
+    assert {"val_loss", "val_nll", "val_mse", "val_codes_used", "val_code_perplexity"} <= validation.keys()
+    assert 1 <= training["code_perplexity"] <= training["codes_used"] <= 16
+    assert metrics == {k: v for r in (training, validation) for k, v in r.items() if k != "step"}
+    assert (tmp_path / "dvae" / "skipped.jsonl").exists()
+
+
+def test_a_resumed_log_drops_what_will_be_written_again(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 3, "loss": 1}\n{"step": 4, "lo')
+    with Log(path, step=2) as log:
+        log.write(3, {"loss": float("nan"), "lr": 0.5})
+        log.write(3, {})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 3}, {"step": 2, "loss": 2}, {"step": 3, "loss": None, "lr": 0.5},
+    ]  # fmt: skip
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def close(self):
+            written.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    with Log(tmp_path / "log.jsonl", step=4, tensorboard=True) as log:
+        log.write(5, {"loss": 0.5})
+    assert written == [(tmp_path / "tensorboard", 5), ("loss", 0.5, 5), "closed"]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="pip install tensorboard"):
+        Log(tmp_path / "log.jsonl", step=4, tensorboard=True)
+
+
+def test_perplexity_counts_the_codes_that_matter():
+    assert perplexity(torch.tensor([5, 0, 0, 0])) == pytest.approx(1.0)
+    assert perplexity(torch.tensor([5, 5, 5, 5])) == pytest.approx(4.0)
+    assert 1.0 < perplexity(torch.tensor([9, 1, 0, 0])) < 2.0
+
+
+def test_the_random_start_is_the_seeds_alone():
+    torch.manual_seed(1)
+    first = task("clip", settings("clip")).model
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), drawn)  # the caller's generator is untouched
+    second = task("clip", settings("clip")).model
+    assert isinstance(first, nn.Module)
+    assert same(dict(first.state_dict()), dict(second.state_dict()))
+    other = task("clip", settings("clip", seed=9)).model
+    assert not same(dict(first.state_dict()), dict(other.state_dict()))

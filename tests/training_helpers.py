@@ -1,0 +1,71 @@
+"""Models and data small enough to train a few steps of in a test."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dalle_fast.config import CLIPConfig, DALLEConfig, DVAEConfig
+from dalle_fast.data.encoded import EncodedPair
+from dalle_fast.data.pairs import Pair
+from dalle_fast.tokenizer import Tokenizer
+from dalle_fast.training import TrainCLIP, TrainDALLE, TrainDVAE
+from dalle_fast.training.tasks import CLIPTask, DALLETask, DVAETask
+
+DVAE = DVAEConfig(image_size=8, vocab_size=16, n_hid=8, n_init=8, groups=(1, 2), n_blk_per_group=1)
+DALLE = DALLEConfig(
+    text_vocab=270, text_len=6, image_vocab=16, height=4, width=4, d_model=16, n_layer=2, head_dim=8, kernel=3
+)
+CLIP = CLIPConfig(
+    image_size=8, patch_size=4, vision_width=16, vision_layers=1,
+    text_vocab=270, text_len=6, text_width=16, text_layers=1, head_dim=8, embed_dim=8,
+)  # fmt: skip
+KINDS = ("dvae", "clip", "dalle")
+
+
+def pairs(n: int = 10, seed: int = 0) -> list[Pair]:
+    rng = np.random.default_rng(seed)
+    return [Pair(rng.integers(0, 256, (9, 8, 3), dtype=np.uint8), f"picture {i}") for i in range(n)]
+
+
+def codes(n: int = 10, seed: int = 0) -> list[EncodedPair]:
+    rng = np.random.default_rng(seed)
+    return [EncodedPair(rng.integers(0, 16, (4, 4)), f"picture {i}") for i in range(n)]
+
+
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([f"picture {i}" for i in range(10)], vocab_size=270, text_len=6)
+
+
+def settings(kind: str, **changes):
+    """Training settings in which everything happens within a few steps."""
+    values = {"steps": 7, "batch_size": 4, "lr": 1e-2, "seed": 3, "log_every": 2, "val_every": 3, "save_every": 100}
+    values |= {"val_samples": 6, "warmup_steps": 2, "clip_norm": 1.0, "ema_every": 2}
+    if kind == "dvae":
+        values |= {"lr_steps": 7, "tau_steps": 5, "beta_steps": 3, "init_codes": True, "encoder_lr": 0.5}
+    if kind == "dalle":
+        values |= {"plateau_window": 1, "plateau_patience": 1, "caption_dropout": 0.3}
+    return {"dvae": TrainDVAE, "clip": TrainCLIP, "dalle": TrainDALLE}[kind](**(values | changes))
+
+
+def task(kind: str, config):
+    if kind == "dvae":
+        return DVAETask(pairs(), pairs(6, seed=1), DVAE, config)
+    if kind == "clip":
+        return CLIPTask(pairs(), pairs(6, seed=1), tokenizer(), CLIP, config)
+    return DALLETask(codes(), codes(6, seed=1), tokenizer(), DALLE, config, None)
+
+
+def checkpoint(out: Path, kind: str) -> dict:
+    return torch.load(out / kind / "checkpoint.pt", weights_only=True)
+
+
+def same(a: object, b: object) -> bool:
+    """Bitwise equality of nested checkpoints."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
