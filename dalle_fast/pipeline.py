@@ -17,6 +17,17 @@ BUILT_IN = Path(__file__).parent / "pretrained"  # one folder for each model tha
 BATCH = 64  # candidates drawn together
 
 
+def find_system(folder_or_name: str | Path) -> Path:
+    """The folder of a system that training wrote, or of a built-in one by its name; FileNotFoundError for neither."""
+    folder = Path(folder_or_name)
+    if not folder.is_dir() and len(folder.parts) == 1:
+        folder = BUILT_IN / folder_or_name
+    if not folder.is_dir():
+        names = ", ".join(sorted(p.name for p in BUILT_IN.glob("*/"))) or "none"
+        raise FileNotFoundError(f"model: expected a folder or a built-in name ({names}), got {folder_or_name}")
+    return folder
+
+
 @dataclass(frozen=True)
 class Result:
     """The best pictures for one caption, best first."""
@@ -47,12 +58,7 @@ class TextToImage:
             FileNotFoundError: no such folder or name, or a part of it is missing.
             ValueError: the parts do not belong together.
         """
-        folder = Path(folder_or_name)
-        if not folder.is_dir() and len(folder.parts) == 1:
-            folder = BUILT_IN / folder_or_name
-        if not folder.is_dir():
-            names = ", ".join(sorted(p.name for p in BUILT_IN.glob("*/"))) or "none"
-            raise FileNotFoundError(f"model: expected a folder or a built-in name ({names}), got {folder_or_name}")
+        folder = find_system(folder_or_name)
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
         dvae, dalle, clip = (load_model(folder / f"{kind}.safetensors", kind) for kind in ("dvae", "dalle", "clip"))
         for name, size in (("text_vocab", tokenizer.vocab_size), ("text_len", tokenizer.text_len)):

@@ -16,7 +16,7 @@ from torch import nn
 from training_helpers import KINDS, checkpoint, same, settings, task
 
 from dalle_fast.models import load_model
-from dalle_fast.training import TrainingStopped, fit
+from dalle_fast.training import TrainingDiverged, TrainingStopped, fit
 from dalle_fast.training import loop as training_loop
 from dalle_fast.training.loop import new_state, parameter_groups, update_average
 from dalle_fast.training.metrics import Log, perplexity
@@ -219,7 +219,7 @@ def test_training_that_has_diverged_ends(tmp_path, monkeypatch):
     broken = task("dvae", config)
     loss = broken.loss
     broken.loss = lambda model, batch, step: (loss(model, batch, step)[0] * float("inf"), {})
-    with pytest.raises(RuntimeError, match="none in 3 updates"):
+    with pytest.raises(TrainingDiverged, match="none in 3 updates"):
         fit(broken, config, tmp_path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -50,6 +50,9 @@ class Pairs(Protocol):
 
     def __getitem__(self, index: int) -> Pair: ...
 
+    def captions(self) -> Iterator[str]:
+        """All captions in order, without reading an image."""
+
 
 class IndexedPairs:
     """Pairs whose images are stretches of bytes in files.
@@ -79,9 +82,8 @@ class IndexedPairs:
     def __getitem__(self, index: int) -> Pair:
         if not 0 <= index < len(self):
             raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
-        begin = self._records[4 * index - 1] if index else 0
-        number, offset, size, end = self._records[4 * index : 4 * index + 4]
-        raw_name, caption = self._text[begin:end].split(b"\0", 1)
+        number, offset, size, _ = self._records[4 * index : 4 * index + 4]
+        raw_name, caption = self._name_and_caption(index)
         name = raw_name.decode(errors="surrogateescape")
         try:
             with open(self._paths[number], "rb") as file:
@@ -90,6 +92,13 @@ class IndexedPairs:
             return Pair(decode_image(content), caption.decode())
         except Exception as error:  # on damaged bytes Pillow's decoders raise nearly anything
             raise BrokenSample(name, f"{type(error).__name__}: {error}") from error
+
+    def captions(self) -> Iterator[str]:
+        return (self._name_and_caption(index)[1].decode() for index in range(len(self)))
+
+    def _name_and_caption(self, index: int) -> list[bytearray]:
+        begin = self._records[4 * index - 1] if index else 0
+        return self._text[begin : self._records[4 * index + 3]].split(b"\0", 1)
 
 
 def open_pairs(source: str | Path) -> Pairs:

@@ -168,5 +168,9 @@ class SceneCorpus:
         scene = self.scene(index)
         return Pair(draw(scene, self.size, np.random.default_rng((self.seed, index, 1))), scene.caption)
 
+    def captions(self) -> Iterator[str]:
+        """All captions in order; nothing is drawn."""
+        return (self.scene(i).caption for i in range(self.n))
+
     def __iter__(self) -> Iterator[Pair]:
         return (self[i] for i in range(self.n))

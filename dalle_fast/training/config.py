@@ -141,3 +141,34 @@ class TrainDALLE(TrainConfig):
 
     def plateau(self) -> Plateau | None:
         return Plateau(self.plateau_window, self.plateau_patience) if self.lr_schedule == "plateau" else None
+
+
+@dataclass(frozen=True)
+class TrainPreset:
+    """How to train the parts of a system; the defaults are the papers'."""
+
+    dvae: TrainDVAE = TrainDVAE()
+    clip: TrainCLIP = TrainCLIP()
+    dalle: TrainDALLE = TrainDALLE()
+
+
+# By the same names as the models' sizes in dalle_fast.config. "tiny" is for minutes on two cores.
+TRAIN_PRESETS: dict[str, TrainPreset] = {
+    "tiny": TrainPreset(
+        TrainDVAE(
+            steps=2_500, batch_size=16, lr=3e-3, lr_steps=2_500, warmup_steps=100, encoder_lr=0.1, tau=0.5,
+            tau_steps=1_250, beta=2.0, beta_end=2.0, init_codes=True, clip_norm=1.0, ema_decay=0.99,
+            val_every=500, val_samples=256, save_every=500,
+        ),
+        TrainCLIP(
+            steps=1_000, batch_size=128, lr=1e-3, warmup_steps=100, weight_decay=0.1, clip_norm=1.0, ema_decay=0.99,
+            val_every=500, val_samples=512, save_every=500,
+        ),
+        TrainDALLE(
+            steps=1_500, batch_size=32, lr=1.5e-3, warmup_steps=100, lr_schedule="cosine", caption_dropout=0.1,
+            bpe_dropout=False, clip_norm=1.0, ema_decay=0.9, ema_every=5, val_every=500, val_samples=512,
+            save_every=500,
+        ),
+    ),
+    **{name: TrainPreset() for name in ("1.2B", "2.8B", "5.6B", "12B")},
+}  # fmt: skip

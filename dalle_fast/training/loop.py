@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import signal
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from ..models import save_model
 from .checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from .config import TrainConfig
+from .errors import TrainingDiverged, TrainingStopped
 from .memory import keep_freed_memory
 from .metrics import Log, Meter, Metrics
 from .schedules import Plateau
@@ -52,15 +52,6 @@ class Task(Protocol[Model]):
 
     def report_skipped(self, path: Path) -> None:
         """Write which samples were left out, and why."""
-
-
-class TrainingStopped(Exception):
-    """Ctrl-C or a request to end: the run has saved its state and goes on from there next time."""
-
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name} and saved at step {step}")
-        self.signum = signum
-        self.step = step
 
 
 @dataclass
@@ -118,7 +109,7 @@ def fit(task: Task[Model], config: TrainConfig, out: str | Path, resume: bool = 
     Raises:
         TrainingStopped: on SIGINT or SIGTERM, after saving.
         ValueError: the checkpoint belongs to another model, seed or batch size.
-        RuntimeError: the loss is not finite any more.
+        TrainingDiverged: the loss is not finite any more.
     """
     out, device = Path(out), torch.device(config.device)
     folder = out / task.kind
@@ -156,7 +147,7 @@ def fit(task: Task[Model], config: TrainConfig, out: str | Path, resume: bool = 
                 state.skipped_updates += 1
                 skipped_in_a_row += 1
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                raise RuntimeError(f"training: expected a finite gradient, got none in {skipped_in_a_row} updates")
+                raise TrainingDiverged(f"gradient: expected a finite one, got none in {skipped_in_a_row} updates")
 
             last = state.step == config.steps
             bar.update()
