@@ -99,7 +99,7 @@ PRESETS: dict[str, Config] = {
             image_size=32, vocab_size=128, n_hid=32, n_init=32, groups=(1, 2, 4), n_blk_per_group=1, gain=1.0
         ),
         dalle=DALLEConfig(
-            text_vocab=512, text_len=16, image_vocab=128, height=8, width=8, d_model=192, n_layer=6, head_dim=32
+            text_vocab=512, text_len=16, image_vocab=128, height=8, width=8, d_model=192, n_layer=4, head_dim=32
         ),
         clip=CLIPConfig(
             image_size=32, patch_size=8, vision_width=128, vision_layers=4,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .config import PRESETS
-from .data.detector import Found, detect, relation_holds
+from .data.detector import detect, verdict
 from .data.encoded import EncodedPair
 from .data.pairs import Pair
 from .data.scenes import Scene, SceneCorpus, all_scenes
@@ -43,7 +43,7 @@ def recipe(pairs: int, captions: int, dvae_steps: int, clip_steps: int, dalle_st
     """The settings of a run on scenes; everything but the lengths was tuned for 2 cores."""
     dvae = TrainDVAE(
         steps=dvae_steps, batch_size=16, lr=3e-3, lr_steps=dvae_steps, warmup_steps=100, encoder_lr=0.1, tau=0.5,
-        tau_steps=dvae_steps // 2, beta=2.0, beta_end=2.0, init_codes=True, clip_norm=1.0, ema_decay=0.99,
+        tau_steps=dvae_steps // 2, beta=1.0, beta_end=1.0, init_codes=True, clip_norm=1.0, ema_decay=0.99,
         val_every=500, val_samples=256, save_every=1000, seed=seed,
     )  # fmt: skip
     clip = TrainCLIP(
@@ -59,7 +59,7 @@ def recipe(pairs: int, captions: int, dvae_steps: int, clip_steps: int, dalle_st
 
 
 DEMO = recipe(pairs=20_000, captions=60, dvae_steps=2_500, clip_steps=1_000, dalle_steps=1_500)
-PRETRAINED = recipe(pairs=40_000, captions=200, dvae_steps=4_500, clip_steps=1_500, dalle_steps=4_000)
+PRETRAINED = recipe(pairs=40_000, captions=200, dvae_steps=4_000, clip_steps=1_500, dalle_steps=4_000)
 
 
 # ---------------------------------------------------------------------------------------------- judging
@@ -85,17 +85,6 @@ def judge(pipe: TextToImage, scenes: list[Scene], seed: int) -> dict[str, float]
             relations.append(hits[0][1])
     shares = {"single": single, "best": best, "any": any_of_them, "items": items, "relation": relations}
     return {name: round(float(np.mean(values)), 4) if values else 0.0 for name, values in shares.items()}
-
-
-def verdict(scene: Scene, found: list[Found]) -> tuple[bool, bool]:
-    """Whether exactly the right items are there, and whether they stand as the caption says."""
-    wanted = [item for item in (scene.first, scene.second) if item is not None]
-    if sorted(map(str, wanted)) != sorted(str(f.item) for f in found):
-        return False, False
-    if scene.second is None or scene.relation is None:
-        return True, True
-    orders = (found, found[::-1])
-    return True, any(a.item == scene.first and relation_holds(scene.relation, a, b) for a, b in orders)
 
 
 def detector_accuracy(held_out: bool, n: int = 500) -> float:

@@ -80,7 +80,9 @@ def test_loss_equals_cross_entropy_when_captions_differ():
     model, (images, text) = small_model(), batch()
     logits = model.logits(images, text)
     target = torch.arange(4)
-    expected = (torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)) / 2
+    expected = (
+        torch.nn.functional.cross_entropy(logits, target) + torch.nn.functional.cross_entropy(logits.T, target)
+    ) / 2
     torch.testing.assert_close(model.loss(images, text)[0], expected)
 
 

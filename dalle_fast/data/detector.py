@@ -84,13 +84,12 @@ def relation_holds(relation: str, first: Found, second: Found) -> bool:
     return relation == ("left of" if dx > 0 else "right of")
 
 
-def matches(scene: Scene, found: list[Found]) -> bool:
-    """Whether a picture shows exactly the scene: its items and nothing else, in the right relation."""
+def verdict(scene: Scene, found: list[Found]) -> tuple[bool, bool]:
+    """Whether a picture shows exactly the items of a scene and nothing else, and in the right relation."""
+    wanted = [item for item in (scene.first, scene.second) if item is not None]
+    if sorted(map(str, wanted)) != sorted(str(f.item) for f in found):
+        return False, False
     if scene.second is None or scene.relation is None:
-        return [f.item for f in found] == [scene.first]
-    if len(found) != 2:
-        return False
+        return True, True
     orders = (found, found[::-1])
-    return any(
-        a.item == scene.first and b.item == scene.second and relation_holds(scene.relation, a, b) for a, b in orders
-    )
+    return True, any(a.item == scene.first and relation_holds(scene.relation, a, b) for a, b in orders)

@@ -1,7 +1,7 @@
 """CLIP: how well a picture fits a caption (arXiv 2103.00020), to rerank samples (section 2.6).
 
 Two transformer towers into one space, trained contrastively. Parameter names are those of openai/CLIP:
-``visual.conv1``, ``visual.class_embedding``, ``transformer.resblocks.0.attn.in_proj_weight``, ``text_projection``, ``logit_scale``, ...
+``visual.conv1``, ``transformer.resblocks.0.attn.in_proj_weight``, ``text_projection``, ``logit_scale``, ...
 Text comes from this project's tokenizer, so a caption ends at its first padding token, and that is where it is read.
 """
 
