@@ -349,8 +349,23 @@ def _print_metrics(path: Path, metrics: dict[str, float]) -> None:
 # ---------------------------------------------------------------------------------------------- main
 
 
-def _commands(commands: dict[str, Any]) -> Any:
-    """One type for tyro: the union of these subcommands."""
+def _parse(args: Sequence[str]) -> None:
+    """Find the command that the arguments name, and run it."""
+    top = {"demo": demo, "generate": generate, "reconstruct": reconstruct, "encode": encode, "data": data, "info": info}
+    training = training_commands(_preset(args))
+    every = top | {f"train {name}": function for name, function in training.items()}
+    for words in (1, 2):
+        name = " ".join(args[:words])
+        if name in every:
+            tyro.cli(every[name], prog=f"dalle-fast {name}", args=args[words:])
+            return
+    # Help, or a word that is no command: tyro knows what to say.
+    train = subcommand("train", description="Train one of the four parts of a system.")
+    tyro.cli(_union(top) | Annotated[_union(training), train], prog="dalle-fast", description=DOC, args=args)
+
+
+def _union(commands: dict[str, Any]) -> Any:
+    """One type for tyro: any of these subcommands."""
     return reduce(or_, (Annotated[Any, subcommand(name, constructor=f)] for name, f in commands.items()))
 
 
@@ -367,11 +382,8 @@ def _preset(args: Sequence[str]) -> str:
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command; its exit code: 0, 2 for bad input, 128 + the signal for a training that was stopped."""
     args = sys.argv[1:] if args is None else args
-    train = subcommand("train", description="Train one of the four parts of a system.")
-    commands = {"demo": demo, "generate": generate, "reconstruct": reconstruct, "encode": encode, "data": data}
-    every = _commands(commands | {"info": info}) | Annotated[_commands(training_commands(_preset(args))), train]
     try:
-        tyro.cli(every, prog="dalle-fast", description=DOC, args=args)
+        _parse(args)
     except TrainingStopped as stopped:
         print(f"dalle-fast: {stopped}; the same command goes on from there", file=sys.stderr)
         return 128 + stopped.signum
