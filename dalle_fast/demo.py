@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from .pipeline import BUILT_IN, TextToImage
 from .sheet import contact_sheet, save_image
 from .tokenizer import Tokenizer
 from .training import TrainCLIP, TrainDALLE, TrainDVAE, train_clip, train_dalle, train_dvae
+from .training.config import TRAIN_PRESETS
 
 CANDIDATES = 16  # drawn for each caption that is judged
 
@@ -35,31 +36,19 @@ class Recipe:
     pairs: int  # drawn for training
     captions: int  # judged, on each side of the split
     dvae: TrainDVAE
-    clip: TrainCLIP
     dalle: TrainDALLE
+    clip: TrainCLIP
 
 
-def recipe(pairs: int, captions: int, dvae_steps: int, clip_steps: int, dalle_steps: int, seed: int = 0) -> Recipe:
-    """The settings of a run on scenes; everything but the lengths was tuned for 2 cores."""
-    dvae = TrainDVAE(
-        steps=dvae_steps, batch_size=16, lr=3e-3, lr_steps=dvae_steps, warmup_steps=100, encoder_lr=0.1, tau=0.5,
-        tau_steps=dvae_steps // 2, beta=1.0, beta_end=1.0, init_codes=True, clip_norm=1.0, ema_decay=0.99,
-        val_every=500, val_samples=256, save_every=1000, seed=seed,
-    )  # fmt: skip
-    clip = TrainCLIP(
-        steps=clip_steps, batch_size=128, lr=1e-3, warmup_steps=100, weight_decay=0.1, clip_norm=1.0, ema_decay=0.99,
-        val_every=500, val_samples=512, save_every=1000, seed=seed,
-    )  # fmt: skip
-    dalle = TrainDALLE(
-        steps=dalle_steps, batch_size=32, lr=1.5e-3, warmup_steps=100, lr_schedule="cosine", caption_dropout=0.1,
-        bpe_dropout=False, clip_norm=1.0, ema_decay=0.9, ema_every=5, val_every=500, val_samples=512, save_every=1000,
-        seed=seed,
-    )  # fmt: skip
-    return Recipe(pairs, captions, dvae, clip, dalle)
+def recipe(pairs: int, captions: int, dvae_steps: int, dalle_steps: int, clip_steps: int) -> Recipe:
+    """The training preset "tiny" at these lengths."""
+    tiny = TRAIN_PRESETS["tiny"]
+    dvae = replace(tiny.dvae, steps=dvae_steps, lr_steps=dvae_steps, tau_steps=dvae_steps // 2)
+    return Recipe(pairs, captions, dvae, replace(tiny.dalle, steps=dalle_steps), replace(tiny.clip, steps=clip_steps))
 
 
-DEMO = recipe(pairs=20_000, captions=60, dvae_steps=2_500, clip_steps=1_000, dalle_steps=1_500)
-PRETRAINED = recipe(pairs=40_000, captions=200, dvae_steps=4_000, clip_steps=1_500, dalle_steps=4_000)
+DEMO = recipe(pairs=20_000, captions=60, dvae_steps=2_500, dalle_steps=1_500, clip_steps=1_000)
+PRETRAINED = recipe(pairs=40_000, captions=200, dvae_steps=4_000, dalle_steps=4_000, clip_steps=1_500)
 
 
 # ---------------------------------------------------------------------------------------------- judging

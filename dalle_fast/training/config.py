@@ -157,7 +157,7 @@ TRAIN_PRESETS: dict[str, TrainPreset] = {
     "tiny": TrainPreset(
         TrainDVAE(
             steps=2_500, batch_size=16, lr=3e-3, lr_steps=2_500, warmup_steps=100, encoder_lr=0.1, tau=0.5,
-            tau_steps=1_250, beta=2.0, beta_end=2.0, init_codes=True, clip_norm=1.0, ema_decay=0.99,
+            tau_steps=1_250, beta=1.0, beta_end=1.0, init_codes=True, clip_norm=1.0, ema_decay=0.99,
             val_every=500, val_samples=256, save_every=500,
         ),
         TrainCLIP(
