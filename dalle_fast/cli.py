@@ -332,7 +332,7 @@ def _load_dvae(system: Path) -> DiscreteVAE:
     path = system / "dvae.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"dvae: expected {path}, got none; make it with: dalle-fast train dvae")
-    return load_model(path, "dvae")  # type: ignore[return-value]
+    return load_model(path, "dvae")
 
 
 def _fingerprint(system: Path) -> str:

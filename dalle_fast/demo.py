@@ -61,7 +61,8 @@ def judge(pipe: TextToImage, scenes: list[Scene], seed: int) -> dict[str, float]
     ``items`` and ``relation`` split the best one's verdict: the right shapes in the right colours; and, of those
     that have them, in the right relation.
     """
-    single, best, any_of_them, items, relations = [], [], [], [], []
+    single: list[float] = []
+    best, any_of_them, items, relations = [], [], [], []
     for i, scene in enumerate(scenes):
         drawn = pipe(scene.caption, n=CANDIDATES, top=CANDIDATES, seed=seed + i)
         hits = [verdict(scene, found) for found in detect(drawn.images)]
@@ -73,7 +74,7 @@ def judge(pipe: TextToImage, scenes: list[Scene], seed: int) -> dict[str, float]
         if hits[0][0] and scene.second is not None:
             relations.append(hits[0][1])
     shares = {"single": single, "best": best, "any": any_of_them, "items": items, "relation": relations}
-    return {name: round(float(np.mean(values)), 4) if values else 0.0 for name, values in shares.items()}
+    return {name: round(float(np.mean(np.array(values, float))), 4) for name, values in shares.items() if values}
 
 
 def detector_accuracy(held_out: bool, n: int = 500) -> float:

@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,7 +39,7 @@ def save_model(model: nn.Module, path: str | Path, half: bool = False) -> None:
     dtype = torch.float16 if half else torch.float32
     # Untied and contiguous: safetensors refuses shared memory.
     tensors = {name: p.detach().to("cpu", dtype, copy=True).contiguous() for name, p in model.state_dict().items()}
-    metadata = {"kind": kind_of(model), "config": json.dumps(asdict(model.cfg))}
+    metadata = {"kind": kind_of(model), "config": json.dumps(asdict(cast(Any, model).cfg))}
     temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, temporary, metadata)
@@ -47,7 +48,7 @@ def save_model(model: nn.Module, path: str | Path, half: bool = False) -> None:
     os.replace(temporary, path)
 
 
-def load_model(path: str | Path, kind: str | None = None) -> nn.Module:
+def load_model(path: str | Path, kind: str | None = None) -> Any:
     """Read a model written by ``save_model``, in eval mode and fp32, on the CPU.
 
     Raises:

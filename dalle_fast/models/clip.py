@@ -29,14 +29,17 @@ class QuickGELU(nn.Module):
 class ResidualAttentionBlock(nn.Module):
     """Pre-norm attention and MLP on [B, N, D]."""
 
-    def __init__(self, width: int, n_head: int) -> None:
+    def __init__(self, width: int, n_layer: int, n_head: int) -> None:
         super().__init__()
+        up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.attn = nn.MultiheadAttention(width, n_head, batch_first=True)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=QuickGELU(), c_proj=nn.Linear(4 * width, width))
-        )
+        self.mlp = nn.Sequential(OrderedDict(c_fc=up, gelu=QuickGELU(), c_proj=down))
         self.ln_2 = nn.LayerNorm(width)
+        nn.init.normal_(self.attn.in_proj_weight, std=width**-0.5)
+        nn.init.normal_(self.attn.out_proj.weight, std=width**-0.5 * (2 * n_layer) ** -0.5)
+        nn.init.normal_(up.weight, std=(2 * width) ** -0.5)
+        nn.init.normal_(down.weight, std=width**-0.5 * (2 * n_layer) ** -0.5)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         y = self.ln_1(x)
@@ -47,12 +50,7 @@ class ResidualAttentionBlock(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, width: int, n_layer: int, n_head: int) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, n_head) for _ in range(n_layer))
-        for block in self.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * n_layer) ** -0.5)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * n_layer) ** -0.5)
+        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, n_layer, n_head) for _ in range(n_layer))
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:  # [B, N, D] -> [B, N, D]
         for block in self.resblocks:

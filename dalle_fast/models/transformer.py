@@ -19,6 +19,8 @@ from ..ops import decode_attention, sparse_attention
 from ..sampling import check_options, guide, sample
 
 TEXT_WEIGHT = 1 / 8  # of the loss; the image has the rest
+# Of one layer while sampling: keys and values of the prompts [P, H, T, E], and of the images [C, H, cache_len, E].
+Caches = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Attention(nn.Module):
@@ -30,10 +32,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.out = nn.Linear(d_model, d_model)
 
-    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[B, N, D] -> q, k, v, each [B, H, N, E]."""
         b, n, _ = x.shape
-        return self.qkv(x).view(b, n, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.qkv(x).view(b, n, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        return q, k, v
 
     def merge(self, y: torch.Tensor) -> torch.Tensor:
         """[B, H, N, E] -> [B, N, D]."""
@@ -47,7 +50,7 @@ class Attention(nn.Module):
         q, k, v = self.heads(x)
         return self.merge(F.scaled_dot_product_attention(q, k, v, is_causal=True)), k, v
 
-    def decode(self, x: torch.Tensor, caches: tuple[torch.Tensor, ...], position: torch.Tensor) -> torch.Tensor:
+    def decode(self, x: torch.Tensor, caches: Caches, position: torch.Tensor) -> torch.Tensor:
         """Attend from one new image token of each candidate, [C, 1, D], at raster index ``position``."""
         q, k, v = (t[:, :, 0] for t in self.heads(x))  # [C, H, E]
         return self.merge(decode_attention(q, k, v, *caches, position, self.mask)[:, :, None])
@@ -72,7 +75,7 @@ class Layer(nn.Module):
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), k, v
 
-    def decode(self, x: torch.Tensor, caches: tuple[torch.Tensor, ...], position: torch.Tensor) -> torch.Tensor:
+    def decode(self, x: torch.Tensor, caches: Caches, position: torch.Tensor) -> torch.Tensor:
         x = x + self.attn.decode(self.attn_norm(x), caches, position)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -170,9 +173,7 @@ class DALLE(nn.Module):
 
     # ------------------------------------------------------------------------------------------ one token at a time
 
-    def prefill(
-        self, text_tokens: torch.Tensor, candidates: int
-    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]]]:
+    def prefill(self, text_tokens: torch.Tensor, candidates: int) -> tuple[torch.Tensor, list[Caches]]:
         """Read P prompts once: [P, T] -> logits of the first code [P, image_vocab] and the caches of every layer.
 
         A layer's caches are the prompt's keys and values, [P, H, T, E], shared by its candidates, and room for
@@ -187,9 +188,7 @@ class DALLE(nn.Module):
             caches.append((k, v, k.new_zeros(room), v.new_zeros(room)))
         return self.to_image(self.norm(x[:, -1])), caches
 
-    def decode(
-        self, codes: torch.Tensor, position: torch.Tensor, caches: list[tuple[torch.Tensor, ...]]
-    ) -> torch.Tensor:
+    def decode(self, codes: torch.Tensor, position: torch.Tensor, caches: list[Caches]) -> torch.Tensor:
         """Feed each candidate's code [C] at raster index ``position``; logits of the next one, [C, image_vocab]."""
         x = self.embed_image(codes[:, None], position[None])
         for layer, cache in zip(self.layers, caches, strict=True):
