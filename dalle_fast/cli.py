@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
-from .config import PRESETS, CLIPConfig, DALLEConfig, DVAEConfig
+from .config import DEMO_STEPS, PRESETS, CLIPConfig, DALLEConfig, DVAEConfig
 from .training import TrainingDiverged, TrainingStopped
 from .training.config import TRAIN_PRESETS, TrainCLIP, TrainDALLE, TrainDVAE
 
@@ -40,15 +40,20 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 # ---------------------------------------------------------------------------------------------- make and use pictures
 
 
-def demo(out: Path = Path("demo-out")) -> None:
+def demo(
+    out: Path = Path("demo-out"), pairs: int = 20_000, captions: int = 60, steps: tuple[int, int, int] = DEMO_STEPS
+) -> None:
     """Train a small system on drawn scenes from nothing, let it draw, and judge it. About 15 minutes on two cores.
 
     Args:
         out: Folder for the models, pictures and metrics. A demo that was stopped goes on from there.
+        pairs: Scenes drawn for training.
+        captions: Captions to judge, of those seen in training and of those held out.
+        steps: Updates of the dVAE, of the transformer, of the reranker.
     """
     from .demo import run
 
-    print(json.dumps(run(out), indent=2))
+    print(json.dumps(run(out, pairs, captions, steps), indent=2))
 
 
 def generate(
@@ -337,9 +342,9 @@ def _load_dvae(system: Path) -> DiscreteVAE:
 
 def _fingerprint(system: Path) -> str:
     """Which dVAE codes are from: the hash of its file."""
-    import hashlib
+    from .data.encoded import sha256_of
 
-    return hashlib.sha256((system / "dvae.safetensors").read_bytes()).hexdigest()
+    return sha256_of(system / "dvae.safetensors")
 
 
 def _print_metrics(path: Path, metrics: dict[str, float]) -> None:

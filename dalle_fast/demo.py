@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .config import PRESETS
+from .config import DEMO_STEPS, PRESETS
 from .data.detector import detect, verdict
 from .data.encoded import EncodedPair
 from .data.pairs import Pair
@@ -23,32 +23,11 @@ from .models import DiscreteVAE, load_model, save_model
 from .pipeline import BUILT_IN, TextToImage
 from .sheet import contact_sheet, save_image
 from .tokenizer import Tokenizer
-from .training import TrainCLIP, TrainDALLE, TrainDVAE, train_clip, train_dalle, train_dvae
+from .training import train_clip, train_dalle, train_dvae
 from .training.config import TRAIN_PRESETS
+from .training.metrics import perplexity
 
 CANDIDATES = 16  # drawn for each caption that is judged
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How much of everything; the sizes of the models are the preset "tiny"."""
-
-    pairs: int  # drawn for training
-    captions: int  # judged, on each side of the split
-    dvae: TrainDVAE
-    dalle: TrainDALLE
-    clip: TrainCLIP
-
-
-def recipe(pairs: int, captions: int, dvae_steps: int, dalle_steps: int, clip_steps: int) -> Recipe:
-    """The training preset "tiny" at these lengths."""
-    tiny = TRAIN_PRESETS["tiny"]
-    dvae = replace(tiny.dvae, steps=dvae_steps, lr_steps=dvae_steps, tau_steps=dvae_steps // 2)
-    return Recipe(pairs, captions, dvae, replace(tiny.dalle, steps=dalle_steps), replace(tiny.clip, steps=clip_steps))
-
-
-DEMO = recipe(pairs=20_000, captions=60, dvae_steps=2_500, dalle_steps=1_500, clip_steps=1_000)
-PRETRAINED = recipe(pairs=40_000, captions=200, dvae_steps=4_000, dalle_steps=4_000, clip_steps=1_500)
 
 
 # ---------------------------------------------------------------------------------------------- judging
@@ -137,11 +116,19 @@ def encode_all(dvae: DiscreteVAE, pairs: list[Pair], batch: int = 256) -> list[E
     return encoded
 
 
-def run(out: Path, plan: Recipe = DEMO) -> dict[str, object]:
+def run(
+    out: Path, pairs: int = 20_000, captions: int = 60, steps: tuple[int, int, int] = DEMO_STEPS
+) -> dict[str, object]:
     """Train, draw and judge; fill the folder ``out`` and return what metrics.json holds.
 
     A run that was stopped goes on from its last save when started again on the same folder.
+
+    Args:
+        pairs: scenes drawn for training.
+        captions: how many are judged, on each side of the split.
+        steps: updates of the dVAE, of the transformer, of CLIP; all else is the preset "tiny".
     """
+    dvae_steps, dalle_steps, clip_steps = steps
     started = time.monotonic()
     seconds: dict[str, float] = {}
 
@@ -150,18 +137,19 @@ def run(out: Path, plan: Recipe = DEMO) -> dict[str, object]:
         print(f"{stage}: {seconds[stage]:.0f} s", flush=True)
 
     out.mkdir(parents=True, exist_ok=True)
-    cfg = PRESETS["tiny"]
+    cfg, tiny = PRESETS["tiny"], TRAIN_PRESETS["tiny"]
     val_corpus = SceneCorpus(512, seed=1)
-    pairs, val = list(SceneCorpus(plan.pairs)), list(val_corpus)
-    tokenizer = Tokenizer.train((p.caption for p in pairs), cfg.dalle.text_vocab, cfg.dalle.text_len)
+    train, val = list(SceneCorpus(pairs)), list(val_corpus)
+    tokenizer = Tokenizer.train((p.caption for p in train), cfg.dalle.text_vocab, cfg.dalle.text_len)
     tokenizer.save(out / "tokenizer.json")
     lap("scenes and tokenizer")
-    dvae, _ = train_dvae(pairs, val, cfg.dvae, plan.dvae, out)
+    dvae_settings = replace(tiny.dvae, steps=dvae_steps, lr_steps=dvae_steps, tau_steps=-(-dvae_steps // 2))
+    dvae, _ = train_dvae(train, val, cfg.dvae, dvae_settings, out)
     lap("dvae")
-    codes, val_codes = encode_all(dvae, pairs), encode_all(dvae, val)
-    train_dalle(codes, val_codes, tokenizer, cfg.dalle, plan.dalle, out)
+    codes, val_codes = encode_all(dvae, train), encode_all(dvae, val)
+    train_dalle(codes, val_codes, tokenizer, cfg.dalle, replace(tiny.dalle, steps=dalle_steps), out)
     lap("dalle")
-    train_clip(pairs, val, tokenizer, cfg.clip, plan.clip, out)
+    train_clip(train, val, tokenizer, cfg.clip, replace(tiny.clip, steps=clip_steps), out)
     lap("clip")
 
     originals = torch.from_numpy(np.stack([pair.image for pair in val])).permute(0, 3, 1, 2) / 255
@@ -178,7 +166,7 @@ def run(out: Path, plan: Recipe = DEMO) -> dict[str, object]:
     metrics: dict[str, object] = {
         "codes_used": int((counts > 0).sum()),
         "codes": cfg.dvae.vocab_size,
-        "code_perplexity": round(float(np.exp(-sum(p * np.log(p) for p in counts / counts.sum() if p > 0))), 2),
+        "code_perplexity": round(perplexity(torch.from_numpy(counts)), 2),
         "reconstruction_mse": round((copies - originals).square().mean().item(), 5),
         "reconstruction_read_right": round(
             float(np.mean([all(verdict(val_corpus.scene(i), found)) for i, found in enumerate(detect(copies))])), 4
@@ -186,7 +174,7 @@ def run(out: Path, plan: Recipe = DEMO) -> dict[str, object]:
     }
     for side, held_out in (("seen", False), ("held_out", True)):
         scenes = all_scenes(held_out)
-        chosen = [scenes[i] for i in rng.choice(len(scenes), min(plan.captions, len(scenes)), replace=False)]
+        chosen = [scenes[i] for i in rng.choice(len(scenes), min(captions, len(scenes)), replace=False)]
         metrics[side] = {"captions": len(chosen), **judge(pipe, chosen, seed=1000)}
         metrics[f"detector_right_on_drawn_{side}"] = detector_accuracy(held_out)
     _draw_sheet(pipe, out / "sheet.png")
@@ -212,7 +200,7 @@ def _draw_sheet(pipe: TextToImage, path: Path) -> None:
 
 def make_pretrained(out: Path) -> dict[str, object]:
     """Train the model that ships, and write it to the package in half precision."""
-    metrics = run(out, PRETRAINED)
+    metrics = run(out, pairs=40_000, captions=200, steps=(4_000, 4_000, 1_500))
     target = BUILT_IN / "tiny"
     for kind in ("dvae", "dalle", "clip"):
         save_model(load_model(out / f"{kind}.safetensors"), target / f"{kind}.safetensors", half=True)

@@ -1,5 +1,6 @@
 """Every command as a process of its own: what it writes, what it says, and how it fails."""
 
+import json
 import os
 import re
 import shlex
@@ -138,12 +139,17 @@ def test_info():
     assert "97,616,006" in said  # encoder and decoder of the release
 
 
-def test_demo_runs_in_the_folder_given(monkeypatch, tmp_path, capsys):
-    import dalle_fast.demo
-
-    monkeypatch.setattr(dalle_fast.demo, "run", lambda out: {"folder": str(out)})
-    assert cli.main(["demo", "--out", str(tmp_path)]) == 0
-    assert str(tmp_path) in capsys.readouterr().out
+def test_demo_fills_its_folder(tmp_path):
+    said = ok("demo", "--out", tmp_path, "--pairs", 150, "--captions", 1, "--steps", 2, 2, 1)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert said.endswith(json.dumps(metrics, indent=2) + "\n")
+    for name in ("reconstructions", "sheet", "losses", "codes"):
+        assert min(Image.open(tmp_path / f"{name}.png").size) > 100
+    assert metrics["codes"] == 128 and 1 <= metrics["codes_used"] <= 128
+    for side in ("seen", "held_out"):
+        assert metrics[side]["captions"] == 1
+        assert 0 <= metrics[side]["single"] <= metrics[side]["any"] <= 1
+        assert metrics[f"detector_right_on_drawn_{side}"] >= 0.98
 
 
 def test_help_is_quick_and_names_the_commands():

@@ -76,7 +76,7 @@ def write_encoded(folder: str | Path, samples: Iterable[tuple[np.ndarray, str]],
             "fingerprint": fingerprint,
             "grid": list(grid),
             "count": count,
-            "sha256": {name: _sha256(partial / name) for name in [*names, _CAPTIONS]},
+            "sha256": {name: sha256_of(partial / name) for name in [*names, _CAPTIONS]},
         }
         (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     return count
@@ -104,7 +104,7 @@ class EncodedPairs:
         for name, expected in hashes.items():
             if not (folder / name).is_file():
                 raise ValueError(f"encoded pairs: expected {folder / name}, got no such file")
-            if _sha256(folder / name) != expected:
+            if sha256_of(folder / name) != expected:
                 raise ValueError(f"encoded pairs: expected {folder / name} as it was written, got a changed file")
         self._shards = [np.load(folder / name, mmap_mode="r") for name in sorted(hashes) if name != _CAPTIONS]
         self._captions = (folder / _CAPTIONS).read_bytes()
@@ -122,7 +122,8 @@ class EncodedPairs:
         return EncodedPair(self._shards[shard][row].astype(np.int64), caption)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The hash of a file, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

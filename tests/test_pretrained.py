@@ -1,28 +1,14 @@
-"""The demo, very short: everything it promises is there. And the model that ships: what it draws is what it is told."""
+"""The model that ships: small enough, and what it draws is what it is told."""
 
 import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from dalle_fast.data.detector import detect, verdict
 from dalle_fast.data.scenes import all_scenes
-from dalle_fast.demo import CANDIDATES, recipe, run
+from dalle_fast.demo import CANDIDATES
 from dalle_fast.pipeline import BUILT_IN, TextToImage
-
-
-def test_demo_fills_its_folder(tmp_path):
-    plan = recipe(pairs=200, captions=2, dvae_steps=3, dalle_steps=2, clip_steps=2)
-    metrics = run(tmp_path, plan)
-    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
-    for name in ("reconstructions", "sheet", "losses", "codes"):
-        assert min(Image.open(tmp_path / f"{name}.png").size) > 100
-    assert metrics["codes"] == 128 and 1 <= metrics["codes_used"] <= 128
-    for side in ("seen", "held_out"):
-        assert metrics[side]["captions"] == 2
-        assert 0 <= metrics[side]["single"] <= metrics[side]["any"] <= 1
-        assert metrics[f"detector_right_on_drawn_{side}"] >= 0.98
 
 
 def test_shipped_model_is_small():
