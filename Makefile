@@ -38,6 +38,8 @@ format: build
 
 pretrained: build
 	$(BIN)/python -m dalle_fast.demo --pretrained
+	mkdir -p docs
+	cp runs/pretrained/sheet.png runs/pretrained/reconstructions.png runs/pretrained/losses.png docs/
 
 $(TORCH_STAMP):
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -66,7 +66,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    guidance: float = 1.0,
+    guidance: float | None = None,
     image_prompt: Path | None = None,
     rows: int = 0,
     columns: int = 0,
@@ -82,7 +82,7 @@ def generate(
         temperature: Below 1 is more likely, above 1 more varied.
         top_k: Draw each code from the so many likeliest.
         top_p: Draw each code from the likeliest that add up to this probability.
-        guidance: Weight of the caption against no caption; 1 is no guidance.
+        guidance: Weight of the caption against no caption; 1 is no guidance, none is the model's own weight.
         image_prompt: Picture to go on from.
         rows: Rows of codes of the image prompt to keep.
         columns: Columns of codes of the image prompt to keep.
@@ -349,9 +349,6 @@ def _fingerprint(system: Path) -> str:
 
 def _print_metrics(path: Path, metrics: dict[str, float]) -> None:
     print(f"{path}: " + ", ".join(f"{name} {value:.5g}" for name, value in metrics.items()))
-
-
-# ---------------------------------------------------------------------------------------------- main
 
 
 def _parse(args: Sequence[str]) -> None:

@@ -50,6 +50,7 @@ class DALLEConfig:
     n_layer: int = 64
     head_dim: int = 64
     kernel: int = 11  # edge of the conv mask
+    guidance: float = 1.0  # what the pipeline samples with; more needs training with caption dropout
 
     def __post_init__(self) -> None:
         if self.d_model % self.head_dim:
@@ -99,7 +100,8 @@ PRESETS: dict[str, Config] = {
             image_size=32, vocab_size=128, n_hid=32, n_init=32, groups=(1, 2, 4), n_blk_per_group=1, gain=1.0
         ),
         dalle=DALLEConfig(
-            text_vocab=512, text_len=16, image_vocab=128, height=8, width=8, d_model=192, n_layer=4, head_dim=32
+            text_vocab=512, text_len=16, image_vocab=128, height=8, width=8, d_model=192, n_layer=4, head_dim=32,
+            guidance=2.0,
         ),
         clip=CLIPConfig(
             image_size=32, patch_size=8, vision_width=128, vision_layers=4,

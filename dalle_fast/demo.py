@@ -129,11 +129,14 @@ def run(
         steps: updates of the dVAE, of the transformer, of CLIP; all else is the preset "tiny".
     """
     dvae_steps, dalle_steps, clip_steps = steps
-    started = time.monotonic()
+    mark = time.monotonic()
     seconds: dict[str, float] = {}
 
-    def lap(stage: str) -> None:
-        seconds[stage] = round(time.monotonic() - started - sum(seconds.values()), 1)
+    def lap(stage: str, trained: dict[str, float] | None = None) -> None:
+        """Note how long a stage took; of a training, which may have gone on from a save, over all its runs."""
+        nonlocal mark
+        seconds[stage] = round(trained["seconds"] if trained else time.monotonic() - mark, 1)
+        mark = time.monotonic()
         print(f"{stage}: {seconds[stage]:.0f} s", flush=True)
 
     out.mkdir(parents=True, exist_ok=True)
@@ -144,13 +147,14 @@ def run(
     tokenizer.save(out / "tokenizer.json")
     lap("scenes and tokenizer")
     dvae_settings = replace(tiny.dvae, steps=dvae_steps, lr_steps=dvae_steps, tau_steps=-(-dvae_steps // 2))
-    dvae, _ = train_dvae(train, val, cfg.dvae, dvae_settings, out)
-    lap("dvae")
+    dvae, trained = train_dvae(train, val, cfg.dvae, dvae_settings, out)
+    lap("dvae", trained)
     codes, val_codes = encode_all(dvae, train), encode_all(dvae, val)
-    train_dalle(codes, val_codes, tokenizer, cfg.dalle, replace(tiny.dalle, steps=dalle_steps), out)
-    lap("dalle")
-    train_clip(train, val, tokenizer, cfg.clip, replace(tiny.clip, steps=clip_steps), out)
-    lap("clip")
+    lap("codes of all scenes")
+    _, trained = train_dalle(codes, val_codes, tokenizer, cfg.dalle, replace(tiny.dalle, steps=dalle_steps), out)
+    lap("dalle", trained)
+    _, trained = train_clip(train, val, tokenizer, cfg.clip, replace(tiny.clip, steps=clip_steps), out)
+    lap("clip", trained)
 
     originals = torch.from_numpy(np.stack([pair.image for pair in val])).permute(0, 3, 1, 2) / 255
     grids = torch.from_numpy(np.stack([pair.codes for pair in val_codes]))
@@ -179,7 +183,7 @@ def run(
         metrics[f"detector_right_on_drawn_{side}"] = detector_accuracy(held_out)
     _draw_sheet(pipe, out / "sheet.png")
     lap("pictures and verdicts")
-    metrics["seconds"] = seconds
+    metrics["seconds"] = {**seconds, "all": round(sum(seconds.values()), 1)}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
 

@@ -81,7 +81,7 @@ class TextToImage:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        guidance: float = 1.0,
+        guidance: float | None = None,
         image_prompt: np.ndarray | None = None,
         keep_rows: int = 0,
         keep_columns: int = 0,
@@ -90,7 +90,7 @@ class TextToImage:
 
         Args:
             seed: the same seed draws the same pictures again.
-            temperature, top_k, top_p, guidance: as in ``DALLE.generate``.
+            temperature, top_k, top_p, guidance: as in ``DALLE.generate``; None is the guidance of the model's sizes.
             image_prompt: a picture, uint8 [H, W, 3], of which the first ``keep_rows`` rows and ``keep_columns``
                 columns of codes stay; the rectangle below and right of them is drawn anew.
         """
@@ -100,6 +100,7 @@ class TextToImage:
         prompt = None if image_prompt is None else self._prompt(image_prompt, keep_rows, keep_columns)
         if prompt is None and (keep_rows or keep_columns):
             raise ValueError("keep_rows, keep_columns: expected an image_prompt to keep them of")
+        guidance = self.dalle.cfg.guidance if guidance is None else guidance
         generator = torch.Generator().manual_seed(seed)
         images, scores = [], []
         for start in range(0, n, BATCH):

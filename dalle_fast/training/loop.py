@@ -168,7 +168,7 @@ def fit(task: Task[Model], config: TrainConfig, out: str | Path, resume: bool = 
             if signals:
                 raise TrainingStopped(signals[0], state.step)
     model = state.average.cpu()
-    return model, metrics or validate(task, model, torch.device("cpu"))
+    return model, metrics or {**validate(task, model, torch.device("cpu")), "seconds": state.seconds}
 
 
 def new_state(model: Model, config: TrainConfig) -> State[Model]:
