@@ -114,4 +114,4 @@ PRESETS: dict[str, Config] = {
     "12B": Config(dalle=DALLEConfig(d_model=3968)),
 }  # fmt: skip
 
-DEMO_STEPS = (2_000, 1_200, 800)  # updates of the dVAE, of the transformer, of CLIP: a quarter of an hour on two cores
+DEMO_STEPS = (1_500, 1_000, 500)  # updates of the dVAE, of the transformer, of CLIP: a quarter of an hour on two cores

@@ -117,7 +117,7 @@ def encode_all(dvae: DiscreteVAE, pairs: list[Pair], batch: int = 256) -> list[E
 
 
 def run(
-    out: Path, pairs: int = 20_000, captions: int = 60, steps: tuple[int, int, int] = DEMO_STEPS
+    out: Path, pairs: int = 20_000, captions: int = 40, steps: tuple[int, int, int] = DEMO_STEPS
 ) -> dict[str, object]:
     """Train, draw and judge; fill the folder ``out`` and return what metrics.json holds.
 
