@@ -199,7 +199,7 @@ def _draw_sheet(pipe: TextToImage, path: Path) -> None:
             images.append(result.images)
             side = "held out" if held_out else "seen"
             labels += [f"{result.caption} ({side})\n{score:.1f}" for score in result.scores.tolist()]
-    save_image(contact_sheet(torch.cat(images), labels, columns=4), path)
+    save_image(contact_sheet(torch.cat(images), labels, columns=8), path)
 
 
 def make_pretrained(out: Path) -> dict[str, object]:
