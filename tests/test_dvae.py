@@ -107,20 +107,19 @@ def test_codebook_spreads_over_the_images_when_started_from_them():
     assert before < 12 and model.encode(pictures).unique().numel() == 12
 
 
-def test_a_short_training_reconstructs_better_than_the_mean():
+def test_a_short_training_learns_the_colours_of_plain_pictures():
     torch.manual_seed(0)
-    model = DiscreteVAE(replace(SMALL, gain=1.0))
-    pictures = images(8).round()  # each pixel 0 or 1: far from its mean
-    pictures = pictures.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, :16, :16]
+    model = DiscreteVAE(replace(SMALL, n_hid=16, gain=1.0))
+    pictures = torch.rand(8, 3, 1, 1, generator=torch.Generator().manual_seed(0)).expand(8, 3, 16, 16).contiguous()
     model.init_codes(pictures)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    for step in range(60):
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    for step in range(100):
         loss, _ = model.loss(pictures, 0.5, 1.0, step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     mse = (model.decode(model.encode(pictures)) - pictures).square().mean()
-    assert mse < 0.6 * pictures.var()
+    assert mse < 0.5 * pictures.var()
 
 
 @pytest.mark.parametrize(
