@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,11 +57,14 @@ def judge(pipe: TextToImage, scenes: list[Scene], seed: int) -> dict[str, float]
     return {name: round(float(np.mean(np.array(values, float))), 4) for name, values in shares.items() if values}
 
 
-def detector_accuracy(held_out: bool, n: int = 500) -> float:
-    """How often the judge is right about drawn scenes, whose content is known."""
-    corpus = SceneCorpus(n, seed=99, held_out=held_out)
-    pictures = torch.from_numpy(np.stack([pair.image for pair in corpus])).permute(0, 3, 1, 2) / 255
-    return float(np.mean([all(verdict(corpus.scene(i), found)) for i, found in enumerate(detect(pictures))]))
+def stack(pairs: Iterable[Pair]) -> torch.Tensor:
+    """Pictures as the models take them: float [B, 3, S, S] in [0, 1]."""
+    return torch.from_numpy(np.stack([pair.image for pair in pairs])).permute(0, 3, 1, 2) / 255
+
+
+def read_right(corpus: SceneCorpus, pictures: torch.Tensor) -> float:
+    """The share of pictures, the i-th of scene i, in which the judge finds exactly that scene."""
+    return round(float(np.mean([all(verdict(corpus.scene(i), found)) for i, found in enumerate(detect(pictures))])), 4)
 
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -110,8 +114,7 @@ def encode_all(dvae: DiscreteVAE, pairs: list[Pair], batch: int = 256) -> list[E
     encoded: list[EncodedPair] = []
     for start in range(0, len(pairs), batch):
         some = pairs[start : start + batch]
-        images = torch.from_numpy(np.stack([pair.image for pair in some])).permute(0, 3, 1, 2) / 255
-        codes = dvae.encode(images).numpy()
+        codes = dvae.encode(stack(some)).numpy()
         encoded += [EncodedPair(grid, pair.caption) for grid, pair in zip(codes, some, strict=True)]
     return encoded
 
@@ -156,7 +159,7 @@ def run(
     _, trained = train_clip(train, val, tokenizer, cfg.clip, replace(tiny.clip, steps=clip_steps), out)
     lap("clip", trained)
 
-    originals = torch.from_numpy(np.stack([pair.image for pair in val])).permute(0, 3, 1, 2) / 255
+    originals = stack(val)
     grids = torch.from_numpy(np.stack([pair.codes for pair in val_codes]))
     copies = dvae.decode(grids)
     both = torch.stack([originals[:16], copies[:16]], 1).flatten(0, 1)
@@ -172,15 +175,14 @@ def run(
         "codes": cfg.dvae.vocab_size,
         "code_perplexity": round(perplexity(torch.from_numpy(counts)), 2),
         "reconstruction_mse": round((copies - originals).square().mean().item(), 5),
-        "reconstruction_read_right": round(
-            float(np.mean([all(verdict(val_corpus.scene(i), found)) for i, found in enumerate(detect(copies))])), 4
-        ),
+        "reconstruction_read_right": read_right(val_corpus, copies),
     }
     for side, held_out in (("seen", False), ("held_out", True)):
         scenes = all_scenes(held_out)
         chosen = [scenes[i] for i in rng.choice(len(scenes), min(captions, len(scenes)), replace=False)]
         metrics[side] = {"captions": len(chosen), **judge(pipe, chosen, seed=1000)}
-        metrics[f"detector_right_on_drawn_{side}"] = detector_accuracy(held_out)
+        drawn = SceneCorpus(500, seed=99, held_out=held_out)
+        metrics[f"detector_right_on_drawn_{side}"] = read_right(drawn, stack(drawn))
     _draw_sheet(pipe, out / "sheet.png")
     lap("pictures and verdicts")
     metrics["seconds"] = {**seconds, "all": round(sum(seconds.values()), 1)}

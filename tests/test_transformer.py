@@ -23,6 +23,15 @@ def small_model(cfg: DALLEConfig = SMALL) -> DALLE:
     return model
 
 
+def model_under(kind: str) -> DALLE:
+    """The small model with one mask in every layer, or with the paper's schedule."""
+    model = small_model()
+    if kind != "paper":
+        for layer in model.layers:
+            layer.attn.mask = df.AttentionMask(kind, SMALL.text_len, 4, 4, kernel=3)
+    return model
+
+
 def small_batch(b: int = 2, cfg: DALLEConfig = SMALL) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     text = torch.randint(cfg.text_vocab, (b, cfg.text_len), generator=generator)
@@ -56,10 +65,7 @@ def logits_stream(model: DALLE, text: torch.Tensor, codes: torch.Tensor) -> list
 
 @pytest.mark.parametrize("kind", ["full", "row", "column", "conv", "paper"])
 def test_no_token_changes_what_predicts_it_or_earlier_ones(kind):
-    model = small_model()
-    if kind != "paper":
-        for layer in model.layers:
-            layer.attn.mask = df.AttentionMask(kind, SMALL.text_len, 4, 4, kernel=3)
+    model = model_under(kind)
     text, codes = small_batch(1)
     before = logits_stream(model, text, codes)
     for i in range(len(before)):
@@ -87,10 +93,7 @@ def test_every_image_token_depends_on_all_text():
 
 @pytest.mark.parametrize("kind", ["full", "row", "column", "conv", "paper"])
 def test_cached_equals_uncached(kind):
-    model = small_model()
-    if kind != "paper":
-        for layer in model.layers:
-            layer.attn.mask = df.AttentionMask(kind, SMALL.text_len, 4, 4, kernel=3)
+    model = model_under(kind)
     text, _ = small_batch(2)
     candidates = 3
     _, codes = small_batch(2 * candidates)
