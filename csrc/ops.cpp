@@ -5,6 +5,10 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include <exception>
+
+#include "cpu/simd.h"
+
 STABLE_TORCH_LIBRARY(dalle_fast, m) {
   // Attention
   m.def(
@@ -43,8 +47,17 @@ STABLE_TORCH_LIBRARY(dalle_fast, m) {
       "float beta2, float eps, float weight_decay) -> ()");
 }
 
-// Importing the module runs the registrations of this library; it has no Python members of its own.
+// Importing the module runs the registrations of this library; SIMD is its one Python member, the instruction set.
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
+  const char* simd;
+  try {
+    simd = dalle_fast::simd_name(dalle_fast::simd_level());
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_ImportError, error.what());
+    return nullptr;
+  }
+  PyObject* created = PyModule_Create(&module);
+  if (created != nullptr) PyModule_AddStringConstant(created, "SIMD", simd);
+  return created;
 }

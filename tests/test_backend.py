@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,8 +51,20 @@ def test_kernels_run_here():
     backend = df.backend()
     assert "cpu" in backend.devices
     assert backend.reference is None
-    assert str(backend).startswith("cpu: yes (built with torch ")
+    assert re.match(r"cpu: yes \((portable|avx2|avx512), built with torch ", str(backend))
     assert "\ncuda: " in str(backend)
+
+
+def test_forced_portable():
+    result = python(USE, DALLE_FAST_SIMD="portable")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("cpu: yes (portable, built with torch ")
+
+
+def test_wrong_instruction_set():
+    result = python("import dalle_fast.ops", DALLE_FAST_SIMD="avx3")
+    assert result.returncode == 1
+    assert "DALLE_FAST_SIMD: expected portable, avx2 or avx512, got avx3" in result.stderr
 
 
 def test_forced_reference():

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kGrain = 16384;  // elements worth a thread
 
-DF_SIMD_CLONES void update(const AdamW16& p, int64_t begin, int64_t end) {
+DF_ALWAYS_INLINE void update(const AdamW16& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const float grad = p.grad[i];
     float mean = minifloat_decode<Minifloat::k1_6_9>(p.mean[i]);
@@ -29,7 +29,9 @@ DF_SIMD_CLONES void update(const AdamW16& p, int64_t begin, int64_t end) {
 }  // namespace
 
 void adamw16_cpu(const AdamW16& params) {
-  torch::stable::parallel_for(0, params.n, kGrain, [&](int64_t begin, int64_t end) { update(params, begin, end); });
+  torch::stable::parallel_for(0, params.n, kGrain, [&](int64_t begin, int64_t end) {
+    simd([=]() DF_INLINE_LAMBDA { update(params, begin, end); });
+  });
 }
 
 }  // namespace dalle_fast

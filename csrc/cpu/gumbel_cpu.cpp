@@ -129,9 +129,9 @@ DF_ALWAYS_INLINE void reduce_tile_body(T* tile, const float* noise, int64_t firs
   }
 }
 
-DF_SIMD_CLONES void reduce_tile(float* tile, const float* noise, int64_t first_code, int64_t codes, int64_t pixels,
-                                float inverse_tau, ChunkSums<float> sums) {
-  reduce_tile_body(tile, noise, first_code, codes, pixels, inverse_tau, sums);
+void reduce_tile(float* tile, const float* noise, int64_t first_code, int64_t codes, int64_t pixels, float inverse_tau,
+                 ChunkSums<float> sums) {
+  simd([=]() DF_INLINE_LAMBDA { reduce_tile_body(tile, noise, first_code, codes, pixels, inverse_tau, sums); });
 }
 
 void reduce_tile(double* tile, const float* noise, int64_t first_code, int64_t codes, int64_t pixels,
@@ -220,9 +220,9 @@ DF_ALWAYS_INLINE void soft_sample_body(T* tile, const float* noise, const T* dy,
   }
 }
 
-DF_SIMD_CLONES void soft_sample(float* tile, const float* noise, const float* dy, int64_t codes, int64_t pixels,
-                                float inverse_tau, const float* noisy_lse, float* dot) {
-  soft_sample_body(tile, noise, dy, codes, pixels, inverse_tau, noisy_lse, dot);
+void soft_sample(float* tile, const float* noise, const float* dy, int64_t codes, int64_t pixels, float inverse_tau,
+                 const float* noisy_lse, float* dot) {
+  simd([=]() DF_INLINE_LAMBDA { soft_sample_body(tile, noise, dy, codes, pixels, inverse_tau, noisy_lse, dot); });
 }
 
 void soft_sample(double* tile, const float* noise, const double* dy, int64_t codes, int64_t pixels, double inverse_tau,
@@ -250,9 +250,8 @@ DF_ALWAYS_INLINE void grad_tile_body(T* tile, const T* logits, const T* dy, int6
   }
 }
 
-DF_SIMD_CLONES void grad_tile(float* tile, const float* logits, const float* dy, int64_t codes, int64_t pixels,
-                              PixelStats<float> s) {
-  grad_tile_body(tile, logits, dy, codes, pixels, s);
+void grad_tile(float* tile, const float* logits, const float* dy, int64_t codes, int64_t pixels, PixelStats<float> s) {
+  simd([=]() DF_INLINE_LAMBDA { grad_tile_body(tile, logits, dy, codes, pixels, s); });
 }
 
 void grad_tile(double* tile, const double* logits, const double* dy, int64_t codes, int64_t pixels,

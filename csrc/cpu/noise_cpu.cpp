@@ -5,9 +5,8 @@
 #include "simd.h"
 #include "vec_math.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef DF_X86
 #include <immintrin.h>
-#define DF_X86_PHILOX
 #endif
 
 namespace dalle_fast {
@@ -23,10 +22,10 @@ void draw_blocks(uint64_t seed, uint64_t block, int64_t blocks, uint32_t* words)
   }
 }
 
-#ifdef DF_X86_PHILOX
+#ifdef DF_X86
 // Four blocks a register, each word in the low half of a 64-bit lane, where vpmuludq wants it: compilers do not find
 // this form of the widening product. Two registers in flight hide its latency.
-__attribute__((target("avx2"))) void draw_blocks_avx2(uint64_t seed, uint64_t block, int64_t blocks, uint32_t* words) {
+DF_AVX2 void draw_blocks_avx2(uint64_t seed, uint64_t block, int64_t blocks, uint32_t* words) {
   const __m256i mul0 = _mm256_set1_epi64x(0xD2511F53u), mul1 = _mm256_set1_epi64x(0xCD9E8D57u);
   for (int64_t i = 0; i < blocks; i += kBlocks) {
     __m256i c0[2], c1[2], c2[2], c3[2];
@@ -61,18 +60,22 @@ __attribute__((target("avx2"))) void draw_blocks_avx2(uint64_t seed, uint64_t bl
 }
 #endif
 
-DF_SIMD_CLONES void to_uniform(const uint32_t* words, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = uniform_from_word(words[i]);
+void to_uniform(const uint32_t* words, int64_t n, float* out) {
+  simd([=]() DF_INLINE_LAMBDA {
+    for (int64_t i = 0; i < n; ++i) out[i] = uniform_from_word(words[i]);
+  });
 }
 
-DF_SIMD_CLONES void to_noise(const uint32_t* words, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = -vec_log(-vec_log(uniform_from_word(words[i])));
+void to_noise(const uint32_t* words, int64_t n, float* out) {
+  simd([=]() DF_INLINE_LAMBDA {
+    for (int64_t i = 0; i < n; ++i) out[i] = -vec_log(-vec_log(uniform_from_word(words[i])));
+  });
 }
 
 template <typename Convert>
 void draw_elements(uint64_t seed, int64_t first, int64_t n, float* out, Convert convert) {
-#ifdef DF_X86_PHILOX
-  static const auto draw = __builtin_cpu_supports("avx2") ? draw_blocks_avx2 : draw_blocks;
+#ifdef DF_X86
+  static const auto draw = simd_level() >= Simd::kAvx2 ? draw_blocks_avx2 : draw_blocks;
 #else
   constexpr auto draw = draw_blocks;
 #endif

@@ -53,12 +53,12 @@ DF_ALWAYS_INLINE void forward_rows_body(const ResidualLayerNorm<T>& p, int64_t b
   }
 }
 
-DF_SIMD_CLONES void forward_rows(const ResidualLayerNorm<float>& p, int64_t begin, int64_t end, float* buffer) {
-  forward_rows_body(p, begin, end, buffer);
+void forward_rows(const ResidualLayerNorm<float>& p, int64_t begin, int64_t end, float* buffer) {
+  simd([=]() DF_INLINE_LAMBDA { forward_rows_body(p, begin, end, buffer); });
 }
 
-DF_SIMD_CLONES void forward_rows(const ResidualLayerNorm<double>& p, int64_t begin, int64_t end, double* buffer) {
-  forward_rows_body(p, begin, end, buffer);
+void forward_rows(const ResidualLayerNorm<double>& p, int64_t begin, int64_t end, double* buffer) {
+  simd([=]() DF_INLINE_LAMBDA { forward_rows_body(p, begin, end, buffer); });
 }
 
 // grad_weight and grad_bias: this block's partial sums, zero on entry. buffer: [2, width].
@@ -87,23 +87,27 @@ DF_ALWAYS_INLINE void backward_rows_body(const ResidualLayerNormBackward<T>& p, 
   }
 }
 
-DF_SIMD_CLONES void backward_rows(const ResidualLayerNormBackward<float>& p, int64_t begin, int64_t end, float* buffer,
-                                  float* grad_weight, float* grad_bias) {
-  backward_rows_body(p, begin, end, buffer, grad_weight, grad_bias);
+void backward_rows(const ResidualLayerNormBackward<float>& p, int64_t begin, int64_t end, float* buffer,
+                   float* grad_weight, float* grad_bias) {
+  simd([=]() DF_INLINE_LAMBDA { backward_rows_body(p, begin, end, buffer, grad_weight, grad_bias); });
 }
 
-DF_SIMD_CLONES void backward_rows(const ResidualLayerNormBackward<double>& p, int64_t begin, int64_t end,
-                                  double* buffer, double* grad_weight, double* grad_bias) {
-  backward_rows_body(p, begin, end, buffer, grad_weight, grad_bias);
+void backward_rows(const ResidualLayerNormBackward<double>& p, int64_t begin, int64_t end, double* buffer,
+                   double* grad_weight, double* grad_bias) {
+  simd([=]() DF_INLINE_LAMBDA { backward_rows_body(p, begin, end, buffer, grad_weight, grad_bias); });
 }
 
-DF_SIMD_CLONES void scale_row(const float* row, float scale, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = row[i] * scale;
+void scale_row(const float* row, float scale, int64_t n, float* out) {
+  simd([=]() DF_INLINE_LAMBDA {
+    for (int64_t i = 0; i < n; ++i) out[i] = row[i] * scale;
+  });
 }
 
-DF_SIMD_CLONES void unscale_row(float* row, float scale, int64_t n) {
-  for (int64_t i = 0; i < n; ++i)
-    row[i] = (std::fabs(row[i]) <= std::numeric_limits<float>::max() ? row[i] : 0.0f) / scale;
+void unscale_row(float* row, float scale, int64_t n) {
+  simd([=]() DF_INLINE_LAMBDA {
+    for (int64_t i = 0; i < n; ++i)
+      row[i] = (std::fabs(row[i]) <= std::numeric_limits<float>::max() ? row[i] : 0.0f) / scale;
+  });
 }
 
 // Calls body(first, n, buffer) for pieces of at most kPiece elements.

@@ -1,16 +1,57 @@
-// Plain loops, compiled twice: for AVX2 + FMA and for any processor; the loader picks. No -march flag is needed.
+// One source, three instruction sets: any processor, AVX2 + FMA, AVX-512. The choice is made at run time; no -march
+// flag is needed. DALLE_FAST_SIMD=portable or avx2 in the environment lowers it, which is how the tests reach every
+// path.
 #pragma once
 
-// "arch=haswell" would ask for that very processor; "x86-64-v3" asks for what it can do. GCC below 12 does not know it.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#if __GNUC__ >= 12
-#define DF_SIMD_CLONES __attribute__((target_clones("arch=x86-64-v3", "default")))
+namespace dalle_fast {
+
+enum class Simd { kPortable, kAvx2, kAvx512 };
+
+// The best that the processor has and the environment allows; throws for a name that is none of the three.
+Simd simd_level();
+const char* simd_name(Simd level);
+
+// A template cannot carry its caller's instruction set: it is inlined into functions that have one.
+#define DF_ALWAYS_INLINE inline __attribute__((always_inline))
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define DF_X86
+#define DF_AVX2 __attribute__((target("avx2,fma,bmi,bmi2")))
+#if defined(__clang__)
+#define DF_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2")))
 #else
-#define DF_SIMD_CLONES __attribute__((target_clones("avx2", "default")))
-#endif
-#else
-#define DF_SIMD_CLONES
+#define DF_AVX512 \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,prefer-vector-width=512")))
 #endif
 
-// A template cannot be cloned: it is inlined into cloned functions instead.
-#define DF_ALWAYS_INLINE inline __attribute__((always_inline))
+// By value: what a lambda captured then lives in registers, and the compiler sees that stores cannot change it.
+template <typename Body>
+DF_AVX2 auto run_avx2(Body body) {
+  return body();
+}
+template <typename Body>
+DF_AVX512 auto run_avx512(Body body) {
+  return body();
+}
+#endif
+
+// Calls a lambda of plain loops, compiled for each instruction set: simd([=]() DF_INLINE_LAMBDA { ... }). Everything
+// that it calls must be DF_ALWAYS_INLINE, or stays portable.
+#define DF_INLINE_LAMBDA __attribute__((always_inline))
+
+template <typename Body>
+auto simd(Body body) {
+#ifdef DF_X86
+  switch (simd_level()) {
+    case Simd::kAvx512:
+      return run_avx512(body);
+    case Simd::kAvx2:
+      return run_avx2(body);
+    case Simd::kPortable:
+      break;
+  }
+#endif
+  return body();
+}
+
+}  // namespace dalle_fast

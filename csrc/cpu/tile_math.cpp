@@ -31,14 +31,13 @@ struct PortableTile {
   }
 };
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef DF_X86
 template <typename T, int kTileRows>
 struct Avx2Tile {
   // Half a cache line: a register. Aligned as its elements are, so that any address will do.
   typedef T Vector __attribute__((vector_size(32), aligned(alignof(T)), may_alias));
 
-  __attribute__((target("avx2,fma"))) static void run(int64_t depth, Left<T> a, const T* b, int64_t b_row, T* c,
-                                                      int64_t c_row, bool accumulate) {
+  DF_AVX2 static void run(int64_t depth, Left<T> a, const T* b, int64_t b_row, T* c, int64_t c_row, bool accumulate) {
     constexpr int64_t kHalf = kColumns<T> / 2;
     Vector low[kTileRows] = {}, high[kTileRows] = {};
     if (accumulate) {
@@ -62,16 +61,9 @@ struct Avx2Tile {
     }
   }
 };
-
-bool has_avx2() {
-  static const bool answer = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  return answer;
-}
 #else
 template <typename T, int kTileRows>
 using Avx2Tile = PortableTile<T, kTileRows>;
-
-bool has_avx2() { return false; }
 #endif
 
 template <template <typename, int> class Tile, typename T>
@@ -92,7 +84,7 @@ void gemm_tiles(int64_t rows, int64_t columns, int64_t depth, Left<T> a, const T
 template <typename T>
 void gemm_any(int64_t rows, int64_t columns, int64_t depth, Left<T> a, const T* b, int64_t b_row, T* c, int64_t c_row,
               bool accumulate) {
-  if (has_avx2()) {
+  if (simd_level() >= Simd::kAvx2) {
     gemm_tiles<Avx2Tile>(rows, columns, depth, a, b, b_row, c, c_row, accumulate);
   } else {
     gemm_tiles<PortableTile>(rows, columns, depth, a, b, b_row, c, c_row, accumulate);
@@ -150,20 +142,32 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, Left<double> a, const do
   gemm_any(rows, columns, depth, a, b, b_row, c, c_row, accumulate);
 }
 
-DF_SIMD_CLONES float exp_row(float* row, int64_t n, float* sum) { return exp_row_body(row, n, sum); }
-DF_SIMD_CLONES double exp_row(double* row, int64_t n, double* sum) { return exp_row_body(row, n, sum); }
-
-DF_SIMD_CLONES void softmax_backward_row(float* scores, float* dp, int64_t n, float lse, float delta) {
-  softmax_backward_row_body(scores, dp, n, lse, delta);
+float exp_row(float* row, int64_t n, float* sum) {
+  return simd([=]() DF_INLINE_LAMBDA { return exp_row_body(row, n, sum); });
 }
-DF_SIMD_CLONES void softmax_backward_row(double* scores, double* dp, int64_t n, double lse, double delta) {
-  softmax_backward_row_body(scores, dp, n, lse, delta);
+double exp_row(double* row, int64_t n, double* sum) {
+  return simd([=]() DF_INLINE_LAMBDA { return exp_row_body(row, n, sum); });
 }
 
-DF_SIMD_CLONES float dot(const float* a, const float* b, int64_t n) { return dot_body(a, b, n); }
-DF_SIMD_CLONES double dot(const double* a, const double* b, int64_t n) { return dot_body(a, b, n); }
+void softmax_backward_row(float* scores, float* dp, int64_t n, float lse, float delta) {
+  simd([=]() DF_INLINE_LAMBDA { softmax_backward_row_body(scores, dp, n, lse, delta); });
+}
+void softmax_backward_row(double* scores, double* dp, int64_t n, double lse, double delta) {
+  simd([=]() DF_INLINE_LAMBDA { softmax_backward_row_body(scores, dp, n, lse, delta); });
+}
 
-DF_SIMD_CLONES void add_scaled(const float* x, float scale, int64_t n, float* y) { add_scaled_body(x, scale, n, y); }
-DF_SIMD_CLONES void add_scaled(const double* x, double scale, int64_t n, double* y) { add_scaled_body(x, scale, n, y); }
+float dot(const float* a, const float* b, int64_t n) {
+  return simd([=]() DF_INLINE_LAMBDA { return dot_body(a, b, n); });
+}
+double dot(const double* a, const double* b, int64_t n) {
+  return simd([=]() DF_INLINE_LAMBDA { return dot_body(a, b, n); });
+}
+
+void add_scaled(const float* x, float scale, int64_t n, float* y) {
+  simd([=]() DF_INLINE_LAMBDA { add_scaled_body(x, scale, n, y); });
+}
+void add_scaled(const double* x, double scale, int64_t n, double* y) {
+  simd([=]() DF_INLINE_LAMBDA { add_scaled_body(x, scale, n, y); });
+}
 
 }  // namespace dalle_fast

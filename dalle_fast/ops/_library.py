@@ -49,7 +49,7 @@ def _load() -> Backend:
         warnings.warn(f"dalle_fast runs its slow reference ops: {why}", stacklevel=2)
         return Backend((), {"cpu": why, "cuda": why}, why)
     try:
-        importlib.import_module("dalle_fast._C")
+        simd = importlib.import_module("dalle_fast._C").SIMD
         build = importlib.import_module("dalle_fast._build_info")
     except (ImportError, OSError) as error:
         raise ImportError(
@@ -57,7 +57,7 @@ def _load() -> Backend:
             "Rebuild it: pip install --no-build-isolation --force-reinstall --no-deps ."
         ) from error
     devices = ("cpu", "cuda") if build.CUDA else ("cpu",)
-    return Backend(devices, {"cpu": f"built with torch {build.TORCH_VERSION}", "cuda": build.CUDA_REASON})
+    return Backend(devices, {"cpu": f"{simd}, built with torch {build.TORCH_VERSION}", "cuda": build.CUDA_REASON})
 
 
 _BACKEND = _load()
