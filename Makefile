@@ -29,7 +29,7 @@ lint: build
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 bench: build
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m pytest benchmarks --benchmark-quiet -q --results benchmarks/results
 
 format: build
 	$(BIN)/ruff check --fix

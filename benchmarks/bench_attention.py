@@ -14,24 +14,21 @@ SIZES = {"tiny": (64, 4, 16, 8), "release": (1, 8, 256, 32)}  # batch, heads, te
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["row", "column", "conv"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize("peer", ["dalle_fast", "sdpa"])
-def test_attention(benchmark, size, kind, backward, peer):
+def test_attention(race, size, kind, backward):
     batch, heads, text_len, edge = SIZES[size]
     mask = df.AttentionMask(kind, text_len, edge, edge)
     dense = mask.dense()
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(3, batch, heads, mask.seq_len, 64, generator=generator, requires_grad=backward)
 
-    def attend():
-        if peer == "dalle_fast":
-            return df.sparse_attention(*qkv, mask)
-        return F.scaled_dot_product_attention(*qkv, attn_mask=dense)
+    def step(attend):
+        out = attend(*qkv)
+        return torch.autograd.grad(out.sum(), qkv) if backward else out
 
-    def step():
-        out = attend()
-        if backward:
-            torch.autograd.grad(out, qkv, torch.ones_like(out))
-
-    torch.testing.assert_close(attend(), df.reference.sparse_attention(*qkv, mask), rtol=1e-4, atol=1e-5)
-    benchmark.group = f"{size} {kind} {'forward+backward' if backward else 'forward'}"
-    benchmark.pedantic(step, rounds=10, warmup_rounds=2)
+    race(
+        f"attention {size} {kind} {'f+b' if backward else 'f'}",
+        lambda: step(lambda q, k, v: df.sparse_attention(q, k, v, mask)),
+        {"SDPA mask tensor": lambda: step(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=dense))},
+        expected=lambda: step(lambda q, k, v: df.reference.sparse_attention(q, k, v, mask)),
+        flops=4 * int(dense.sum()) * batch * heads * 64 * (3.5 if backward else 1),
+    )
