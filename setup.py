@@ -1,7 +1,7 @@
 """Builds ``dalle_fast._C`` (the torch ops, on torch's stable ABI) and ``dalle_fast._host`` (the data path, pybind11).
 
 Metadata is in pyproject.toml. ``DALLE_FAST_CUDA=0`` leaves the CUDA kernels out, ``DALLE_FAST_CUDA=1`` insists on them;
-without it they are built when torch has CUDA and nvcc is found.
+without it they are built when torch has CUDA and nvcc is found. ``DALLE_FAST_SANITIZE=1`` builds for `make asan`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # one binary for every
 # two -fno flags, selects and square roots are not vectorised.
 MATH_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS = ["-O3", "-g0", *MATH_FLAGS, "-fopenmp", "-fvisibility=hidden", "-Wall", STABLE_ABI]
+LINK_FLAGS = ["-fopenmp"]
+SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1"]
 NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr"]
+
+if os.environ.get("DALLE_FAST_SANITIZE") == "1":
+    CXX_FLAGS += SANITIZE_FLAGS
+    LINK_FLAGS += SANITIZE_FLAGS
 
 
 def sources(*patterns: str) -> list[str]:
@@ -60,7 +66,7 @@ def check_toolchain() -> None:
 def torch_ops(with_cuda: bool) -> Extension:
     """``_C``: schemas, checks, and the kernels of each backend."""
     files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
-    options = {"include_dirs": [str(ROOT / "csrc")], "py_limited_api": True, "extra_link_args": ["-fopenmp"]}
+    options = {"include_dirs": [str(ROOT / "csrc")], "py_limited_api": True, "extra_link_args": LINK_FLAGS}
     if not with_cuda:
         return CppExtension("dalle_fast._C", files, extra_compile_args={"cxx": CXX_FLAGS}, **options)
     return CUDAExtension(
