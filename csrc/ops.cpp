@@ -22,6 +22,10 @@ STABLE_TORCH_LIBRARY(dalle_fast, m) {
       "Tensor(b!) cache_v, Tensor position, int kind, int text_len, int height, int width, int kernel, float scale) "
       "-> Tensor");
 
+  // Sampling
+  m.def(
+      "sample(Tensor logits, Tensor seed, float temperature, int top_k, float top_p, int first, int pitch) -> Tensor");
+
   // Quantization
   m.def(
       "gumbel_softmax(Tensor logits, float tau, Tensor seed, bool hard) -> (Tensor y, Tensor kl, Tensor codes, "

@@ -18,6 +18,7 @@ _HOMES = {
     "backend": "ops",
     "sparse_attention": "ops",
     "decode_attention": "ops",
+    "sample": "ops",
     "gumbel_softmax": "ops",
     "gumbel_quantize": "ops",
     "residual_layer_norm": "ops",

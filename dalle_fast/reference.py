@@ -128,6 +128,58 @@ def gumbel_noise(seed: int | torch.Tensor, shape: torch.Size, device: torch.devi
     return -torch.log(-torch.log(uniform(seed, index)))
 
 
+# ---------------------------------------------------------------------------------------------- sampling
+
+
+def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Minus infinity for all but the k largest of [C, K]; ties with the k-th stay."""
+    if k >= logits.shape[-1]:
+        return logits
+    return logits.masked_fill(logits < logits.topk(k).values[..., -1:], -torch.inf)
+
+
+def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """Minus infinity for all but the smallest set of [C, K] whose probabilities reach p; never empty.
+
+    Of equal logits the first ones are kept. Probabilities are counted in units of 2^-30 of the largest, so that their
+    sums are exact and every implementation keeps the same set.
+    """
+    if p >= 1:
+        return logits
+    ordered, order = logits.sort(descending=True, dim=-1, stable=True)
+    weights = ((ordered - ordered[..., :1]).exp() * 2.0**30).round().long()
+    before = weights.cumsum(-1) - weights  # what the likelier codes add up to
+    enough = before.double() >= p * weights.sum(-1, keepdim=True).double()
+    dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, enough)
+    return logits.masked_fill(dropped, -torch.inf)
+
+
+def sample(
+    logits: torch.Tensor,
+    seed: int | torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    first: int = 0,
+    pitch: int | None = None,
+) -> torch.Tensor:
+    """One draw a row: the argmax of the kept logits, over the temperature, plus Gumbel noise. [C, K] -> int64 [C].
+
+    The noise of row c, code i is element ``first + c * pitch + i`` of the seed's stream. float64 throughout, so that no
+    two codes come close enough for rounding to decide.
+    """
+    rows, codes = logits.shape
+    logits = logits.double()
+    largest = logits.amax(-1, keepdim=True)
+    if not largest.isfinite().all():
+        row = int((~largest[:, 0].isfinite()).nonzero()[0])
+        raise RuntimeError(f"logits: expected no NaN and a finite largest value in every row, not so in row {row}")
+    scores = (keep_top_k(logits, top_k or codes) - largest) / temperature
+    index = first + torch.arange(rows, device=logits.device)[:, None] * (codes if pitch is None else pitch)
+    u = uniform(seed, index + torch.arange(codes, device=logits.device)).double()
+    return (keep_top_p(scores, top_p or 1.0) - (-u.log()).log()).argmax(-1)
+
+
 # ---------------------------------------------------------------------------------------------- quantization
 
 

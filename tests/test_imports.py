@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dalle_fast"
 
 # Each room of the package, and the rooms that it may import, from the bottom up.
-LEAVES = {"config", "mask", "sampling", "sheet"}  # sampling: pure functions on logits; sheet: pictures of pictures
-MODELS = {"ops", *LEAVES}
+LEAVES = {"config", "mask", "sheet"}  # sheet: pictures of pictures
+MODELS = {"ops", "sampling", *LEAVES}
 TOOLS = {"models", "data", "tokenizer", *MODELS}
 LAYERS = {
     **{leaf: set() for leaf in LEAVES},
@@ -23,6 +23,7 @@ LAYERS = {
     "tokenizer": {"_host", "config"},
     "data": {"tokenizer", "_host", "config"},
     "ops": {"mask", "_C", "_build_info"},
+    "sampling": {"ops"},
     "models": MODELS,
     "distributed": TOOLS,
     "training": {*TOOLS, "distributed"},

@@ -1,10 +1,76 @@
-"""From logits to a token."""
+"""From logits to a code: the same draws as the definition, which follow the distribution; options; guidance."""
 
+from __future__ import annotations
+
+import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dalle_fast.sampling import keep_top_k, keep_top_p, sample
+import dalle_fast as df
+from dalle_fast import reference, sampling
+from dalle_fast.reference import keep_top_k, keep_top_p
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 0.0, 3.0, 1.0]])
+OPTIONS = {
+    "plain": {},
+    "top_k": {"top_k": 40},
+    "top_p": {"top_p": 0.8},
+    "both": {"top_k": 70, "top_p": 0.6, "temperature": 1.5},
+    "cold": {"temperature": 0.01, "top_k": 3, "top_p": 0.9999},
+    "hot": {"temperature": 50.0, "top_p": 0.3},
+}
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return (2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_draws_the_tokens_of_the_reference(options, dtype):
+    for codes, rows in ((1, 3), (7, 300), (513, 500), (2000, 200)):
+        logits = normal(rows, codes, seed=codes, dtype=dtype)
+        assert torch.equal(df.sample(logits, 3, **options), reference.sample(logits, 3, **options))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_ties_and_impossible_codes(options):
+    """Rows of few distinct values, in which equal logits meet every boundary; zeros of both signs; minus infinity."""
+    values = torch.tensor([0.0, -0.0, 1.0, -1.0, -torch.inf])
+    picks = torch.randint(5, (400, 900), generator=torch.Generator().manual_seed(1))
+    logits = values[picks]
+    logits[:, 0] = 0.5
+    logits[100:200] = 0.0
+    logits[200:300, 1:] = -torch.inf
+    drawn = df.sample(logits, 8, **options)
+    assert torch.equal(drawn, reference.sample(logits, 8, **options))
+    assert (drawn[200:300] == 0).all()
+
+
+@settings(max_examples=60)
+@given(
+    rows=st.integers(1, 5),
+    codes=st.integers(1, 1100),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    temperature=st.floats(1e-3, 1e3),
+    top_k=st.none() | st.integers(1, 1200),
+    top_p=st.none() | st.floats(1e-6, 1.0),
+    first=st.integers(0, 2**40),
+    gap=st.integers(0, 9),
+)
+def test_any_sizes_and_options(rows, codes, seed, temperature, top_k, top_p, first, gap):
+    logits = normal(rows, codes, seed=codes)
+    arguments = (logits, seed, temperature, top_k, top_p, first, codes + gap)
+    assert torch.equal(df.sample(*arguments), reference.sample(*arguments))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_extreme_logits(scale):
+    logits = normal(200, 300) * scale
+    for temperature in (1.0, scale):
+        drawn = df.sample(logits, 5, temperature, top_p=0.9)
+        assert torch.equal(drawn, reference.sample(logits, 5, temperature, top_p=0.9))
 
 
 def test_top_k_keeps_the_k_largest():
@@ -17,21 +83,118 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p():
     for p, kept in ((0.6, 1), (0.65, 2), (0.88, 2), (0.9, 3), (1.0, 4)):
         assert torch.isfinite(keep_top_p(LOGITS, p))[0].sum() == kept, p
     assert torch.isfinite(keep_top_p(LOGITS, 1e-9)).sum(1).tolist() == [1, 1]
+    equal = torch.isfinite(keep_top_p(torch.zeros(1, 10), 0.3))[0]
+    assert equal.nonzero().flatten().tolist() == [0, 1, 2]
 
 
-def test_draws_follow_the_distribution():
-    generator = torch.Generator().manual_seed(0)
-    drawn = sample(LOGITS[:1].expand(40_000, -1), generator, temperature=0.7)
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [({}, 4), ({"top_k": 3}, 3), ({"top_p": 0.7}, 2), ({"top_k": 3, "top_p": 0.95}, 3), ({"top_p": 1e-9}, 1)],
+)
+def test_draws_follow_the_distribution(options, kept):
+    drawn = df.sample(LOGITS[:1].expand(40_000, -1), 0, temperature=0.9, **options)
     share = torch.bincount(drawn, minlength=4) / len(drawn)
-    torch.testing.assert_close(share, (LOGITS[0] / 0.7).softmax(0), atol=0.01, rtol=0)
+    wanted = (LOGITS[0] / 0.9).masked_fill(torch.arange(4) >= kept, -torch.inf).softmax(0)
+    torch.testing.assert_close(share, wanted, atol=0.01, rtol=0)
+    assert (share[kept:] == 0).all()
 
 
 def test_low_temperature_is_the_argmax_and_the_input_stays():
     logits = LOGITS.clone()
-    assert sample(logits, temperature=1e-3).tolist() == [0, 2]
+    assert df.sample(logits, 4, temperature=1e-3).tolist() == [0, 2]
     assert torch.equal(logits, LOGITS)
 
 
-def test_excluded_tokens_are_never_drawn():
-    drawn = sample(LOGITS[:1].expand(5_000, -1), torch.Generator().manual_seed(1), temperature=5.0, top_k=2, top_p=0.99)
-    assert set(drawn.tolist()) == {0, 1}
+def test_draws_do_not_depend_on_the_number_of_candidates():
+    logits = normal(20, 300)
+    place = {"first": 7 * 300, "pitch": 64 * 300}
+    many = df.sample(logits, 1, **place)
+    assert torch.equal(df.sample(logits[:3], 1, **place), many[:3])
+    assert not torch.equal(df.sample(logits, 1, first=8 * 300, pitch=64 * 300), many)
+
+
+def test_seed_as_int_or_tensor():
+    logits = normal(50, 300)
+    drawn = df.sample(logits, -5)
+    assert torch.equal(df.sample(logits, torch.tensor([-5])), drawn)
+    assert not torch.equal(df.sample(logits, -6), drawn)
+
+
+def test_same_draws_on_any_number_of_threads():
+    logits = normal(33, 700)
+    threads = torch.get_num_threads()
+    try:
+        drawn = []
+        for n in (1, 2, 2):
+            torch.set_num_threads(n)
+            drawn.append(df.sample(logits, 2, top_p=0.9))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[1], drawn[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strided_and_surrounded_by_nan(dtype):
+    logits = normal(6, 600, dtype=dtype)
+    for permuted in (False, True):
+        padded = torch.full((610, 16) if permuted else (16, 610), torch.nan, dtype=dtype)
+        view = (padded.t() if permuted else padded)[5:11, 5:-5].copy_(logits)
+        assert torch.equal(df.sample(view, 3, top_k=50, top_p=0.9), df.sample(logits, 3, top_k=50, top_p=0.9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    logits = normal(3, 70, dtype=dtype)
+    torch.library.opcheck(torch.ops.dalle_fast.sample.default, (logits, torch.tensor(3), 0.9, 50, 0.9, 5, 80))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("module", [df, reference])
+def test_rows_that_cannot_be_drawn_from(bad, module):
+    logits = normal(3, 70)
+    logits[2, 40 if bad != -torch.inf else slice(None)] = bad
+    with pytest.raises(RuntimeError, match="expected no NaN and a finite largest value in every row, not so in row 2"):
+        module.sample(logits, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"logits": torch.zeros(3)}, ValueError, r"logits: expected a non-empty \[C, K\], got \[3\]"),
+        ({"logits": torch.zeros(0, 3)}, ValueError, r"logits: .* got \[0, 3\]"),
+        ({"logits": torch.zeros(2, 3).double()}, TypeError, "logits: expected float32 or bfloat16, got torch.float64"),
+        ({"temperature": 0.0}, ValueError, "temperature: expected a finite number above 0, got 0.0"),
+        ({"temperature": torch.nan}, ValueError, "temperature: .* got nan"),
+        ({"temperature": torch.inf}, ValueError, "temperature: .* got inf"),
+        ({"top_k": 0}, ValueError, "top_k: expected 1 or more, got 0"),
+        ({"top_p": 0.0}, ValueError, r"top_p: expected a share in \(0, 1\], got 0.0"),
+        ({"top_p": 1.5}, ValueError, r"top_p: .* got 1.5"),
+        ({"first": -1}, ValueError, "first and pitch: expected 0 or more and 3 or more, got -1 and 3"),
+        ({"pitch": 2}, ValueError, "first and pitch: .* got 0 and 2"),
+        ({"seed": 2**63}, ValueError, "seed: expected 64 bits with a sign, got 9223372036854775808"),
+        ({"seed": 1.5}, TypeError, "seed: expected an int or an int64 tensor, got float"),
+        ({"seed": torch.tensor(1.0)}, TypeError, "seed: expected an int64 tensor of one element, got torch.float32"),
+    ],
+)
+def test_bad_input(change, error, message):
+    with pytest.raises(error, match=message):
+        df.sample(**{"logits": torch.zeros(2, 3), "seed": 0, **change})
+
+
+def test_guidance():
+    with_caption, without = normal(2, 5), normal(2, 5, seed=1)
+    both = torch.cat([with_caption, without])
+    torch.testing.assert_close(sampling.guide(both, 1.0), with_caption)
+    torch.testing.assert_close(sampling.guide(both, 3.0), without + 3 * (with_caption - without))
+    with pytest.raises(ValueError, match="guidance: expected a finite number, got nan"):
+        sampling.check_options(1.0, None, None, torch.nan)
+    with pytest.raises(ValueError, match="top_k: expected 1 or more, got 0"):
+        sampling.check_options(1.0, 0, None, 1.0)
+
+
+def test_a_generator_seeds_the_draw():
+    logits = normal(20, 300)
+    first, second, other = (sampling.sample(logits, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)

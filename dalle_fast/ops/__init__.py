@@ -6,6 +6,7 @@ from .attention import sparse_attention
 from .decode import decode_attention
 from .gumbel import gumbel_quantize, gumbel_softmax
 from .resblock import residual_layer_norm, scale_gradient, unscale_gradient
+from .sample import sample
 
 __all__ = [
     "Backend",
@@ -15,6 +16,7 @@ __all__ = [
     "gumbel_quantize",
     "gumbel_softmax",
     "residual_layer_norm",
+    "sample",
     "scale_gradient",
     "sparse_attention",
     "unscale_gradient",

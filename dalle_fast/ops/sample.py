@@ -1,0 +1,97 @@
+"""Sampling: from logits to one code a row, with temperature, top-k and top-p, from a seed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ._library import kernels_loaded, reference_op
+
+
+def sample(
+    logits: torch.Tensor,
+    seed: int | torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    first: int = 0,
+    pitch: int | None = None,
+) -> torch.Tensor:
+    """One draw from the softmax of each row: the argmax of logits / temperature plus Gumbel noise (Gumbel-max).
+
+    A pure function of its arguments: the noise of row c, code i is element ``first + c * pitch + i`` of the seed's
+    stream. With ``first = step * K`` and ``pitch = steps * K``, a candidate's draws over a whole image are the same
+    however many candidates there are.
+
+    Args:
+        logits: [C, K], float32 or bfloat16. Each row needs a finite largest value; -inf is never drawn.
+        seed: an int, or an int64 tensor of one element.
+        temperature: divides the logits; below 1 the likeliest codes gain.
+        top_k: draw from the k largest logits and those equal to the k-th; None for all.
+        top_p: draw from the smallest set of likeliest codes, after temperature and top_k, whose probabilities reach
+            this share; of equal logits the first ones. None for all.
+        first, pitch: where the noise is in the seed's stream; the pitch is K by default, and at least K.
+
+    Returns:
+        int64 [C].
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: logits of another rank or empty, an option that no sampling can be done with.
+        RuntimeError: a row with NaN or without a finite largest value; this install has no kernel for the device.
+    """
+    check_options(temperature, top_k, top_p)
+    if logits.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"logits: expected float32 or bfloat16, got {logits.dtype}")
+    if logits.dim() != 2 or logits.numel() == 0:
+        raise ValueError(f"logits: expected a non-empty [C, K], got {list(logits.shape)}")
+    codes = logits.shape[1]
+    pitch = codes if pitch is None else pitch
+    if first < 0 or pitch < codes:
+        raise ValueError(f"first and pitch: expected 0 or more and {codes} or more, got {first} and {pitch}")
+    seed = seed_tensor(seed, logits.device)
+    if reference := reference_op("sample", logits.device):
+        return reference(logits, seed, temperature, top_k, top_p, first, pitch)
+    rows = logits if logits.stride(1) == 1 else logits.contiguous()
+    return torch.ops.dalle_fast.sample(
+        rows, seed, float(temperature), codes if top_k is None else top_k, top_p or 1.0, first, pitch
+    )
+
+
+def check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise ValueError for a value that no sampling can be done with."""
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k: expected 1 or more, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected a share in (0, 1], got {top_p}")
+
+
+def seed_tensor(seed: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The seed as an int64 scalar on the device, or an error."""
+    if isinstance(seed, torch.Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(f"seed: expected an int64 tensor of one element, got {seed.dtype} {list(seed.shape)}")
+        return seed.reshape(()).to(device)
+    if not isinstance(seed, int):
+        raise TypeError(f"seed: expected an int or an int64 tensor, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected 64 bits with a sign, got {seed}")
+    return torch.tensor(seed, dtype=torch.int64, device=device)
+
+
+if kernels_loaded():
+
+    @torch.library.register_fake("dalle_fast::sample")
+    def _sample_fake(
+        logits: torch.Tensor,
+        seed: torch.Tensor,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        first: int,
+        pitch: int,
+    ) -> torch.Tensor:
+        return logits.new_empty(logits.shape[0], dtype=torch.int64)
