@@ -45,6 +45,10 @@ STABLE_TORCH_LIBRARY(dalle_fast, m) {
   m.def("scale_gradient(Tensor grad, Tensor scale, ScalarType dtype) -> Tensor");
   m.def("unscale_gradient(Tensor grad, Tensor scale) -> Tensor");
 
+  // Linear layers of sampling
+  m.def("pack_linear(Tensor weight, ScalarType dtype) -> (Tensor panels, Tensor scales)");
+  m.def("packed_linear(Tensor x, Tensor panels, Tensor scales, Tensor? bias, int out_features) -> Tensor");
+
   // Optimizer
   m.def(
       "adamw16(Tensor(a!) param, Tensor grad, Tensor(b!) mean, Tensor(c!) variance, int step, float lr, float beta1, "

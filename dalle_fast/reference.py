@@ -246,6 +246,35 @@ def unscale_gradient(grad: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.where(grad.isfinite(), grad, torch.zeros_like(grad)) / scale
 
 
+# ---------------------------------------------------------------------------------------------- linear layers
+
+
+def pack_linear(weight: torch.Tensor, format: str = "bfloat16") -> tuple[torch.Tensor, torch.Tensor, int, int, str]:
+    """A weight [out, in] rounded to ``float32``, ``bfloat16`` or ``int8``: stored, scales, in, out, format.
+
+    int8: weight = scale * stored with one scale per output, which takes its largest weight to 127.
+    """
+    scales = weight.new_empty(0)
+    if format == "int8":
+        scales = weight.abs().amax(1) / 127  # [out]
+        steps = torch.where(scales[:, None] > 0, weight / scales[:, None], torch.zeros_like(weight))
+        stored = steps.round().clamp(-127, 127).to(torch.int8)
+    else:
+        stored = weight.to(getattr(torch, format))
+    return stored, scales, weight.shape[1], weight.shape[0], format
+
+
+def packed_linear(
+    x: torch.Tensor, packed: tuple[torch.Tensor, torch.Tensor, int, int, str], bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``F.linear`` with the rounded weight, in the dtype of x. x [..., in] -> [..., out]."""
+    stored, scales, _, _, format = packed
+    weight = stored.to(x.dtype)
+    if format == "int8":
+        weight = weight * scales.to(x.dtype)[:, None]
+    return F.linear(x, weight, bias)
+
+
 # ---------------------------------------------------------------------------------------------- 16-bit moments
 
 FORMATS = {"1-6-9": (1, 9), "0-6-10": (0, 10)}  # sign bits, significand bits; 6 exponent bits, bias 60

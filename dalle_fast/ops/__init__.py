@@ -5,16 +5,20 @@ from .adamw16 import adamw16
 from .attention import sparse_attention
 from .decode import decode_attention
 from .gumbel import gumbel_quantize, gumbel_softmax
+from .linear import PackedWeight, pack_linear, packed_linear
 from .resblock import residual_layer_norm, scale_gradient, unscale_gradient
 from .sample import sample
 
 __all__ = [
     "Backend",
+    "PackedWeight",
     "adamw16",
     "backend",
     "decode_attention",
     "gumbel_quantize",
     "gumbel_softmax",
+    "pack_linear",
+    "packed_linear",
     "residual_layer_norm",
     "sample",
     "scale_gradient",

@@ -1,0 +1,43 @@
+// Linear layers on a few rows, with packed weights: parameters of the kernels, without torch.
+//
+// Weights [out, in] are packed into panels of kPanel outputs, and a panel into lines of one cache line each: kPanel
+// outputs of float32, two consecutive inputs of kPanel outputs of bfloat16, or four of int8. What is missing at the end
+// of the last panel or line is zero.
+#pragma once
+
+#include <cstdint>
+
+namespace dalle_fast {
+
+enum class WeightFormat { kFloat32, kBFloat16, kInt8 };
+
+constexpr int64_t kPanel = 16;  // outputs
+constexpr int64_t kLine = 64;   // bytes
+
+// Inputs of one line.
+constexpr int64_t line_depth(WeightFormat format) {
+  return format == WeightFormat::kFloat32 ? 1 : format == WeightFormat::kBFloat16 ? 2 : 4;
+}
+
+struct PackLinear {
+  int64_t in_features, out_features;
+  const float* weight;  // [out, in]
+  WeightFormat format;
+  void* panels;   // [panels, lines, kLine] bytes
+  float* scales;  // [out], int8 only: weight = scale * stored
+};
+
+struct PackedLinear {
+  int64_t rows, in_features, out_features;
+  const float* x;  // [rows, in]
+  WeightFormat format;
+  const void* panels;
+  const float* scales;  // [out], int8 only
+  const float* bias;    // [out] or null
+  float* out;           // [rows, out]
+};
+
+void pack_linear_cpu(const PackLinear& params);
+void packed_linear_cpu(const PackedLinear& params);
+
+}  // namespace dalle_fast

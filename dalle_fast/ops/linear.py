@@ -1,0 +1,113 @@
+"""Linear layers on a few rows, as sampling has them: the time goes into reading the weights, so they are packed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._library import kernels_loaded, reference_op
+
+FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+PANEL = 16  # outputs that are stored together
+LINE = 4  # bytes of each in a cache line: consecutive inputs
+
+
+class PackedWeight(NamedTuple):
+    """The weight of a linear layer in the order in which ``packed_linear`` reads it.
+
+    Args:
+        panels: [ceil(out / 16), lines, inputs per line * 16] in the format, zero-padded.
+        scales: [out], float32, for int8: weight = scale * stored; empty for the others.
+        in_features, out_features: of the layer.
+        format: ``float32``, ``bfloat16`` or ``int8``.
+    """
+
+    panels: Tensor
+    scales: Tensor
+    in_features: int
+    out_features: int
+    format: str
+
+
+def pack_linear(weight: Tensor, format: str = "bfloat16") -> PackedWeight:
+    """Pack a weight once, for many calls of ``packed_linear``.
+
+    Args:
+        weight: [out, in], float32.
+        format: ``float32``; ``bfloat16``, rounded to nearest even; or ``int8``, each output with its own scale, which
+            takes its largest weight to 127.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: no matrix, an unknown format, or for int8 a weight that is not finite.
+        RuntimeError: this install has no kernel for the device.
+    """
+    if weight.dtype != torch.float32:
+        raise TypeError(f"weight: expected float32, got {weight.dtype}")
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise ValueError(f"weight: expected a non-empty [out, in], got {list(weight.shape)}")
+    if format not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    weight = weight.detach().contiguous()
+    if format == "int8" and not weight.isfinite().all():
+        raise ValueError("weight: expected finite values for int8, got infinity or NaN")
+    if reference := reference_op("pack_linear", weight.device):
+        return PackedWeight(*reference(weight, format))
+    panels, scales = torch.ops.dalle_fast.pack_linear(weight, FORMATS[format])
+    return PackedWeight(panels, scales, weight.shape[1], weight.shape[0], format)
+
+
+def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """``F.linear`` on packed weights: x W^T + bias. Products are summed in float32; there are no gradients.
+
+    Meant for up to about 64 rows. A row's result does not depend on the other rows.
+
+    Args:
+        x: [..., in], float32.
+        packed: from ``pack_linear``.
+        bias: [out], float32.
+
+    Returns:
+        [..., out], float32.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: shapes that do not fit, or different devices.
+        RuntimeError: x or bias requires gradients; this install has no kernel for the device.
+    """
+    if x.dtype != torch.float32:
+        raise TypeError(f"x: expected float32, got {x.dtype}")
+    if x.ndim == 0 or x.shape[-1] != packed.in_features:
+        raise ValueError(f"x: expected [..., {packed.in_features}], got {list(x.shape)}")
+    if x.device != packed.panels.device:
+        raise ValueError(f"x: expected the device of the weights {packed.panels.device}, got {x.device}")
+    if bias is not None:
+        if bias.dtype != torch.float32:
+            raise TypeError(f"bias: expected float32, got {bias.dtype}")
+        if list(bias.shape) != [packed.out_features]:
+            raise ValueError(f"bias: expected [{packed.out_features}], got {list(bias.shape)}")
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        raise RuntimeError("packed_linear has no gradients: call it under torch.no_grad()")
+    if reference := reference_op("packed_linear", x.device):
+        return reference(x, packed, bias)
+    rows = x.reshape(-1, packed.in_features).contiguous()
+    bias = None if bias is None else bias.contiguous()
+    out = torch.ops.dalle_fast.packed_linear(rows, packed.panels, packed.scales, bias, packed.out_features)
+    return out.view(*x.shape[:-1], packed.out_features)
+
+
+if kernels_loaded():
+
+    @torch.library.register_fake("dalle_fast::pack_linear")
+    def _pack_linear_fake(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        depth = LINE // dtype.itemsize
+        shape = (-(-weight.shape[0] // PANEL), -(-weight.shape[1] // depth), depth * PANEL)
+        return weight.new_empty(shape, dtype=dtype), weight.new_empty(weight.shape[0] if dtype == torch.int8 else 0)
+
+    @torch.library.register_fake("dalle_fast::packed_linear")
+    def _packed_linear_fake(
+        x: Tensor, panels: Tensor, scales: Tensor, bias: Tensor | None, out_features: int
+    ) -> Tensor:
+        return x.new_empty(x.shape[0], out_features)
