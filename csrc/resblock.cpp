@@ -8,6 +8,8 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/huge_pages.h"
+
 namespace dalle_fast {
 namespace {
 
@@ -41,6 +43,12 @@ void check(const Tensor& x, const char* name, int64_t numel, ScalarType dtype) {
                   torch::headeronly::toString(x.scalar_type()));
 }
 
+Tensor new_output(const Tensor& like, ScalarType dtype) {
+  Tensor out = torch::stable::new_empty(like, like.sizes(), dtype);
+  advise_huge(out.mutable_data_ptr(), out.numel() * out.element_size());
+  return out;
+}
+
 // The leading dimensions of x [..., D] with a last dimension of 1.
 std::vector<int64_t> row_sizes(const Tensor& x) {
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
@@ -58,8 +66,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor
   check(branch, "branch", x.numel());
   check(weight, "weight", width, stream);
   check(bias, "bias", width, stream);
-  Tensor total = torch::stable::new_empty(x, x.sizes());
-  Tensor normed = torch::stable::new_empty(x, x.sizes(), dtype);
+  Tensor total = new_output(x, stream);
+  Tensor normed = new_output(x, dtype);
   Tensor mean = torch::stable::new_empty(x, row_sizes(x));
   Tensor rstd = torch::stable::new_empty(x, row_sizes(x));
   ResidualLayerNorm<T> params;
@@ -91,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_total, const Tens
   check(weight, "weight", width, stream);
   check(mean, "mean", rows, stream);
   check(rstd, "rstd", rows, stream);
-  Tensor grad_x = torch::stable::new_empty(total, total.sizes());
+  Tensor grad_x = new_output(total, stream);
   Tensor grad_weight = torch::stable::new_empty(weight, weight.sizes());
   Tensor grad_bias = torch::stable::new_empty(weight, weight.sizes());
   ResidualLayerNormBackward<T> params;
@@ -139,7 +147,7 @@ float scale_value(const Tensor& scale) {
 
 Tensor scale_gradient(const Tensor& grad, const Tensor& scale, ScalarType dtype) {
   check(grad, "grad", grad.numel(), ScalarType::Float);
-  Tensor out = torch::stable::new_empty(grad, grad.sizes(), dtype);
+  Tensor out = new_output(grad, dtype);
   scale_gradient_cpu(static_cast<const float*>(grad.const_data_ptr()), scale_value(scale), grad.numel(),
                      out.mutable_data_ptr(), format_of(dtype, "dtype"));
   return out;
@@ -147,7 +155,7 @@ Tensor scale_gradient(const Tensor& grad, const Tensor& scale, ScalarType dtype)
 
 Tensor unscale_gradient(const Tensor& grad, const Tensor& scale) {
   check(grad, "grad", grad.numel());
-  Tensor out = torch::stable::new_empty(grad, grad.sizes(), ScalarType::Float);
+  Tensor out = new_output(grad, ScalarType::Float);
   unscale_gradient_cpu(grad.const_data_ptr(), format_of(grad.scalar_type(), "grad"), scale_value(scale), grad.numel(),
                        static_cast<float*>(out.mutable_data_ptr()));
   return out;
