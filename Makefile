@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH_STAMP := .venv/.torch-$(TORCH)
 BUILD_STAMP := .venv/.built
-OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,attention decode gumbel rng resblock adamw16))
+OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,attention decode linear sample gumbel rng resblock adamw16))
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)

@@ -51,8 +51,11 @@ class TextToImage:
     clip: CLIP
 
     @classmethod
-    def load(cls, folder_or_name: str | Path) -> TextToImage:
+    def load(cls, folder_or_name: str | Path, weights: str = "float32") -> TextToImage:
         """Open a folder that training wrote, or a built-in model by its name.
+
+        Args:
+            weights: what sampling reads on a CPU, as in ``DALLE.pack``: ``float32``, ``bfloat16`` or ``int8``.
 
         Raises:
             FileNotFoundError: no such folder or name, or a part of it is missing.
@@ -69,7 +72,7 @@ class TextToImage:
             raise ValueError(f"image codes in {folder}: expected the dvae's grid and vocabulary in dalle, got {grid}")
         if clip.cfg.image_size != dvae.cfg.image_size:
             raise ValueError(f"image_size in {folder}: expected the dvae's {dvae.cfg.image_size} in clip")
-        return cls(tokenizer, dvae, dalle, clip)
+        return cls(tokenizer, dvae, dalle.pack(weights), clip)
 
     @torch.no_grad()
     def __call__(

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "dalle_fast"
 
 # Each room of the package, and the rooms that it may import, from the bottom up.
 LEAVES = {"config", "mask", "sheet"}  # sheet: pictures of pictures
-MODELS = {"ops", "sampling", *LEAVES}
+MODELS = {"ops", *LEAVES}
 TOOLS = {"models", "data", "tokenizer", *MODELS}
 LAYERS = {
     **{leaf: set() for leaf in LEAVES},
@@ -23,7 +23,6 @@ LAYERS = {
     "tokenizer": {"_host", "config"},
     "data": {"tokenizer", "_host", "config"},
     "ops": {"mask", "_C", "_build_info"},
-    "sampling": {"ops"},
     "models": MODELS,
     "distributed": TOOLS,
     "training": {*TOOLS, "distributed"},

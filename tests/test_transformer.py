@@ -6,7 +6,7 @@ import torch
 import dalle_fast as df
 from dalle_fast.config import PRESETS, DALLEConfig
 from dalle_fast.models import DALLE
-from dalle_fast.models.transformer import Layer
+from dalle_fast.models.transformer import Layer, guide
 
 SMALL = DALLEConfig(
     text_vocab=20, text_len=5, image_vocab=13, height=4, width=4, d_model=32, n_layer=4, head_dim=16, kernel=3
@@ -118,6 +118,61 @@ def test_greedy_sampling_equals_the_argmax_of_the_uncached_model():
     with torch.no_grad():
         logits = model(text.repeat_interleave(2, 0), drawn)[1]
     assert torch.equal(logits.argmax(-1).view_as(drawn), drawn)
+
+
+def test_a_candidate_does_not_depend_on_how_many_there_are():
+    model = small_model()
+    text, _ = small_batch(1)
+    many, few = (model.generate(text, n, torch.Generator().manual_seed(3)) for n in (7, 2))
+    assert torch.equal(many[:2], few)
+
+
+@pytest.mark.parametrize("format,off", [("float32", 2e-5), ("bfloat16", 0.1), ("int8", 0.3)])
+def test_packed_weights_give_the_same_logits(format, off):
+    text, codes = small_batch(2)
+    model = small_model()
+    with torch.no_grad():
+        expected = model(text, codes)[1]
+        assert model.pack(format) is model
+        logits, caches = model.prefill(text, 1)
+        steps = [logits]
+        for i in range(SMALL.image_len - 1):
+            steps.append(model.decode(codes.flatten(1)[:, i], torch.tensor(i), caches))
+    difference = (torch.stack(steps, 1) - expected).abs().max()
+    assert difference < off
+    assert format == "float32" or difference > 1e-4  # the packed weights were the ones that were read
+
+
+def test_packed_weights_are_ignored_once_the_weights_change():
+    model, other = small_model().pack("int8"), small_model()
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            p.mul_(1.1)
+            q.mul_(1.1)
+    text, _ = small_batch(2)
+    with torch.no_grad():
+        assert torch.equal(model.prefill(text, 1)[0], other.prefill(text, 1)[0])
+    fresh = small_model().pack("int8")
+    assert fresh.layers[0].attn.qkv.packed[1].format == "int8"
+    fresh.generate(text, 1)
+    assert fresh.layers[0].attn.qkv.packed[1].format == "int8"  # generate packs anew in the format that was asked for
+
+
+def test_training_goes_on_from_packed_weights():
+    model, other = small_model(), small_model()
+    model.pack()
+    batch = small_batch(2)
+    for m in (model, other):
+        m.loss(*batch).backward()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+
+
+def test_guide():
+    with_caption, without = torch.randn(2, 2, 5, generator=torch.Generator().manual_seed(0))
+    both = torch.cat([with_caption, without])
+    torch.testing.assert_close(guide(both, 1.0), with_caption)
+    torch.testing.assert_close(guide(both, 3.0), without + 3 * (with_caption - without))
 
 
 def test_same_generator_state_same_codes_and_inputs_stay_untouched():

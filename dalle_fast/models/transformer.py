@@ -15,12 +15,41 @@ from torch import nn
 
 from ..config import DALLEConfig
 from ..mask import AttentionMask, layer_masks
-from ..ops import decode_attention, sparse_attention
-from ..sampling import check_options, guide, sample
+from ..ops import PackedWeight, decode_attention, pack_linear, packed_linear, sample, sparse_attention
+from ..ops.sample import check_options
 
 TEXT_WEIGHT = 1 / 8  # of the loss; the image has the rest
+MOST_PACKED_ROWS = 128  # beyond, an ordinary matrix product is as fast
 # Of one layer while sampling: keys and values of the prompts [P, H, T, E], and of the images [C, H, cache_len, E].
 Caches = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def guide(logits: torch.Tensor, guidance: float) -> torch.Tensor:
+    """Classifier-free guidance: [2 C, K], with the caption and then without it -> [C, K]."""
+    with_caption, without = logits.chunk(2)
+    return without + guidance * (with_caption - without)
+
+
+class Linear(nn.Linear):
+    """A linear layer that can keep a second copy of its weight, in a layout that multiplies few rows fast.
+
+    The copy serves steps of sampling: few rows and no gradients. It is ignored once the weight has changed.
+    """
+
+    packed: tuple[tuple[int, int], PackedWeight] | None = None  # the weight's state, and its copy
+
+    def _state(self) -> tuple[int, int]:
+        return self.weight.data_ptr(), self.weight._version
+
+    def pack(self, format: str) -> None:
+        if self.packed is None or self.packed[0] != self._state() or self.packed[1].format != format:
+            self.packed = self._state(), pack_linear(self.weight.detach(), format)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        few = x.numel() <= MOST_PACKED_ROWS * self.in_features
+        if few and self.packed is not None and not torch.is_grad_enabled() and self.packed[0] == self._state():
+            return packed_linear(x, self.packed[1], self.bias)
+        return super().forward(x)
 
 
 class Attention(nn.Module):
@@ -29,8 +58,8 @@ class Attention(nn.Module):
     def __init__(self, d_model: int, head_dim: int, mask: AttentionMask) -> None:
         super().__init__()
         self.head_dim, self.mask = head_dim, mask
-        self.qkv = nn.Linear(d_model, 3 * d_model)
-        self.out = nn.Linear(d_model, d_model)
+        self.qkv = Linear(d_model, 3 * d_model)
+        self.out = Linear(d_model, d_model)
 
     def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """[B, N, D] -> q, k, v, each [B, H, N, E]."""
@@ -64,7 +93,7 @@ class Layer(nn.Module):
         self.attn_norm = nn.LayerNorm(d_model)
         self.attn = Attention(d_model, head_dim, mask)
         self.mlp_norm = nn.LayerNorm(d_model)
-        self.mlp = nn.Sequential(nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model))
+        self.mlp = nn.Sequential(Linear(d_model, 4 * d_model), nn.GELU(), Linear(4 * d_model, d_model))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, N, D] -> [B, N, D]
         x = x + self.attn(self.attn_norm(x))
@@ -86,6 +115,8 @@ class DALLE(nn.Module):
     Text position i pads with its own token, text_vocab + i; padding is attended to like any token.
     """
 
+    packed_format = "float32"  # of the weights that sampling reads
+
     def __init__(self, cfg: DALLEConfig) -> None:
         super().__init__()
         self.cfg = cfg
@@ -100,7 +131,7 @@ class DALLE(nn.Module):
         self.layers = nn.ModuleList(Layer(d, cfg.head_dim, mask) for mask in masks)
         self.norm = nn.LayerNorm(d)
         self.to_text = nn.Linear(d, cfg.text_vocab + cfg.text_len)
-        self.to_image = nn.Linear(d, cfg.image_vocab)
+        self.to_image = Linear(d, cfg.image_vocab)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -173,6 +204,19 @@ class DALLE(nn.Module):
 
     # ------------------------------------------------------------------------------------------ one token at a time
 
+    def pack(self, format: str | None = None) -> DALLE:
+        """Copy the weights that sampling reads into the layout of its kernels, unless that was done; returns self.
+
+        Args:
+            format: ``float32``, ``bfloat16`` or ``int8`` (one scale an output channel); None is that of the last call,
+                float32 at first. Training and whole streams go on using the weights as they are.
+        """
+        self.packed_format = format or self.packed_format
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack(self.packed_format)
+        return self
+
     def prefill(self, text_tokens: torch.Tensor, candidates: int) -> tuple[torch.Tensor, list[Caches]]:
         """Read P prompts once: [P, T] -> logits of the first code [P, image_vocab] and the caches of every layer.
 
@@ -184,6 +228,7 @@ class DALLE(nn.Module):
         caches = []
         for layer in self.layers:
             x, k, v = layer.prefill(x)
+            k = k.mT.contiguous().mT  # what the products with all candidates want: tokens side by side
             room = (len(x) * candidates, k.shape[1], layer.attn.mask.cache_len, k.shape[3])
             caches.append((k, v, k.new_zeros(room), v.new_zeros(room)))
         return self.to_image(self.norm(x[:, -1])), caches
@@ -219,7 +264,9 @@ class DALLE(nn.Module):
                 reaches the bottom-right corner; they are drawn anew. Leading rows are the paper's image prompts.
         """
         self.check_text(text_tokens)
-        check_options(temperature, top_k, top_p, guidance)
+        check_options(temperature, top_k, top_p)
+        if not math.isfinite(guidance):
+            raise ValueError(f"guidance: expected a finite number, got {guidance}")
         if n < 1:
             raise ValueError(f"n: expected 1 or more, got {n}")
         given, keep = self._check_prompt(image_prompt)
@@ -228,16 +275,22 @@ class DALLE(nn.Module):
         if guided:
             empty = torch.arange(self.cfg.text_len, device=text_tokens.device) + self.cfg.text_vocab
             text_tokens = torch.cat([text_tokens, empty.expand_as(text_tokens)])
+        if text_tokens.device.type == "cpu" and self.start.dtype == torch.float32:
+            self.pack()
         logits, caches = self.prefill(text_tokens, n)
         logits = logits.repeat_interleave(n, 0)
+        steps, codes = self.cfg.image_len, self.cfg.image_vocab
+        seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else None)
         drawn: list[torch.Tensor] = []
-        for i in range(self.cfg.image_len):
+        for i in range(steps):
             if keep[i]:
                 code = given[i].to(logits.device).expand(len(logits) // (1 + guided))
             else:
-                code = sample(guide(logits, guidance) if guided else logits, generator, temperature, top_k, top_p)
+                # A candidate's noise depends on its place and the step, not on how many candidates there are.
+                shaped = guide(logits, guidance) if guided else logits
+                code = sample(shaped, seed, temperature, top_k, top_p, first=i * codes, pitch=steps * codes)
             drawn.append(code)
-            if i + 1 < self.cfg.image_len:
+            if i + 1 < steps:
                 position = torch.tensor(i, device=logits.device)
                 logits = self.decode(code.repeat(2) if guided else code, position, caches)
         return torch.stack(drawn, 1).view(-1, self.cfg.height, self.cfg.width)

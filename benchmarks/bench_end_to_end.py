@@ -1,0 +1,200 @@
+"""Whole models at 12 layers, d 512, 256 + 32 x 32 tokens: seconds for 64 pictures of one prompt, and a training step.
+
+Peers: the same weights on torch's own attention with a full cache, and dalle-pytorch 1.6.6 (`make bench-end-to-end`
+installs it; its feed-forward layers are gated and half as wide again, its output layer spans text and image).
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dalle_fast as df
+from dalle_fast.config import DALLEConfig
+
+CONFIG = DALLEConfig(d_model=512, n_layer=12)
+PICTURES = 64
+BATCH = 2  # pairs of a training step
+
+
+def make_model() -> df.DALLE:
+    torch.manual_seed(0)
+    return df.DALLE(CONFIG).eval()
+
+
+def make_text(n: int) -> torch.Tensor:
+    return torch.randint(CONFIG.text_vocab, (n, CONFIG.text_len), generator=torch.Generator().manual_seed(1))
+
+
+def make_codes(n: int) -> torch.Tensor:
+    shape = (n, CONFIG.height, CONFIG.width)
+    return torch.randint(CONFIG.image_vocab, shape, generator=torch.Generator().manual_seed(2))
+
+
+# ------------------------------------------------------------------------------------------ peers
+
+
+class TorchAttention(torch.nn.Module):
+    """Our attention layer's weights, on torch's attention with the mask as a tensor."""
+
+    def __init__(self, ours: torch.nn.Module) -> None:
+        super().__init__()
+        self.ours = ours
+        self.register_buffer("dense", ours.mask.dense())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.ours.heads(x)
+        return self.ours.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=self.dense))
+
+    def prefill(self, x: torch.Tensor) -> torch.Tensor:
+        """Text of all candidates; starts the cache of the whole stream."""
+        q, k, v = self.ours.heads(x)
+        room = (len(q), q.shape[1], len(self.dense), q.shape[3])
+        self.cache_k, self.cache_v = q.new_empty(room), q.new_empty(room)
+        self.cache_k[:, :, : q.shape[2]], self.cache_v[:, :, : q.shape[2]] = k, v
+        return self.ours.merge(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+    def decode(self, x: torch.Tensor, at: int) -> torch.Tensor:
+        q, k, v = self.ours.heads(x)
+        self.cache_k[:, :, at : at + 1], self.cache_v[:, :, at : at + 1] = k, v
+        k, v = self.cache_k[:, :, : at + 1], self.cache_v[:, :, : at + 1]
+        return self.ours.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=self.dense[at, : at + 1]))
+
+
+def on_torch_attention(model: df.DALLE) -> df.DALLE:
+    peer = copy.deepcopy(model)
+    for layer in peer.layers:
+        layer.attn = TorchAttention(layer.attn)
+    return peer
+
+
+@torch.no_grad()
+def torch_generate(model: df.DALLE, text: torch.Tensor) -> torch.Tensor:
+    """Sampling as it is usually written: a full cache, torch's attention, torch.multinomial."""
+    x = model.embed_text(text)
+    for layer in model.layers:
+        x = x + layer.attn.prefill(layer.attn_norm(x))
+        x = x + layer.mlp(layer.mlp_norm(x))
+    drawn = []
+    for i in range(model.cfg.image_len):
+        logits = model.to_image(model.norm(x[:, -1]))
+        drawn.append(torch.multinomial(logits.softmax(-1), 1))
+        x = model.embed_image(drawn[-1], torch.tensor([i]))
+        for layer in model.layers:
+            x = x + layer.attn.decode(layer.attn_norm(x), model.cfg.text_len + i)
+            x = x + layer.mlp(layer.mlp_norm(x))
+    return torch.cat(drawn, 1)
+
+
+def dalle_pytorch_model(attn_types: tuple[str, ...], sampling: bool) -> torch.nn.Module | None:
+    """dalle-pytorch at our size, or None where it is not installed.
+
+    Its tokenizers and pretrained VAEs want packages that these measurements never touch: stand-ins take their place.
+    """
+    for name in ("transformers", "youtokentome", "taming.models.vqgan", "omegaconf", "torchvision.transforms", "regex",
+                 "ftfy", "requests", "pkg_resources", "yaml"):  # fmt: skip
+        parts = name.split(".")
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            for i in range(len(parts)):
+                sys.modules.setdefault(".".join(parts[: i + 1]), MagicMock())
+    try:
+        dalle_pytorch = importlib.import_module("dalle_pytorch")
+    except ImportError:
+        return None
+    torch.manual_seed(0)
+    vae = dalle_pytorch.DiscreteVAE(
+        image_size=2 * CONFIG.width, num_layers=1, num_tokens=CONFIG.image_vocab, codebook_dim=8, hidden_dim=8
+    )
+    model = dalle_pytorch.DALLE(
+        dim=CONFIG.d_model, vae=vae, num_text_tokens=CONFIG.text_vocab, text_seq_len=CONFIG.text_len,
+        depth=CONFIG.n_layer, heads=CONFIG.n_head, dim_head=CONFIG.head_dim, attn_types=attn_types,
+        optimize_for_inference=sampling,
+    )  # fmt: skip
+    # Version 1.6.6 drops its cache on the way to the model when guidance is off; hand it through.
+    model.forward_with_cond_scale = lambda *args, cond_scale=1, **options: model(*args, **options)
+    return model
+
+
+DALLE_PYTORCH = {"full": ("full",), "axial": ("axial_row", "axial_col")}
+
+
+# ------------------------------------------------------------------------------------------ races
+
+
+@torch.no_grad()
+def check_decoding(model: df.DALLE, text: torch.Tensor, atol: float) -> None:
+    """Feeding codes one by one must give the logits of the whole stream."""
+    codes = make_codes(2)
+    _, expected = model(text.expand(2, -1), codes)
+    logits, caches = model.prefill(text, 2)
+    torch.testing.assert_close(logits.expand(2, -1), expected[:, 0], rtol=0, atol=atol)
+    for i in range(2 * CONFIG.width):
+        logits = model.decode(codes.flatten(1)[:, i], torch.tensor(i), caches)
+        torch.testing.assert_close(logits, expected[:, i + 1], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_sampling(race, weights):
+    model = make_model().pack(weights)
+    text = make_text(1)
+    peers = {}
+    if weights == "float32":  # the peers run once
+        peer = on_torch_attention(model)
+        peers["torch SDPA, full cache"] = lambda: torch_generate(peer, text.expand(PICTURES, -1))
+        for name, types in DALLE_PYTORCH.items():
+            if (other := dalle_pytorch_model(types, sampling=True)) is not None:
+                peers[f"dalle-pytorch {name}"] = lambda other=other: other.generate_images(
+                    text.expand(PICTURES, -1), use_cache=True, filter_thres=0.9
+                )
+    check_decoding(model, text, atol=1e-3 if weights == "float32" else 0.05)
+    race(
+        f"64 pictures, {weights} weights",
+        lambda: model.generate(text, PICTURES),
+        peers,
+        expected=None,
+        targets={"torch SDPA, full cache": 3.0},
+        rounds=1,
+        warm=False,
+    )
+
+
+def test_training(race):
+    model = make_model().train()
+    text, codes = make_text(BATCH), make_codes(BATCH)
+
+    def trainer(model, loss):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+        def step():
+            optimizer.zero_grad()
+            value = loss()
+            value.backward()
+            optimizer.step()
+            return value.detach()
+
+        return step
+
+    peer = on_torch_attention(model)
+    peers = {"torch SDPA, mask tensor": trainer(peer, lambda: peer.loss(text, codes))}
+    for name, types in DALLE_PYTORCH.items():
+        if (other := dalle_pytorch_model(types, sampling=False)) is not None:
+            loss = lambda other=other: other(text, codes.flatten(1), return_loss=True)  # noqa: E731
+            peers[f"dalle-pytorch {name}"] = trainer(other, loss)
+    with torch.no_grad():
+        expected = peer.loss(text, codes)
+    race(
+        f"training step, batch {BATCH}",
+        trainer(model, lambda: model.loss(text, codes)),
+        peers,
+        expected=expected,
+        targets={"torch SDPA, mask tensor": 1.25},
+        rounds=3,
+    )
