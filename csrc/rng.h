@@ -31,7 +31,7 @@ DF_HOST_DEVICE inline PhiloxWords philox(uint64_t seed, uint64_t block, uint32_t
 
 // Strictly inside (0, 1): 23 bits and a half. With 24 bits the largest value would round to 1.
 DF_HOST_DEVICE inline float uniform_from_word(uint32_t word) {
-  return (static_cast<float>(static_cast<int32_t>(word >> 9)) + 0.5f) * 0x1p-23f;  // signed converts faster
+  return static_cast<float>(static_cast<int32_t>(word >> 9)) * 0x1p-23f + 0x1p-24f;  // signed converts faster
 }
 
 }  // namespace dalle_fast

@@ -45,8 +45,8 @@ def assert_matches_float64(logits, codebook, tau, seed, hard):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tau", [1.0, 1 / 16])
 def test_matches_the_reference(tau, layout, hard):
-    logits = random_logits(2, 150, 8, 20, layout=layout)  # more than two chunks of codes and a tile of pixels
-    codebook = random_logits(150, 24, 1, 1, seed=1).flatten(1)
+    logits = random_logits(2, 70, 27, 39, layout=layout)  # more than two chunks of codes and a tile of pixels
+    codebook = random_logits(70, 24, 1, 1, seed=1).flatten(1)
     assert_matches_float64(logits, codebook, tau, 123456789123, hard)
 
 

@@ -3,9 +3,16 @@
 
 #include <cstdint>
 
+#include "../rng.h"
+#include "vec_math.h"
+
 namespace dalle_fast {
 
-void uniform_cpu(uint64_t seed, int64_t first, int64_t n, float* out);       // uniform in (0, 1)
+void random_words(uint64_t seed, int64_t first, int64_t n, uint32_t* out);
+void uniform_cpu(uint64_t seed, int64_t first, int64_t n, float* out);       // in (0, 1)
 void gumbel_noise_cpu(uint64_t seed, int64_t first, int64_t n, float* out);  // standard Gumbel
+
+// Standard Gumbel noise from a random word.
+DF_ALWAYS_INLINE float gumbel_from_word(uint32_t word) { return -vec_log(-vec_log(uniform_from_word(word))); }
 
 }  // namespace dalle_fast

@@ -1,6 +1,5 @@
 #include <algorithm>
 
-#include "../rng.h"
 #include "noise.h"
 #include "simd.h"
 #include "vec_math.h"
@@ -12,8 +11,9 @@
 namespace dalle_fast {
 namespace {
 
-constexpr int kBlocks = 8;                    // of four words, drawn at once
-constexpr int64_t kWords = 16 * 4 * kBlocks;  // of the buffer between drawing and the logarithms
+constexpr int kRegisters = 4;            // of four blocks each, drawn at once
+constexpr int kBlocks = 4 * kRegisters;  // of four words
+constexpr int64_t kWords = 4 * kBlocks;
 
 void draw_blocks(uint64_t seed, uint64_t block, int64_t blocks, uint32_t* words) {
   for (int64_t i = 0; i < blocks; ++i) {
@@ -24,12 +24,12 @@ void draw_blocks(uint64_t seed, uint64_t block, int64_t blocks, uint32_t* words)
 
 #ifdef DF_X86
 // Four blocks a register, each word in the low half of a 64-bit lane, where vpmuludq wants it: compilers do not find
-// this form of the widening product. Two registers in flight hide its latency.
+// this form of the widening product. Several registers in flight hide its latency.
 DF_AVX2 void draw_blocks_avx2(uint64_t seed, uint64_t block, int64_t blocks, uint32_t* words) {
   const __m256i mul0 = _mm256_set1_epi64x(0xD2511F53u), mul1 = _mm256_set1_epi64x(0xCD9E8D57u);
   for (int64_t i = 0; i < blocks; i += kBlocks) {
-    __m256i c0[2], c1[2], c2[2], c3[2];
-    for (int h = 0; h < 2; ++h) {
+    __m256i c0[kRegisters], c1[kRegisters], c2[kRegisters], c3[kRegisters];
+    for (int h = 0; h < kRegisters; ++h) {
       c0[h] =
           _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(block + i + 4 * h)), _mm256_setr_epi64x(0, 1, 2, 3));
       c1[h] = _mm256_srli_epi64(c0[h], 32);
@@ -38,7 +38,7 @@ DF_AVX2 void draw_blocks_avx2(uint64_t seed, uint64_t block, int64_t blocks, uin
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < 10; ++round) {
       const __m256i key0 = _mm256_set1_epi64x(k0), key1 = _mm256_set1_epi64x(k1);
-      for (int h = 0; h < 2; ++h) {
+      for (int h = 0; h < kRegisters; ++h) {
         const __m256i a = _mm256_mul_epu32(c0[h], mul0), b = _mm256_mul_epu32(c2[h], mul1);
         c0[h] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(b, 32), c1[h]), key0);
         c2[h] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(a, 32), c3[h]), key1);
@@ -48,7 +48,7 @@ DF_AVX2 void draw_blocks_avx2(uint64_t seed, uint64_t block, int64_t blocks, uin
       k0 += 0x9E3779B9u;
       k1 += 0xBB67AE85u;
     }
-    for (int h = 0; h < 2; ++h) {
+    for (int h = 0; h < kRegisters; ++h) {
       const __m256i low = _mm256_blend_epi32(c0[h], _mm256_slli_epi64(c1[h], 32), 0xAA);   // words 0, 1 of each block
       const __m256i high = _mm256_blend_epi32(c2[h], _mm256_slli_epi64(c3[h], 32), 0xAA);  // words 2, 3
       const __m256i even = _mm256_unpacklo_epi64(low, high), odd = _mm256_unpackhi_epi64(low, high);
@@ -60,45 +60,55 @@ DF_AVX2 void draw_blocks_avx2(uint64_t seed, uint64_t block, int64_t blocks, uin
 }
 #endif
 
-void to_uniform(const uint32_t* words, int64_t n, float* out) {
-  simd([=]() DF_INLINE_LAMBDA {
-    for (int64_t i = 0; i < n; ++i) out[i] = uniform_from_word(words[i]);
-  });
-}
-
-void to_noise(const uint32_t* words, int64_t n, float* out) {
-  simd([=]() DF_INLINE_LAMBDA {
-    for (int64_t i = 0; i < n; ++i) out[i] = -vec_log(-vec_log(uniform_from_word(words[i])));
-  });
-}
-
+// Calls convert(words, count, out) for pieces of the elements.
 template <typename Convert>
-void draw_elements(uint64_t seed, int64_t first, int64_t n, float* out, Convert convert) {
-#ifdef DF_X86
-  static const auto draw = simd_level() >= Simd::kAvx2 ? draw_blocks_avx2 : draw_blocks;
-#else
-  constexpr auto draw = draw_blocks;
-#endif
-  uint32_t words[kWords];
-  int64_t skip = first % 4;  // words of the first block that belong to earlier elements
-  for (int64_t done = 0; done < n;) {
-    const int64_t count = std::min(n - done, kWords - skip);
-    const int64_t blocks = (skip + count + 3) / 4;
-    draw(seed, static_cast<uint64_t>((first + done) / 4), (blocks + kBlocks - 1) / kBlocks * kBlocks, words);
-    convert(words + skip, count, out + done);
-    done += count;
-    skip = 0;
+void convert_words(uint64_t seed, int64_t first, int64_t n, float* out, Convert convert) {
+  constexpr int64_t kPiece = 16 * kWords;
+  uint32_t words[kPiece];
+  for (int64_t done = 0; done < n; done += kPiece) {
+    const int64_t count = std::min(n - done, kPiece);
+    random_words(seed, first + done, count, words);
+    convert(words, count, out + done);
   }
 }
 
 }  // namespace
 
+void random_words(uint64_t seed, int64_t first, int64_t n, uint32_t* out) {
+#ifdef DF_X86
+  static const auto draw = simd_level() >= Simd::kAvx2 ? draw_blocks_avx2 : draw_blocks;
+#else
+  constexpr auto draw = draw_blocks;
+#endif
+  int64_t done = 0;
+  if (first % 4 == 0) {  // whole draws go straight to their place
+    done = n / kWords * kWords;
+    draw(seed, static_cast<uint64_t>(first / 4), done / 4, out);
+  }
+  while (done < n) {
+    uint32_t words[kWords];
+    const int64_t skip = (first + done) % 4;  // words of the first block that belong to earlier elements
+    const int64_t count = std::min(n - done, kWords - skip);
+    draw(seed, static_cast<uint64_t>((first + done) / 4), kBlocks, words);
+    std::copy_n(words + skip, count, out + done);
+    done += count;
+  }
+}
+
 void uniform_cpu(uint64_t seed, int64_t first, int64_t n, float* out) {
-  draw_elements(seed, first, n, out, to_uniform);
+  convert_words(seed, first, n, out, [](const uint32_t* words, int64_t count, float* to) {
+    simd([=]() DF_INLINE_LAMBDA {
+      for (int64_t i = 0; i < count; ++i) to[i] = uniform_from_word(words[i]);
+    });
+  });
 }
 
 void gumbel_noise_cpu(uint64_t seed, int64_t first, int64_t n, float* out) {
-  draw_elements(seed, first, n, out, to_noise);
+  convert_words(seed, first, n, out, [](const uint32_t* words, int64_t count, float* to) {
+    simd([=]() DF_INLINE_LAMBDA {
+      for (int64_t i = 0; i < count; ++i) to[i] = gumbel_from_word(words[i]);
+    });
+  });
 }
 
 }  // namespace dalle_fast

@@ -24,17 +24,15 @@ DF_ALWAYS_INLINE int32_t bits_from_float(float x) {
 // For x up to 88; 0 below -87, where the result would soon be denormal; NaN for NaN.
 DF_ALWAYS_INLINE float vec_exp(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-  const float clamped = x > 88.0f ? 88.0f : x;
-  const float shifted = clamped * 1.44269504f + kRound;
+  const float shifted = x * 1.44269504f + kRound;
   const float n = shifted - kRound;
-  const float r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;  // x - n ln 2, |r| <= ln 2 / 2
+  const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // x - n ln 2, |r| <= ln 2 / 2
   // Minimax fit of (exp(r) - 1 - r) / r^2.
-  float p = 0.0013814610f;
-  p = p * r + 0.0083687101f;
-  p = p * r + 0.0416683890f;
-  p = p * r + 0.1666652113f;
-  p = p * r + 0.4999999404f;
-  p = p * r * r + r + 1.0f;
+  float p = 0.00831247771f;
+  p = p * r + 0.0418905504f;
+  p = p * r + 0.1666711631f;
+  p = p * r + 0.4999922882f;
+  p = (p * r + 1.0f) * r + 1.0f;
   const int32_t power = static_cast<int32_t>(static_cast<uint32_t>(bits_from_float(shifted)) << 23);  // n << 23
   const float result = float_from_bits(bits_from_float(p) + power);
   return x < -87.0f ? 0.0f : result;
@@ -48,9 +46,9 @@ DF_ALWAYS_INLINE float vec_log(float x) {
   const float f = float_from_bits(bits - static_cast<int32_t>(static_cast<uint32_t>(exponent) << 23)) - 1.0f;
   // Minimax fit of (log(1 + f) - f) / f^2, summed in pairs: the chain of dependent products is what takes the time.
   const float f2 = f * f, f4 = f2 * f2;
-  const float p0 = (-0.4999998808f + 0.3333332539f * f) + (-0.2500158548f + 0.2000198513f * f) * f2;
-  const float p4 = (-0.1660905629f + 0.1418163478f * f) + (-0.1324298084f + 0.1290550232f * f) * f2;
-  const float p = p0 + (p4 - 0.0762306079f * f4) * f4;
+  const float p0 = (-0.4999999161f + 0.3333395022f * f) + (-0.2500175527f + 0.1996207206f * f) * f2;
+  const float p4 = (-0.1657050770f + 0.1491797399f * f) + (-0.1430752557f + 0.0873484679f * f) * f2;
+  const float p = p0 + p4 * f4;
   return static_cast<float>(exponent) * 0.693147181f + (p * f2 + f);
 }
 
