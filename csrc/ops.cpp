@@ -41,7 +41,8 @@ STABLE_TORCH_LIBRARY(dalle_fast, m) {
       "-> (Tensor total, Tensor normed, Tensor mean, Tensor rstd)");
   m.def(
       "residual_layer_norm_backward(Tensor grad_total, Tensor grad_normed, Tensor total, Tensor weight, Tensor mean, "
-      "Tensor rstd) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
+      "Tensor rstd, ScalarType branch_dtype) -> (Tensor grad_x, Tensor grad_branch, Tensor grad_weight, Tensor "
+      "grad_bias)");
   m.def("scale_gradient(Tensor grad, Tensor scale, ScalarType dtype) -> Tensor");
   m.def("unscale_gradient(Tensor grad, Tensor scale) -> Tensor");
 

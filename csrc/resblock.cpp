@@ -89,8 +89,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_total, const Tensor& grad_normed, const Tensor& total,
-                                            const Tensor& weight, const Tensor& mean, const Tensor& rstd) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_total, const Tensor& grad_normed,
+                                                    const Tensor& total, const Tensor& weight, const Tensor& mean,
+                                                    const Tensor& rstd, ScalarType branch_dtype) {
   const ScalarType stream = total.scalar_type();
   const int64_t width = weight.numel(), rows = mean.numel();
   check(total, "total", rows * width);
@@ -100,6 +101,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_total, const Tens
   check(mean, "mean", rows, stream);
   check(rstd, "rstd", rows, stream);
   Tensor grad_x = new_output(total, stream);
+  const bool cast = branch_dtype != stream;
+  Tensor grad_branch = cast ? new_output(total, branch_dtype) : torch::stable::new_empty(total, {0});
   Tensor grad_weight = torch::stable::new_empty(weight, weight.sizes());
   Tensor grad_bias = torch::stable::new_empty(weight, weight.sizes());
   ResidualLayerNormBackward<T> params;
@@ -113,10 +116,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_total, const Tens
   params.mean = static_cast<const T*>(mean.const_data_ptr());
   params.rstd = static_cast<const T*>(rstd.const_data_ptr());
   params.grad_x = static_cast<T*>(grad_x.mutable_data_ptr());
+  params.grad_branch = cast ? grad_branch.mutable_data_ptr() : nullptr;
+  params.branch_format = format_of(branch_dtype, "branch_dtype");
   params.grad_weight = static_cast<T*>(grad_weight.mutable_data_ptr());
   params.grad_bias = static_cast<T*>(grad_bias.mutable_data_ptr());
   residual_layer_norm_backward_cpu(params);
-  return {grad_x, grad_weight, grad_bias};
+  return {grad_x, grad_branch, grad_weight, grad_bias};
 }
 
 bool is_double(const Tensor& stream) {
@@ -133,11 +138,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm(const Tensor& x, 
                       : forward<float>(x, branch, weight, bias, eps, dtype);
 }
 
-std::tuple<Tensor, Tensor, Tensor> residual_layer_norm_backward(const Tensor& grad_total, const Tensor& grad_normed,
-                                                                const Tensor& total, const Tensor& weight,
-                                                                const Tensor& mean, const Tensor& rstd) {
-  return is_double(total) ? backward<double>(grad_total, grad_normed, total, weight, mean, rstd)
-                          : backward<float>(grad_total, grad_normed, total, weight, mean, rstd);
+std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm_backward(const Tensor& grad_total,
+                                                                        const Tensor& grad_normed, const Tensor& total,
+                                                                        const Tensor& weight, const Tensor& mean,
+                                                                        const Tensor& rstd, ScalarType branch_dtype) {
+  return is_double(total) ? backward<double>(grad_total, grad_normed, total, weight, mean, rstd, branch_dtype)
+                          : backward<float>(grad_total, grad_normed, total, weight, mean, rstd, branch_dtype);
 }
 
 float scale_value(const Tensor& scale) {

@@ -29,7 +29,9 @@ struct ResidualLayerNormBackward {
   const void* grad_normed;
   Format normed_format;
   const T *total, *weight, *mean, *rstd;
-  T* grad_x;                   // also the branch's gradient
+  T* grad_x;
+  void* grad_branch;  // grad_x in the branch's format; null if that is the stream's
+  Format branch_format;
   T *grad_weight, *grad_bias;  // [width], overwritten
 };
 

@@ -79,7 +79,7 @@ def test_opcheck(dtype):
     with torch.no_grad():
         total, normed, mean, rstd = op(*leaves, 1e-5, dtype)
         backward = torch.ops.dalle_fast.residual_layer_norm_backward.default
-        torch.library.opcheck(backward, (total, normed, total, weight.detach(), mean, rstd))
+        torch.library.opcheck(backward, (total, normed, total, weight.detach(), mean, rstd, dtype))
         scale = torch.tensor(8.0)
         torch.library.opcheck(torch.ops.dalle_fast.scale_gradient.default, (total, scale, dtype))
         torch.library.opcheck(torch.ops.dalle_fast.unscale_gradient.default, (normed, scale))

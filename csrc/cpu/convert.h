@@ -1,10 +1,9 @@
-// Rows of the 16-bit formats to and from float32 or float64, rounding to nearest even; NaN stays NaN.
+// The 16-bit formats to and from float32, rounding to nearest even; NaN stays NaN.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include <algorithm>
 #include <cstring>
 
 #include "resblock.h"
@@ -26,33 +25,46 @@ DF_ALWAYS_INLINE uint16_t store_bfloat16(float x) {
   return static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
 }
 
-// out[i] = elements first ... first + n of `in`
-template <typename T>
-DF_ALWAYS_INLINE void load_row(const void* in, Format format, int64_t first, int64_t n, T* out) {
-  if (format == Format::kFloat32) {
-    std::copy_n(static_cast<const float*>(in) + first, n, out);
-  } else if (format == Format::kFloat64) {
-    std::copy_n(static_cast<const double*>(in) + first, n, out);
-  } else if (format == Format::kBFloat16) {
-    const uint16_t* bits = static_cast<const uint16_t*>(in) + first;
-    for (int64_t i = 0; i < n; ++i) out[i] = load_bfloat16(bits[i]);
-  } else {
-    std::copy_n(static_cast<const c10::Half*>(in) + first, n, out);
-  }
-}
+// Elements of a row in a format, as numbers.
+template <Format format>
+struct Element;
+template <>
+struct Element<Format::kFloat32> {
+  using Stored = float;
+  static DF_ALWAYS_INLINE float load(float x) { return x; }
+  static DF_ALWAYS_INLINE float store(float x) { return x; }
+};
+template <>
+struct Element<Format::kFloat64> {
+  using Stored = double;
+  static DF_ALWAYS_INLINE double load(double x) { return x; }
+  static DF_ALWAYS_INLINE double store(double x) { return x; }
+};
+template <>
+struct Element<Format::kBFloat16> {
+  using Stored = uint16_t;
+  static DF_ALWAYS_INLINE float load(uint16_t bits) { return load_bfloat16(bits); }
+  static DF_ALWAYS_INLINE uint16_t store(float x) { return store_bfloat16(x); }
+};
+template <>
+struct Element<Format::kFloat16> {
+  using Stored = c10::Half;
+  static DF_ALWAYS_INLINE float load(c10::Half x) { return x; }
+  static DF_ALWAYS_INLINE c10::Half store(float x) { return x; }
+};
 
-template <typename T>
-DF_ALWAYS_INLINE void store_row(const T* in, int64_t n, void* out, Format format, int64_t first) {
-  if (format == Format::kFloat32) {
-    std::copy_n(in, n, static_cast<float*>(out) + first);
-  } else if (format == Format::kFloat64) {
-    std::copy_n(in, n, static_cast<double*>(out) + first);
-  } else if (format == Format::kBFloat16) {
-    uint16_t* bits = static_cast<uint16_t*>(out) + first;
-    for (int64_t i = 0; i < n; ++i) bits[i] = store_bfloat16(static_cast<float>(in[i]));
-  } else {
-    c10::Half* half = static_cast<c10::Half*>(out) + first;
-    for (int64_t i = 0; i < n; ++i) half[i] = static_cast<float>(in[i]);
+// Calls body(Element<format>()): a loop inside is compiled for each format.
+template <typename Body>
+DF_ALWAYS_INLINE void with_element(Format format, const Body& body) {
+  switch (format) {
+    case Format::kFloat32:
+      return body(Element<Format::kFloat32>());
+    case Format::kFloat64:
+      return body(Element<Format::kFloat64>());
+    case Format::kBFloat16:
+      return body(Element<Format::kBFloat16>());
+    case Format::kFloat16:
+      return body(Element<Format::kFloat16>());
   }
 }
 

@@ -81,8 +81,11 @@ if kernels_loaded():
         weight: torch.Tensor,
         mean: torch.Tensor,
         rstd: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return total.new_empty(total.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+        branch_dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        branch_shape = (0,) if branch_dtype == total.dtype else total.shape  # the gradient of x serves both
+        grads = total.new_empty(total.shape), total.new_empty(branch_shape, dtype=branch_dtype)
+        return *grads, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
     def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         _, branch, weight, _, _, _ = inputs
@@ -94,10 +97,12 @@ if kernels_loaded():
     def _backward(
         ctx: Any, grad_total: torch.Tensor, grad_normed: torch.Tensor, *_: Any
     ) -> tuple[torch.Tensor | None, ...]:
-        grad_x, grad_weight, grad_bias = torch.ops.dalle_fast.residual_layer_norm_backward(
-            grad_total.contiguous(), grad_normed.contiguous(), *ctx.saved_tensors
+        grad_x, grad_branch, grad_weight, grad_bias = torch.ops.dalle_fast.residual_layer_norm_backward(
+            grad_total.contiguous(), grad_normed.contiguous(), *ctx.saved_tensors, ctx.branch_dtype
         )
-        return grad_x, grad_x.to(ctx.branch_dtype), grad_weight, grad_bias, None, None
+        if ctx.branch_dtype == grad_x.dtype:
+            grad_branch = grad_x
+        return grad_x, grad_branch, grad_weight, grad_bias, None, None
 
     torch.library.register_autograd("dalle_fast::residual_layer_norm", _backward, setup_context=_setup_context)
 
