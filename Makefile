@@ -13,7 +13,7 @@ CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: build demo test lint bench format pretrained asan
+.PHONY: build demo test lint bench bench-end-to-end format pretrained asan
 
 build: $(BUILD_STAMP)
 
@@ -38,8 +38,15 @@ lint: build
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
+BENCH := $(BIN)/python -m pytest --benchmark-quiet -q --results benchmarks/results
+
 bench: build
-	$(BIN)/python -m pytest benchmarks --benchmark-quiet -q --results benchmarks/results
+	$(BENCH) benchmarks --ignore benchmarks/bench_end_to_end.py
+
+# Half an hour. dalle-pytorch declares packages that these measurements do not need.
+bench-end-to-end: build
+	$(BIN)/python -m pip install --quiet --no-deps dalle-pytorch==1.6.6 axial_positional_embedding einops rotary-embedding-torch
+	$(BENCH) benchmarks/bench_end_to_end.py
 
 format: build
 	$(BIN)/ruff check --fix

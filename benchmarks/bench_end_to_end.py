@@ -64,7 +64,7 @@ class TorchAttention(torch.nn.Module):
         q, k, v = self.ours.heads(x)
         self.cache_k[:, :, at : at + 1], self.cache_v[:, :, at : at + 1] = k, v
         k, v = self.cache_k[:, :, : at + 1], self.cache_v[:, :, : at + 1]
-        return self.ours.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=self.dense[at, : at + 1]))
+        return self.ours.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=self.dense[at : at + 1, : at + 1]))
 
 
 def on_torch_attention(model: df.DALLE) -> df.DALLE:

@@ -21,7 +21,11 @@ RESULTS: list[dict[str, Any]] = []
 
 
 def pytest_addoption(parser):
-    parser.addoption("--results", type=Path, help="folder for a JSON file of the results, named after the machine")
+    parser.addoption(
+        "--results",
+        type=Path,
+        help="folder of a JSON file for each machine; takes the place of its earlier results of the same cases",
+    )
 
 
 @pytest.fixture
@@ -140,5 +144,8 @@ def pytest_terminal_summary(terminalreporter, config):
         folder.mkdir(parents=True, exist_ok=True)
         name = re.sub(r"[^a-z0-9]+", "-", f"{MACHINE['processor']} {MACHINE['threads']} threads".lower()).strip("-")
         path = folder / f"{name}.json"
-        path.write_text(json.dumps({"machine": MACHINE, "races": RESULTS}, indent=1) + "\n")
+        earlier = json.loads(path.read_text())["races"] if path.exists() else []
+        ran = {row["case"] for row in RESULTS}
+        races = [row for row in earlier if row["case"] not in ran] + RESULTS
+        path.write_text(json.dumps({"machine": MACHINE, "races": races}, indent=1) + "\n")
         terminalreporter.write_line(f"written: {path}")
