@@ -1,8 +1,9 @@
 // One (batch, head) is one task; the forward splits it further, by queries, when there are fewer tasks than threads.
 // A task copies what it needs of k and v (or more, for the backward) into float32 or float64 buffers in the mask's own
 // order, where the keys of neighbouring queries are neighbours: any strides and 16-bit inputs cost one pass, and a
-// column is as contiguous as a row. Queries are taken kTile at a time, text and image apart; a tile sees two spans of
-// keys, the text and one window of the image, and its scores fit the cache, so the softmax is the plain two-pass one.
+// column is as contiguous as a row. Queries are taken in strips of six, which meet only the panels of keys that one of
+// them sees. Several strips make a tile: they share the text, and their scores fit the cache, so the softmax is the
+// plain two-pass one.
 //
 // Nothing is shared between tasks and every sum has a fixed order: results do not depend on the number of threads.
 #include <torch/csrc/stable/ops.h>
@@ -10,27 +11,32 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <memory>
 #include <new>
-#include <type_traits>
 
 #include "../attention_params.h"
+#include "attention_pack.h"
+#include "simd.h"
 #include "tile_math.h"
 
 namespace dalle_fast {
 namespace {
 
-constexpr int kTile = 24;  // queries
+constexpr int kTileStrips = 8;
+constexpr int kTileRows = kTileStrips * kStripRows;
+
+// Scores are in units of log 2: the kernels' exponential is that of 2.
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // Zeroed and aligned to cache lines.
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t size) : data_(static_cast<T*>(::operator new(size * sizeof(T), kAlign))) {
-    std::fill_n(data_.get(), size, T(0));
+  explicit Buffer(int64_t size) : data_(static_cast<T*>(::operator new(size * sizeof(T), kAlign))), size_(size) {
+    clear();
   }
   T* get() const { return data_.get(); }
+  void clear() { std::fill_n(data_.get(), size_, T(0)); }
 
  private:
   static constexpr std::align_val_t kAlign{64};
@@ -38,209 +44,165 @@ class Buffer {
     void operator()(T* data) const { ::operator delete(data, kAlign); }
   };
   std::unique_ptr<T, Delete> data_;
+  int64_t size_;
 };
 
-// Keys `first` ... in the mask's order, and the column of the score tile where they start.
-struct Span {
-  int first;
+// Several strips.
+template <typename P>
+struct TileOf {
+  const P& problem;
+  const Strip* strips;
   int count;
-  int64_t column;
-};
 
-struct Tile {
-  int first;
-  int count;        // queries
-  Span spans[2];    // of keys: text, image
-  int64_t columns;  // of the score tile
-};
+  TileOf(const P& p, int index)
+      : problem(p),
+        strips(p.plan.strips.data() + index * kTileStrips),
+        count(std::min<int>(kTileStrips, p.plan.strips.size() - index * kTileStrips)) {}
 
-// The mask over the whole stream: text first, then the image in the mask's own order.
-template <typename Mask, typename T>
-struct Stream {
-  Mask mask;
-  int text_len = mask.text_len;
-  int image_len = mask.image_len();
-  int seq_len = mask.seq_len();
-  int64_t text_columns = round_to_columns<T>(text_len);
-  int64_t max_columns = text_columns + round_to_columns<T>(image_len);
-  int text_tiles = (text_len + kTile - 1) / kTile;
-  int tiles = text_tiles + (image_len + kTile - 1) / kTile;
+  static int count_of(const P& p) { return (static_cast<int>(p.plan.strips.size()) + kTileStrips - 1) / kTileStrips; }
 
-  explicit Stream(const Mask& m) : mask(m) {}
-
-  int64_t token(int i) const { return i < text_len ? i : text_len + mask.token(i - text_len); }
-
-  Tile tile(int index) const {
-    if (index < text_tiles) {
-      const int first = index * kTile, count = std::min(kTile, text_len - first), keys = first + count;
-      return {first, count, {{0, keys, 0}, {}}, round_to_columns<T>(keys)};
-    }
-    const int first = (index - text_tiles) * kTile, count = std::min(kTile, image_len - first);
-    const int begin = mask.first_key(first), keys = mask.last_key(first + count - 1) + 1 - begin;
-    return {text_len + first,
-            count,
-            {{0, text_len, 0}, {text_len + begin, keys, text_columns}},
-            text_columns + round_to_columns<T>(keys)};
+  // Rows of the strips' queries; those past the end of a strip are 0.
+  template <typename Storage, typename T>
+  void pack(const View& view, int b, int h, T scale, T* to) const {
+    const Head<const Storage> from(view, b, h);
+    with_channel_stride(from.channel, [&](auto stride) {
+      for (int s = 0; s < count; ++s) {
+        for (int r = 0; r < kStripRows; ++r, to += problem.width) {
+          if (r >= strips[s].count) {
+            std::fill_n(to, problem.width, T(0));
+            continue;
+          }
+          const Storage* row = from.data + problem.token(strips[s].first + r) * from.token;
+          copy_row(row, stride, problem.channels, scale, to);
+        }
+      }
+    });
   }
 
-  // Sets the scores that query tile.first + r must not see to -inf.
-  void hide(const Tile& tile, int r, T* row) const {
-    const int query = tile.first + r;
-    int64_t column = 0;
-    const auto keep = [&](int64_t begin, int64_t end) {
-      std::fill(row + column, row + std::max(begin, column), -std::numeric_limits<T>::infinity());
-      column = std::max(end, column);
-    };
-    keep(0, std::min(query + 1, text_len));
-    if (query >= text_len) {
-      const int64_t shift = tile.spans[1].column - (tile.spans[1].first - text_len);
-      for (int i = 0; i < mask.runs(); ++i) {
-        const KeyRange run = mask.run(query - text_len, i);
-        if (run.begin < run.end) keep(run.begin + shift, run.end + shift);
+  // Calls f(strip, row of the tile, token) for each query.
+  template <typename F>
+  void for_each_query(F&& f) const {
+    for (int s = 0; s < count; ++s) {
+      for (int r = 0; r < strips[s].count; ++r) f(s * kStripRows + r, problem.token(strips[s].first + r));
+    }
+  }
+
+  template <typename Storage, typename T>
+  void unpack(const T* from, const T* scales, const View& view, int b, int h) const {
+    const Head<Storage> to(view, b, h);
+    with_channel_stride(to.channel, [&](auto stride) {
+      for_each_query([&](int row, int64_t token) {
+        copy_row(from + row * problem.width, problem.channels, scales[row], to.data + token * to.token, stride);
+      });
+    });
+  }
+
+  // Fetches the lines of the tile's queries ahead of their use, where heads lie far apart and nothing else does.
+  // Inlined, because a function that only prefetches has no effect that the compiler knows of.
+  template <typename Storage>
+  DF_ALWAYS_INLINE void prefetch(const View& view, int b, int h) const {
+    constexpr int kLine = 64;
+    const Head<Storage> to(view, b, h);
+    for (int s = 0; s < count; ++s) {
+      for (int r = 0; r < strips[s].count; ++r) {
+        const char* row = reinterpret_cast<const char*>(to.data + problem.token(strips[s].first + r) * to.token);
+        for (int64_t i = 0; i < problem.channels * int64_t{sizeof(Storage)}; i += kLine) __builtin_prefetch(row + i);
       }
     }
-    keep(tile.columns, tile.columns);
   }
-};
 
-// One head of a tensor.
-template <typename Storage>
-struct Head {
-  Storage* data;
-  int64_t token, channel;  // strides in elements
-
-  Head(const View& view, int b, int h)
-      : data(static_cast<Storage*>(view.data) + b * view.batch + h * view.head),
-        token(view.token),
-        channel(view.channel) {}
-};
-
-// Calls f with the stride between channels, as a constant where it is 1, which lets the loops vectorise.
-template <typename F>
-void with_channel_stride(int64_t stride, F&& f) {
-  if (stride == 1) {
-    f(std::integral_constant<int64_t, 1>());
-  } else {
-    f(stride);
-  }
-}
-
-// to[i, d] = element (first + i, d) of the head times scale; rows of `pitch` elements.
-template <typename Storage, typename S, typename T>
-void pack_rows(const Head<Storage>& from, const S& stream, int first, int count, int channels, T scale, int64_t pitch,
-               T* to) {
-  with_channel_stride(from.channel, [&](auto stride) {
-    for (int i = 0; i < count; ++i) {
-      const Storage* row = from.data + stream.token(first + i) * from.token;
-      for (int d = 0; d < channels; ++d) to[i * pitch + d] = static_cast<T>(row[d * stride]) * scale;
+  // Calls f(first strip, strips, slot of the first key, panel of the scores): all strips at once for the text.
+  template <typename F>
+  void for_each_panel(F&& f) const {
+    int first = 0;
+    for (int panel = 0; panel < strips[count - 1].text_panels; ++panel) {
+      while (strips[first].text_panels <= panel) ++first;
+      f(first, count - first, panel * P::kKeys, panel);
     }
-  });
-}
-
-// to[d, i] = element (i, d) of the head; rows of `pitch` elements. A block of tokens at a time, so that whole cache
-// lines are written.
-template <typename Storage, typename S, typename T>
-void pack_columns(const Head<Storage>& from, const S& stream, int channels, int64_t pitch, T* to) {
-  constexpr int kBlock = kColumns<T>;
-  with_channel_stride(from.channel, [&](auto stride) {
-    for (int first = 0; first < stream.seq_len; first += kBlock) {
-      const Storage* rows[kBlock];
-      for (int i = 0; i < kBlock; ++i) {  // past the end, the last token again: its columns are never used
-        rows[i] = from.data + stream.token(std::min(first + i, stream.seq_len - 1)) * from.token;
-      }
-      for (int d = 0; d < channels; ++d) {
-        for (int i = 0; i < kBlock; ++i) to[d * pitch + first + i] = static_cast<T>(rows[i][d * stride]);
+    for (int s = 0; s < count; ++s) {
+      int panel = strips[s].text_panels;
+      for (int i = panel > 0 ? 1 : 0; i < strips[s].spans; ++i) {  // the text is the first, if there is any
+        const KeySpan span = problem.plan.spans[strips[s].first_span + i];
+        for (int key = 0; key < span.count; key += P::kKeys) f(s, 1, span.slot + key, panel++);
       }
     }
-  });
-}
+  }
 
-// Element (first + i, d) of the head = from[i, d] * scale.
-template <typename Storage, typename S, typename T>
-void unpack_rows(const T* from, int64_t pitch, const S& stream, int first, int count, int channels, T scale,
-                 const Head<Storage>& to) {
-  with_channel_stride(to.channel, [&](auto stride) {
-    for (int i = 0; i < count; ++i) {
-      Storage* row = to.data + stream.token(first + i) * to.token;
-      for (int d = 0; d < channels; ++d) row[d * stride] = static_cast<Storage>(from[i * pitch + d] * scale);
+  // scores = rows . keys
+  template <typename T>
+  void score(const T* rows, T* keys, T* scores) const {
+    for_each_panel([&](int first, int n, int slot, int panel) {
+      const Keys<T> at = keys_at(keys, problem, slot);
+      problem.kernels.score(problem.width, n, rows + first * kStripRows * problem.width, at.data, at.row,
+                            scores + first * problem.scores_strip + panel * kPanelSize<T>, problem.scores_strip);
+    });
+  }
+
+  // keys += weights^T rows
+  template <typename T>
+  void accumulate(const T* rows, const T* weights, T* keys) const {
+    for_each_panel([&](int first, int n, int slot, int panel) {
+      const Keys<T> at = keys_at(keys, problem, slot);
+      problem.kernels.accumulate(problem.width, n, rows + first * kStripRows * problem.width,
+                                 weights + first * problem.scores_strip + panel * kPanelSize<T>, problem.scores_strip,
+                                 at.data, at.row);
+    });
+  }
+
+  // out = weights rows
+  template <typename T>
+  void weigh(const T* weights, const T* rows, T* out) const {
+    for (int64_t d = 0; d < problem.width; d += P::kKeys) {
+      for (int s = 0; s < count; ++s) {
+        problem.kernels.weigh(problem.width, weights + s * problem.scores_strip,
+                              problem.plan.spans.data() + strips[s].first_span, strips[s].spans,
+                              rows + d * problem.slots, out + s * kStripRows * problem.width + d);
+      }
     }
-  });
-}
-
-// Element (i, first column + j) of the score tile = left[i] . keys[:, j], for both spans; keys are [channels, pitch].
-template <typename T>
-void score(const Tile& tile, int64_t channels, const T* left, int64_t left_row, const T* keys, int64_t pitch, T* scores,
-           int64_t columns) {
-  for (const Span& span : tile.spans) {
-    gemm(tile.count, span.count, channels, {left, left_row, 1}, keys + span.first, pitch, scores + span.column, columns,
-         false);
   }
-}
 
-// out[i] = sum over the keys j of both spans of weights[i, j] rows[j].
-template <typename T>
-void weigh(const Tile& tile, const T* weights, int64_t columns, const T* rows, int64_t width, T* out) {
-  bool accumulate = false;
-  for (const Span& span : tile.spans) {
-    if (span.count == 0) continue;
-    gemm(tile.count, width, span.count, {weights + span.column, columns, 1}, rows + span.first * width, width, out,
-         width, accumulate);
-    accumulate = true;
+  template <typename T>
+  void hide(int s, T* scores) const {
+    problem.kernels.hide(problem.plan.masks.data() + strips[s].first_mask, strips[s].masks, scores);
   }
-}
-
-// rows[j] += sum over the tile's queries i of weights[i, j] left[i], for the keys j of both spans.
-template <typename T>
-void scatter(const Tile& tile, const T* weights, int64_t columns, const T* left, int64_t width, T* rows) {
-  for (const Span& span : tile.spans) {
-    gemm(span.count, width, tile.count, {weights + span.column, 1, columns}, left, width, rows + span.first * width,
-         width, true);
-  }
-}
-
-// Elements from one channel's keys to the next: room for the product to read past the last key, and no multiple of 4
-// KB, which would map all channels to the same few cache lines.
-template <typename T>
-int64_t key_pitch(int seq_len) {
-  const int64_t pitch = round_to_columns<T>(seq_len) + kColumns<T>;
-  return pitch * sizeof(T) % 4096 == 0 ? pitch + kColumns<T> : pitch;
-}
+};
 
 template <typename Storage, typename T, typename Mask>
 void forward(const SparseAttentionForward& p, const Mask& mask) {
-  const Stream<Mask, T> stream(mask);
   const AttentionShape& shape = p.shape;
-  const int channels = shape.channels;
-  const int64_t width = round_to_columns<T>(channels), pitch = key_pitch<T>(stream.seq_len);
-  const int64_t columns = stream.max_columns, heads = int64_t{shape.batch} * shape.heads;
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t splits = std::clamp<int64_t>((threads + heads - 1) / heads, 1, stream.tiles);
+  using P = Problem<T, Mask>;
+  const P problem(mask, shape.channels);
+  const int tiles = TileOf<P>::count_of(problem);
+  const int64_t heads = int64_t{shape.batch} * shape.heads, threads = torch::stable::get_num_threads();
+  const int64_t splits = std::clamp<int64_t>((threads + heads - 1) / heads, 1, tiles);
 
   torch::stable::parallel_for(0, heads * splits, 1, [&](int64_t begin, int64_t end) {
-    Buffer<T> keys(channels * pitch), values(stream.seq_len * width), queries(kTile * width), out(kTile * width);
-    Buffer<T> scores(kTile * columns);
+    Buffer<T> keys(problem.keys_size()), values(problem.rows_size());
+    Buffer<T> rows(P::kKeys * problem.width), queries(kTileRows * problem.width), out(kTileRows * problem.width);
+    Buffer<T> scores(kTileStrips * problem.scores_strip);
     for (int64_t task = begin; task < end; ++task) {
       const int b = task / splits / shape.heads, h = task / splits % shape.heads, split = task % splits;
-      pack_columns(Head<const Storage>(p.k, b, h), stream, channels, pitch, keys.get());
-      pack_rows(Head<const Storage>(p.v, b, h), stream, 0, stream.seq_len, channels, T(1), width, values.get());
-      T* lse = static_cast<T*>(p.lse) + (int64_t{b} * shape.heads + h) * stream.seq_len;
-      for (int index = split * stream.tiles / splits; index < (split + 1) * stream.tiles / splits; ++index) {
-        const Tile tile = stream.tile(index);
-        pack_rows(Head<const Storage>(p.q, b, h), stream, tile.first, tile.count, channels, T(shape.scale), width,
-                  queries.get());
-        score(tile, channels, queries.get(), width, keys.get(), pitch, scores.get(), columns);
-        T sums[kTile];
-        for (int r = 0; r < tile.count; ++r) {
-          T* row = scores.get() + r * columns;
-          stream.hide(tile, r, row);
-          const T max = exp_row(row, tile.columns, &sums[r]);
-          lse[stream.token(tile.first + r)] = max + std::log(sums[r]);
+      pack_keys(Head<const Storage>(p.k, b, h), problem, rows.get(), keys.get());
+      pack_rows(Head<const Storage>(p.v, b, h), problem, values.get());
+      T* lse = static_cast<T*>(p.lse) + (int64_t{b} * shape.heads + h) * problem.seq_len;
+      for (int index = split * tiles / splits; index < (split + 1) * tiles / splits; ++index) {
+        const TileOf<P> tile(problem, index);
+        tile.template pack<Storage>(p.q, b, h, T(shape.scale * kLog2E), queries.get());
+        tile.template prefetch<Storage>(p.out, b, h);
+        if (index + 1 < tiles) TileOf<P>(problem, index + 1).template prefetch<Storage>(p.q, b, h);
+        tile.score(queries.get(), keys.get(), scores.get());
+        T maxima[kTileRows], sums[kTileRows];
+        for (int s = 0; s < tile.count; ++s) {
+          T* strip = scores.get() + s * problem.scores_strip;
+          tile.hide(s, strip);
+          problem.kernels.softmax(tile.strips[s].panels, strip, maxima + s * kStripRows, sums + s * kStripRows);
         }
-        weigh(tile, scores.get(), columns, values.get(), width, out.get());
-        for (int r = 0; r < tile.count; ++r) {
-          unpack_rows(out.get() + r * width, width, stream, tile.first + r, 1, channels, 1 / sums[r],
-                      Head<Storage>(p.out, b, h));
-        }
+        tile.weigh(scores.get(), values.get(), out.get());
+        tile.for_each_query([&](int row, int64_t token) {
+          lse[token] = maxima[row] * T(kLn2) + std::log(sums[row]);
+          sums[row] = 1 / sums[row];
+        });
+        tile.template unpack<Storage>(out.get(), sums, p.out, b, h);
       }
     }
   });
@@ -248,48 +210,58 @@ void forward(const SparseAttentionForward& p, const Mask& mask) {
 
 template <typename Storage, typename T, typename Mask>
 void backward(const SparseAttentionBackward& p, const Mask& mask) {
-  const Stream<Mask, T> stream(mask);
   const AttentionShape& shape = p.shape;
-  const int channels = shape.channels, seq_len = stream.seq_len;
-  const int64_t width = round_to_columns<T>(channels), pitch = key_pitch<T>(seq_len), columns = stream.max_columns;
+  using P = Problem<T, Mask>;
+  const P problem(mask, shape.channels);
+  const int tiles = TileOf<P>::count_of(problem);
 
   torch::stable::parallel_for(0, int64_t{shape.batch} * shape.heads, 1, [&](int64_t begin, int64_t end) {
-    Buffer<T> keys(channels * pitch), values(channels * pitch), key_rows(seq_len * width);
-    Buffer<T> queries(kTile * width), dout(kTile * width), out(kTile * width), dq(kTile * width);
-    Buffer<T> scores(kTile * columns), dscores(kTile * columns), dk(seq_len * width), dv(seq_len * width);
+    Buffer<T> keys(problem.keys_size()), values(problem.keys_size()), key_rows(problem.rows_size());
+    Buffer<T> dk(problem.keys_size()), dv(problem.keys_size());
+    const int64_t tile_size = kTileRows * problem.width;
+    Buffer<T> rows(P::kKeys * problem.width), queries(tile_size), dout(tile_size), out(tile_size), dq(tile_size);
+    Buffer<T> scores(kTileStrips * problem.scores_strip), dscores(kTileStrips * problem.scores_strip);
+    T scales[kTileRows];
+    std::fill_n(scales, kTileRows, T(shape.scale));
     for (int64_t task = begin; task < end; ++task) {
       const int b = task / shape.heads, h = task % shape.heads;
-      const T* lse = static_cast<const T*>(p.lse) + task * seq_len;
-      pack_columns(Head<const Storage>(p.k, b, h), stream, channels, pitch, keys.get());
-      pack_columns(Head<const Storage>(p.v, b, h), stream, channels, pitch, values.get());
-      pack_rows(Head<const Storage>(p.k, b, h), stream, 0, seq_len, channels, T(1), width, key_rows.get());
-      std::fill_n(dk.get(), seq_len * width, T(0));
-      std::fill_n(dv.get(), seq_len * width, T(0));
-      for (int index = 0; index < stream.tiles; ++index) {
-        const Tile tile = stream.tile(index);
-        const auto pack = [&](const View& view, T scale, Buffer<T>& to) {
-          pack_rows(Head<const Storage>(view, b, h), stream, tile.first, tile.count, channels, scale, width, to.get());
-        };
-        pack(p.q, T(shape.scale), queries);
-        pack(p.dout, T(1), dout);
-        pack(p.out, T(1), out);
-        score(tile, channels, queries.get(), width, keys.get(), pitch, scores.get(), columns);
-        score(tile, channels, dout.get(), width, values.get(), pitch, dscores.get(), columns);
-        for (int r = 0; r < tile.count; ++r) {
-          T* row = scores.get() + r * columns;
-          stream.hide(tile, r, row);
-          const T delta = dot(dout.get() + r * width, out.get() + r * width, width);
-          softmax_backward_row(row, dscores.get() + r * columns, tile.columns, lse[stream.token(tile.first + r)],
-                               delta);
+      const T* lse = static_cast<const T*>(p.lse) + task * problem.seq_len;
+      pack_keys(Head<const Storage>(p.k, b, h), problem, rows.get(), keys.get());
+      pack_keys(Head<const Storage>(p.v, b, h), problem, rows.get(), values.get());
+      pack_rows(Head<const Storage>(p.k, b, h), problem, key_rows.get());
+      dk.clear();
+      dv.clear();
+      for (int index = 0; index < tiles; ++index) {
+        const TileOf<P> tile(problem, index);
+        tile.template pack<Storage>(p.q, b, h, T(shape.scale * kLog2E), queries.get());
+        tile.template prefetch<Storage>(p.dq, b, h);
+        if (index + 1 < tiles) {
+          const TileOf<P> next(problem, index + 1);
+          for (const View* view : {&p.q, &p.dout, &p.out}) next.template prefetch<Storage>(*view, b, h);
         }
-        weigh(tile, dscores.get(), columns, key_rows.get(), width, dq.get());
-        scatter(tile, scores.get(), columns, dout.get(), width, dv.get());
-        scatter(tile, dscores.get(), columns, queries.get(), width, dk.get());  // the queries carry the scale
-        unpack_rows(dq.get(), width, stream, tile.first, tile.count, channels, T(shape.scale),
-                    Head<Storage>(p.dq, b, h));
+        tile.template pack<Storage>(p.dout, b, h, T(1), dout.get());
+        tile.template pack<Storage>(p.out, b, h, T(1), out.get());
+        tile.score(queries.get(), keys.get(), scores.get());
+        tile.score(dout.get(), values.get(), dscores.get());
+        T lses[kTileRows] = {}, delta[kTileRows] = {};
+        tile.for_each_query([&](int row, int64_t token) {
+          lses[row] = lse[token] * T(kLog2E);
+          delta[row] = dot(dout.get() + row * problem.width, out.get() + row * problem.width, problem.width);
+        });
+        for (int s = 0; s < tile.count; ++s) {
+          T* strip = scores.get() + s * problem.scores_strip;
+          tile.hide(s, strip);
+          problem.kernels.softmax_backward(tile.strips[s].panels, strip, dscores.get() + s * problem.scores_strip,
+                                           lses + s * kStripRows, delta + s * kStripRows);
+        }
+        tile.weigh(dscores.get(), key_rows.get(), dq.get());
+        tile.accumulate(dout.get(), scores.get(), dv.get());
+        tile.accumulate(queries.get(), dscores.get(), dk.get());
+        tile.template unpack<Storage>(dq.get(), scales, p.dq, b, h);
       }
-      unpack_rows(dk.get(), width, stream, 0, seq_len, channels, T(1), Head<Storage>(p.dk, b, h));
-      unpack_rows(dv.get(), width, stream, 0, seq_len, channels, T(1), Head<Storage>(p.dv, b, h));
+      unpack_keys(dk.get(), problem, T(kLn2), rows.get(),
+                  Head<Storage>(p.dk, b, h));  // the queries carry the scale and log2(e)
+      unpack_keys(dv.get(), problem, T(1), rows.get(), Head<Storage>(p.dv, b, h));
     }
   });
 }
