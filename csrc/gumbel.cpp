@@ -1,4 +1,4 @@
-// gumbel_softmax and its noise: checks, outputs, and the choice of a backend.
+// gumbel_softmax, gumbel_quantize and their noise: checks, outputs, and the choice of a backend.
 #include "gumbel.h"
 
 #include <torch/csrc/stable/library.h>
@@ -49,56 +49,132 @@ GumbelShape checked_shape(const Tensor& logits, const Tensor& seed, double tau) 
   return {logits.size(0), logits.size(1), logits.size(2) * logits.size(3), seed_value(seed), tau};
 }
 
-template <typename T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, double tau, const Tensor& seed, bool hard) {
-  const GridStrides strides = grid_strides(logits, "logits");
-  const GumbelShape shape = checked_shape(logits, seed, tau);
-  const int64_t batch = shape.batch, height = logits.size(2), width = logits.size(3);
-  Tensor y = torch::stable::empty_like(logits);
-  Tensor kl = torch::stable::new_empty(logits, {batch});
-  Tensor codes = torch::stable::new_empty(logits, {batch, height, width}, ScalarType::Long);
-  Tensor stats = torch::stable::new_empty(logits, {batch, kGumbelStats, height, width});
-  gumbel_softmax_forward_cpu(
-      GumbelForward<T>{shape, strides, hard, static_cast<const T*>(logits.const_data_ptr()),
-                       static_cast<T*>(y.mutable_data_ptr()), static_cast<T*>(kl.mutable_data_ptr()),
-                       static_cast<int64_t*>(codes.mutable_data_ptr()), static_cast<T*>(stats.mutable_data_ptr())});
-  return {y, kl, codes, stats};
+// Calls body(S{}) for the type that logits are stored in.
+template <typename Body>
+auto with_storage(const Tensor& logits, const Body& body) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::Double:
+      return body(double{});
+    default:
+      STD_TORCH_CHECK(logits.scalar_type() == ScalarType::BFloat16,
+                      "logits: expected float32, float64 or bfloat16, got ",
+                      torch::headeronly::toString(logits.scalar_type()));
+      return body(uint16_t{});
+  }
+}
+
+ScalarType arithmetic_type(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::BFloat16 ? ScalarType::Float : logits.scalar_type();
 }
 
 template <typename T>
-Tensor backward(const Tensor& grad_y, const Tensor& grad_kl, const Tensor& logits, const Tensor& stats, double tau,
-                const Tensor& seed) {
-  const GridStrides strides = grid_strides(logits, "logits"), dy_strides = grid_strides(grad_y, "grad_y");
-  const GumbelShape shape = checked_shape(logits, seed, tau);
-  const ScalarType dtype = logits.scalar_type();
-  check(grad_y, "grad_y", dtype, logits.numel());
-  check(grad_kl, "grad_kl", dtype, shape.batch);
-  check(stats, "stats", dtype, shape.batch * kGumbelStats * shape.pixels);
+const T* in(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+template <typename T>
+T* out(Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+// kl [B], codes [B, h, w], stats [B, kGumbelStats, h, w].
+std::tuple<Tensor, Tensor, Tensor> new_statistics(const Tensor& logits) {
+  const int64_t batch = logits.size(0), height = logits.size(2), width = logits.size(3);
+  const ScalarType type = arithmetic_type(logits);
+  return {torch::stable::new_empty(logits, {batch}, type),
+          torch::stable::new_empty(logits, {batch, height, width}, ScalarType::Long),
+          torch::stable::new_empty(logits, {batch, kGumbelStats, height, width}, type)};
+}
+
+void check_statistics(const Tensor& grad_kl, const Tensor& logits, const Tensor& stats, const GumbelShape& shape) {
+  check(grad_kl, "grad_kl", arithmetic_type(logits), shape.batch);
+  check(stats, "stats", arithmetic_type(logits), shape.batch * kGumbelStats * shape.pixels);
   STD_TORCH_CHECK(grad_kl.is_contiguous() && stats.is_contiguous(), "grad_kl, stats: expected contiguous memory");
-  Tensor grad_logits = torch::stable::empty_like(logits);
-  gumbel_softmax_backward_cpu(GumbelBackward<T>{
-      shape, strides, dy_strides, static_cast<const T*>(logits.const_data_ptr()),
-      static_cast<const T*>(stats.const_data_ptr()), static_cast<const T*>(grad_y.const_data_ptr()),
-      static_cast<const T*>(grad_kl.const_data_ptr()), static_cast<T*>(grad_logits.mutable_data_ptr())});
-  return grad_logits;
 }
 
-bool is_double(const Tensor& logits) {
-  const ScalarType dtype = logits.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
-                  "logits: expected float32 or float64, got ", torch::headeronly::toString(dtype));
-  return dtype == ScalarType::Double;
+int64_t checked_channels(const Tensor& codebook, const Tensor& logits, const GumbelShape& shape) {
+  STD_TORCH_CHECK(
+      codebook.dim() == 2 && codebook.size(0) == shape.codes && codebook.numel() > 0 && codebook.is_contiguous(),
+      "codebook: expected a contiguous [", shape.codes, ", C]");
+  check(codebook, "codebook", logits.scalar_type(), codebook.numel());
+  return codebook.size(1);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_softmax(const Tensor& logits, double tau, const Tensor& seed,
                                                           bool hard) {
-  return is_double(logits) ? forward<double>(logits, tau, seed, hard) : forward<float>(logits, tau, seed, hard);
+  const GridStrides strides = grid_strides(logits, "logits");
+  const GumbelShape shape = checked_shape(logits, seed, tau);
+  Tensor y = torch::stable::empty_like(logits);
+  auto [kl, codes, stats] = new_statistics(logits);
+  with_storage(logits, [&, &kl = kl, &codes = codes, &stats = stats](auto zero) {
+    using S = decltype(zero);
+    using T = Arithmetic<S>;
+    gumbel_softmax_forward_cpu(GumbelForward<S>{shape, strides, hard, in<S>(logits), out<S>(y), out<T>(kl),
+                                                out<int64_t>(codes), out<T>(stats)});
+  });
+  return {y, kl, codes, stats};
 }
 
 Tensor gumbel_softmax_backward(const Tensor& grad_y, const Tensor& grad_kl, const Tensor& logits, const Tensor& stats,
                                double tau, const Tensor& seed) {
-  return is_double(logits) ? backward<double>(grad_y, grad_kl, logits, stats, tau, seed)
-                           : backward<float>(grad_y, grad_kl, logits, stats, tau, seed);
+  const GridStrides strides = grid_strides(logits, "logits"), dy_strides = grid_strides(grad_y, "grad_y");
+  const GumbelShape shape = checked_shape(logits, seed, tau);
+  check(grad_y, "grad_y", logits.scalar_type(), logits.numel());
+  check_statistics(grad_kl, logits, stats, shape);
+  Tensor grad_logits = torch::stable::empty_like(logits);
+  with_storage(logits, [&](auto zero) {
+    using S = decltype(zero);
+    using T = Arithmetic<S>;
+    gumbel_softmax_backward_cpu(GumbelBackward<S>{shape, strides, dy_strides, in<S>(logits), in<T>(stats),
+                                                  in<S>(grad_y), in<T>(grad_kl), out<S>(grad_logits)});
+  });
+  return grad_logits;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gumbel_quantize(const Tensor& logits, const Tensor& codebook,
+                                                                   double tau, const Tensor& seed, bool hard) {
+  const GridStrides strides = grid_strides(logits, "logits");
+  const GumbelShape shape = checked_shape(logits, seed, tau);
+  const int64_t channels = checked_channels(codebook, logits, shape), height = logits.size(2), width = logits.size(3);
+  const bool channels_last = strides.pixel != 1;
+  Tensor z = channels_last ? torch::stable::new_empty(logits, {shape.batch, height, width, channels})
+                           : torch::stable::new_empty(logits, {shape.batch, channels, height, width});
+  Tensor soft = torch::stable::new_empty(logits, {shape.batch, shape.pixels, channels}, arithmetic_type(logits));
+  auto [kl, codes, stats] = new_statistics(logits);
+  with_storage(logits, [&, &kl = kl, &codes = codes, &stats = stats](auto zero) {
+    using S = decltype(zero);
+    using T = Arithmetic<S>;
+    const GridStrides z_strides = channels_last ? GridStrides{1, channels} : GridStrides{shape.pixels, 1};
+    gumbel_quantize_forward_cpu(QuantizeForward<S>{shape, channels, strides, z_strides, hard, in<S>(logits),
+                                                   in<S>(codebook), out<S>(z), out<T>(kl), out<int64_t>(codes),
+                                                   out<T>(stats), out<T>(soft)});
+  });
+  if (channels_last) z = torch::stable::transpose(torch::stable::transpose(z, 1, 3), 2, 3);  // [B, C, h, w]
+  return {z, kl, codes, stats, soft};
+}
+
+std::tuple<Tensor, Tensor> gumbel_quantize_backward(const Tensor& grad_z, const Tensor& grad_kl, const Tensor& logits,
+                                                    const Tensor& codebook, const Tensor& codes, const Tensor& stats,
+                                                    const Tensor& soft, double tau, const Tensor& seed, bool hard) {
+  const GridStrides strides = grid_strides(logits, "logits"), dz_strides = grid_strides(grad_z, "grad_z");
+  const GumbelShape shape = checked_shape(logits, seed, tau);
+  const int64_t channels = checked_channels(codebook, logits, shape), positions = shape.batch * shape.pixels;
+  check(grad_z, "grad_z", logits.scalar_type(), positions * channels);
+  check_statistics(grad_kl, logits, stats, shape);
+  check(codes, "codes", ScalarType::Long, positions);
+  check(soft, "soft", arithmetic_type(logits), positions * channels);
+  STD_TORCH_CHECK(codes.is_contiguous() && soft.is_contiguous(), "codes, soft: expected contiguous memory");
+  Tensor grad_logits = torch::stable::empty_like(logits), grad_codebook = torch::stable::empty_like(codebook);
+  with_storage(logits, [&](auto zero) {
+    using S = decltype(zero);
+    using T = Arithmetic<S>;
+    gumbel_quantize_backward_cpu(QuantizeBackward<S>{
+        shape, channels, strides, dz_strides, hard, in<S>(logits), in<S>(codebook), in<int64_t>(codes), in<T>(stats),
+        in<T>(soft), in<S>(grad_z), in<T>(grad_kl), out<S>(grad_logits), out<S>(grad_codebook)});
+  });
+  return {grad_logits, grad_codebook};
 }
 
 Tensor philox_uniform(const Tensor& seed, int64_t first, int64_t n) {
@@ -114,5 +190,7 @@ Tensor philox_uniform(const Tensor& seed, int64_t first, int64_t n) {
 STABLE_TORCH_LIBRARY_IMPL(dalle_fast, CPU, m) {
   m.impl("gumbel_softmax", TORCH_BOX(&dalle_fast::gumbel_softmax));
   m.impl("gumbel_softmax_backward", TORCH_BOX(&dalle_fast::gumbel_softmax_backward));
+  m.impl("gumbel_quantize", TORCH_BOX(&dalle_fast::gumbel_quantize));
+  m.impl("gumbel_quantize_backward", TORCH_BOX(&dalle_fast::gumbel_quantize_backward));
   m.impl("philox_uniform", TORCH_BOX(&dalle_fast::philox_uniform));
 }

@@ -2,8 +2,13 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace dalle_fast {
+
+// What a kernel computes with. S is how tensors are stored: float, double, or uint16_t for the bits of a bfloat16.
+template <typename S>
+using Arithmetic = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 // A tensor [B, codes, pixels] that is dense in NCHW (code = pixels, pixel = 1) or channels_last order (1, codes).
 struct GridStrides {
@@ -16,36 +21,75 @@ struct GumbelShape {
   double tau;
 };
 
-// stats [B, 3, pixels], for the backward: log-sum-exp of the noisy logits / tau, log-sum-exp of the logits, KL in nats.
-enum GumbelStat { kNoisyLse, kPlainLse, kPixelKl, kGumbelStats };
+// stats [B, 4, pixels], for the backward: the largest noisy logit, the logarithm of the sum of
+// exp((noisy - largest) / tau), log-sum-exp of the logits, KL in nats.
+enum GumbelStat { kNoisyMax, kNoisyLogSum, kPlainLse, kPixelKl, kGumbelStats };
 
-template <typename T>
+template <typename S>
 struct GumbelForward {
   GumbelShape shape;
   GridStrides strides;  // of logits and y
   bool hard;
-  const T* logits;
-  T* y;
-  T* kl;           // [B], nats
-  int64_t* codes;  // [B, pixels], argmax of the noisy logits
-  T* stats;
+  const S* logits;
+  S* y;
+  Arithmetic<S>* kl;  // [B], nats
+  int64_t* codes;     // [B, pixels], argmax of the noisy logits
+  Arithmetic<S>* stats;
 };
 
-template <typename T>
+template <typename S>
 struct GumbelBackward {
   GumbelShape shape;
   GridStrides strides;     // of logits and grad_logits
   GridStrides dy_strides;  // of grad_y
-  const T* logits;
-  const T* stats;
-  const T* grad_y;
-  const T* grad_kl;  // [B]
-  T* grad_logits;
+  const S* logits;
+  const Arithmetic<S>* stats;
+  const S* grad_y;
+  const Arithmetic<S>* grad_kl;  // [B]
+  S* grad_logits;
 };
 
-template <typename T>
-void gumbel_softmax_forward_cpu(const GumbelForward<T>& params);
-template <typename T>
-void gumbel_softmax_backward_cpu(const GumbelBackward<T>& params);
+template <typename S>
+struct QuantizeForward {
+  GumbelShape shape;
+  int64_t channels;
+  GridStrides strides;    // of logits
+  GridStrides z_strides;  // of z [B, channels, pixels]
+  bool hard;
+  const S* logits;
+  const S* codebook;  // [codes, channels]
+  S* z;
+  Arithmetic<S>* kl;
+  int64_t* codes;
+  Arithmetic<S>* stats;
+  Arithmetic<S>* soft;  // [B, pixels, channels], z before `hard` and rounding, for the backward
+};
+
+template <typename S>
+struct QuantizeBackward {
+  GumbelShape shape;
+  int64_t channels;
+  GridStrides strides;     // of logits and grad_logits
+  GridStrides dz_strides;  // of grad_z
+  bool hard;
+  const S* logits;
+  const S* codebook;
+  const int64_t* codes;
+  const Arithmetic<S>* stats;
+  const Arithmetic<S>* soft;
+  const S* grad_z;
+  const Arithmetic<S>* grad_kl;
+  S* grad_logits;
+  S* grad_codebook;
+};
+
+template <typename S>
+void gumbel_softmax_forward_cpu(const GumbelForward<S>& params);
+template <typename S>
+void gumbel_softmax_backward_cpu(const GumbelBackward<S>& params);
+template <typename S>
+void gumbel_quantize_forward_cpu(const QuantizeForward<S>& params);
+template <typename S>
+void gumbel_quantize_backward_cpu(const QuantizeBackward<S>& params);
 
 }  // namespace dalle_fast

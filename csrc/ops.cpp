@@ -33,6 +33,12 @@ STABLE_TORCH_LIBRARY(dalle_fast, m) {
   m.def(
       "gumbel_softmax_backward(Tensor grad_y, Tensor grad_kl, Tensor logits, Tensor stats, float tau, Tensor seed) "
       "-> Tensor");
+  m.def(
+      "gumbel_quantize(Tensor logits, Tensor codebook, float tau, Tensor seed, bool hard) -> (Tensor z, Tensor kl, "
+      "Tensor codes, Tensor stats, Tensor soft)");
+  m.def(
+      "gumbel_quantize_backward(Tensor grad_z, Tensor grad_kl, Tensor logits, Tensor codebook, Tensor codes, "
+      "Tensor stats, Tensor soft, float tau, Tensor seed, bool hard) -> (Tensor grad_logits, Tensor grad_codebook)");
   m.def("philox_uniform(Tensor seed, int first, int n) -> Tensor");
 
   // Resblocks

@@ -190,19 +190,25 @@ def kl_to_uniform(logits: torch.Tensor) -> torch.Tensor:
     return (log_q.exp() * (log_q + log_k)).sum(dim=(1, 2, 3))
 
 
+def _widen(x: torch.Tensor) -> torch.Tensor:
+    """What arithmetic is done in: float32 for bfloat16."""
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
 def gumbel_softmax(
     logits: torch.Tensor, tau: float, seed: int | torch.Tensor, hard: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Relaxed one-hot sample over the codes (section 2.1). logits [B, K, h, w] -> y of that shape, kl [B] in nats.
 
-    ``hard`` returns exact one-hots with the gradient of the soft sample.
+    ``hard`` returns exact one-hots with the gradient of the soft sample. bfloat16 is rounded at the end; kl is float32.
     """
-    noise = gumbel_noise(seed, logits.shape, logits.device).to(logits.dtype)
-    y = ((logits + noise) / tau).softmax(1)
+    wide = _widen(logits)
+    noise = gumbel_noise(seed, logits.shape, logits.device).to(wide.dtype)
+    y = ((wide + noise) / tau).softmax(1)
     if hard:
         one_hot = torch.zeros_like(y).scatter_(1, y.argmax(1, keepdim=True), 1.0)
         y = one_hot - y.detach() + y
-    return y, kl_to_uniform(logits)
+    return y.to(logits.dtype), kl_to_uniform(wide)
 
 
 def gumbel_quantize(
@@ -212,8 +218,8 @@ def gumbel_quantize(
 
     logits [B, K, h, w], codebook [K, C] -> z [B, C, h, w], kl [B] in nats, codes [B, h, w], argmax of noisy logits.
     """
-    y, kl = gumbel_softmax(logits, tau, seed, hard)
-    return torch.einsum("bkhw,kc->bchw", y, codebook), kl, y.argmax(1)
+    y, kl = gumbel_softmax(_widen(logits), tau, seed, hard)
+    return torch.einsum("bkhw,kc->bchw", y, _widen(codebook)).to(logits.dtype), kl, y.argmax(1)
 
 
 # ---------------------------------------------------------------------------------------------- resblocks

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import FORWARD, GRADIENT, error
+from tolerances import FORWARD, GRADIENT, HALF, error
 
 import dalle_fast as df
 from dalle_fast import reference
@@ -32,12 +32,28 @@ def run(module, logits, codebook, tau, seed, hard):
     return z, kl, codes, *grads
 
 
-def assert_matches_float64(logits, codebook, tau, seed, hard):
-    z, kl, codes, *grads = run(df, logits, codebook, tau, seed, hard)
-    z64, kl64, codes64, *grads64 = run(reference, logits.double(), codebook.double(), tau, seed, hard)
+def run_softmax(module, logits, tau, seed, hard):
+    """Outputs and gradient of gumbel_softmax, for fixed upstream gradients."""
+    logits = logits.detach().requires_grad_()
+    y, kl = module.gumbel_softmax(logits, tau, seed, hard)
+    generator = torch.Generator().manual_seed(8)
+    dy = torch.randn(y.shape, generator=generator).to(y.dtype)
+    dkl = torch.randn(kl.shape, generator=generator).to(kl.dtype)
+    return y, kl, *torch.autograd.grad([y, kl], logits, [dy, dkl])
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tau", [1.0, 1 / 16])
+def test_quantize_matches_the_reference(tau, layout, hard):
+    logits = random_logits(2, 70, 27, 39, layout=layout)  # more than two chunks of codes and a tile of pixels
+    codebook = random_logits(70, 21, 1, 1, seed=1).flatten(1)
+    z, kl, codes, *grads = run(df, logits, codebook, tau, 123456789123, hard)
+    z64, kl64, codes64, *grads64 = run(reference, logits.double(), codebook.double(), tau, 123456789123, hard)
     assert error(z, z64) <= FORWARD
     assert error(kl, kl64) <= FORWARD
     assert torch.equal(codes, codes64)
+    assert z.is_contiguous(memory_format=LAYOUTS[layout])
     for grad, grad64 in zip(grads, grads64, strict=True):
         assert error(grad, grad64) <= GRADIENT
 
@@ -45,10 +61,29 @@ def assert_matches_float64(logits, codebook, tau, seed, hard):
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tau", [1.0, 1 / 16])
-def test_matches_the_reference(tau, layout, hard):
-    logits = random_logits(2, 70, 27, 39, layout=layout)  # more than two chunks of codes and a tile of pixels
-    codebook = random_logits(70, 24, 1, 1, seed=1).flatten(1)
-    assert_matches_float64(logits, codebook, tau, 123456789123, hard)
+def test_softmax_matches_the_reference(tau, layout, hard):
+    logits = random_logits(2, 70, 27, 39, layout=layout)
+    y, kl, grad = run_softmax(df, logits, tau, 123456789123, hard)
+    y64, kl64, grad64 = run_softmax(reference, logits.double(), tau, 123456789123, hard)
+    assert error(y, y64) <= FORWARD
+    assert error(kl, kl64) <= FORWARD
+    assert error(grad, grad64) <= GRADIENT
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bfloat16(layout, hard):
+    """As close to float64 as the reference in bfloat16, up to a factor; the KL is computed in float32."""
+    logits = random_logits(2, 70, 27, 39, layout=layout).bfloat16()
+    codebook = random_logits(70, 21, 1, 1, seed=1).flatten(1).bfloat16()
+    ours, in_half = (run(module, logits, codebook, 0.5, 77, hard) for module in (df, reference))
+    exact = run(reference, logits.double(), codebook.double(), 0.5, 77, hard)
+    ours, in_half = ([*a, *run_softmax(m, logits, 0.5, 77, hard)] for m, a in ((df, ours), (reference, in_half)))
+    exact = [*exact, *run_softmax(reference, logits.double(), 0.5, 77, hard)]
+    assert torch.equal(ours[2], exact[2])
+    for a, b, e in zip(ours, in_half, exact, strict=True):
+        assert a.dtype == b.dtype
+        assert error(a, e) <= max(HALF * error(b, e), FORWARD)
 
 
 @settings(max_examples=40, deadline=None)
@@ -92,6 +127,22 @@ def test_opcheck(layout, hard):
     y, kl, _, stats = op(logits, 0.7, torch.tensor(3), hard)
     backward = torch.ops.dalle_fast.gumbel_softmax_backward.default
     torch.library.opcheck(backward, (torch.ones_like(y), torch.ones_like(kl), logits, stats, 0.7, torch.tensor(3)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_quantize(dtype, layout, hard):
+    logits, codebook = random_logits(2, 70, 3, 5, layout=layout).to(dtype), torch.randn(70, 4).to(dtype)
+    op = torch.ops.dalle_fast.gumbel_quantize.default
+    torch.library.opcheck(
+        op, (logits.clone().requires_grad_(), codebook.clone().requires_grad_(), 0.7, torch.tensor(3), hard)
+    )
+    z, kl, *saved = op(logits, codebook, 0.7, torch.tensor(3), hard)
+    backward = torch.ops.dalle_fast.gumbel_quantize_backward.default
+    torch.library.opcheck(
+        backward, (torch.ones_like(z), torch.ones_like(kl), logits, codebook, *saved, 0.7, torch.tensor(3), hard)
+    )
 
 
 def test_straight_through():
@@ -144,12 +195,13 @@ def test_strided_and_surrounded_by_nan():
     """Only the elements of the view are read, whatever its strides and neighbours."""
     codebook = random_logits(70, 3, 1, 1, seed=1).flatten(1)
     plain = random_logits(2, 70, 5, 7)
-    expected = run(df, plain, codebook, 0.7, 1, False)
+    expected = (*run(df, plain, codebook, 0.7, 1, False), *run_softmax(df, plain, 0.7, 1, False))
     for permutation in ((0, 1, 2, 3), (0, 2, 3, 1), (3, 2, 1, 0)):
         padded = torch.full([n + 4 for n in plain.permute(permutation).shape], float("nan"))
         view = padded[2:-2, 2:-2, 2:-2, 2:-2].permute([permutation.index(d) for d in range(4)])
         view.copy_(plain)
-        for result, wanted in zip(run(df, view, codebook, 0.7, 1, False), expected, strict=True):
+        results = (*run(df, view, codebook, 0.7, 1, False), *run_softmax(df, view, 0.7, 1, False))
+        for result, wanted in zip(results, expected, strict=True):
             assert torch.equal(result, wanted)
         assert padded.isnan().sum() == padded.numel() - plain.numel()
 
@@ -171,14 +223,13 @@ def test_gradient_of_an_expanded_sum():
 
 
 def test_bitwise_repeatable_on_any_number_of_threads():
-    logits = random_logits(2, 300, 12, 12)
+    logits, codebook = random_logits(2, 300, 12, 12), random_logits(300, 5, 1, 1).flatten(1)
     threads = torch.get_num_threads()
     results = []
     try:
         for n in (1, 2, 2):
             torch.set_num_threads(n)
-            y, kl = df.gumbel_softmax(logits.requires_grad_(), 0.7, 5)
-            results.append((y, kl, *torch.autograd.grad([y, kl], logits, [y.detach(), kl.detach()])))
+            results.append((*run_softmax(df, logits, 0.7, 5, False), *run(df, logits, codebook, 0.7, 5, False)))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -218,12 +269,13 @@ def test_nan_logits_stay_visible():
         ({"tau": float("inf")}, ValueError, "tau: .* got inf"),
         ({"logits": torch.zeros(2, 3)}, ValueError, r"logits: expected a non-empty \[B, K, h, w\], got \[2, 3\]"),
         ({"logits": torch.zeros(0, 3, 2, 2)}, ValueError, r"logits: .* got \[0, 3, 2, 2\]"),
-        ({"logits": torch.zeros(1, 3, 2, 2, dtype=torch.bfloat16)}, TypeError, "logits: .* got torch.bfloat16"),
+        ({"logits": torch.zeros(1, 3, 2, 2, dtype=torch.float16)}, TypeError, "logits: .* got torch.float16"),
         ({"seed": 2**63}, ValueError, "seed: expected 64 bits with a sign, got 9223372036854775808"),
         ({"seed": 1.5}, TypeError, "seed: expected an int or an int64 tensor, got float"),
         ({"seed": torch.tensor(1.0)}, TypeError, "seed: expected an int64 tensor of one element, got torch.float32"),
         ({"seed": torch.tensor([1, 2])}, TypeError, "seed: expected an int64 tensor of one element"),
         ({"codebook": torch.zeros(4, 2)}, ValueError, r"codebook: expected \[3, C\], got \[4, 2\]"),
+        ({"codebook": torch.zeros(3, 0)}, ValueError, r"codebook: expected \[3, C\], got \[3, 0\]"),
         ({"codebook": torch.zeros(3)}, ValueError, r"codebook: expected \[3, C\], got \[3\]"),
         ({"codebook": torch.zeros(3, 2).double()}, TypeError, "codebook: expected torch.float32 .* torch.float64"),
     ],

@@ -1,88 +1,54 @@
 // Two steps, each parallel over fixed pieces: draw the noise again, write y to the place of the gradient and sum
-// y * dy over the codes of a chunk; then, with the sums of all chunks added in order, replace y by the gradient.
+// y * dy over the codes of a chunk; then, with the sums of all chunks added in order, replace y by the gradient. y in
+// bfloat16 would be rounded twice: there, the second step draws the noise once more.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
 #include <memory>
 
 #include "gumbel.h"
 #include "gumbel_tile.h"
 #include "huge_pages.h"
 #include "simd.h"
-#include "vec_math.h"
 
 namespace dalle_fast {
 namespace {
 
-// y of a group of rows from the statistics; adds y * dy to `dot`.
-template <int64_t kRows, typename T>
-DF_ALWAYS_INLINE void soft_group_body(Rows<const T> logits, const uint32_t* words, Rows<const T> dy, int64_t pixels,
-                                      T inverse_tau, const T* noisy_lse, Rows<T> y, T* dot) {
-#pragma omp simd
-  for (int64_t p = 0; p < pixels; ++p) {
-    T sum = dot[p];
-#pragma GCC unroll 4
-    for (int64_t r = 0; r < kRows; ++r) {
-      const T noisy = logits.data[r * logits.stride + p] + static_cast<T>(gumbel_from_word(words[r * kTile + p]));
-      const T value = vec_exp(noisy * inverse_tau - noisy_lse[p]);
-      sum += value * dy.data[r * dy.stride + p];
-      y.data[r * y.stride + p] = value;
-    }
-    dot[p] = sum;
-  }
-}
-
 template <typename T>
-struct PixelStats {
-  const T *plain_lse, *kl, *dot;
-  T grad_kl, log_codes, inverse_tau;
-};
-
-// d logits = y / tau (dy - y.dy) + dkl q (log q + log K - kl); y in `grad`, replaced by the gradient.
-template <typename T>
-DF_ALWAYS_INLINE void grad_row_body(const T* logits, const T* dy, int64_t pixels, PixelStats<T> s, T* grad) {
+DF_ALWAYS_INLINE void dot_row_body(const T* y, const T* dy, int64_t pixels, T* dot) {
 #pragma omp simd
-  for (int64_t p = 0; p < pixels; ++p) {
-    const T log_q = logits[p] - s.plain_lse[p];
-    const T kl_term = vec_exp(log_q) * (log_q + s.log_codes - s.kl[p]);
-    grad[p] = grad[p] * s.inverse_tau * (dy[p] - s.dot[p]) + s.grad_kl * kl_term;
-  }
+  for (int64_t p = 0; p < pixels; ++p) dot[p] += y[p] * dy[p];
 }
 
 }  // namespace
 
-template <typename T>
-void gumbel_softmax_backward_cpu(const GumbelBackward<T>& params) {
+template <typename S>
+void gumbel_softmax_backward_cpu(const GumbelBackward<S>& params) {
+  using T = Arithmetic<S>;
+  constexpr bool kExact = std::is_same_v<S, T>;
   const GumbelShape& s = params.shape;
   const int64_t chunks = chunk_count(s);
-  const T inverse_tau = static_cast<T>(1 / s.tau);
   const std::unique_ptr<T[]> dots(new T[s.batch * chunks * s.pixels]);  // the total ends in chunk 0
   const auto dot_at = [&](int64_t image, int64_t chunk, int64_t pixel) {
     return dots.get() + (image * chunks + chunk) * s.pixels + pixel;
   };
-  advise_huge(params.grad_logits, s.batch * s.codes * s.pixels * sizeof(T));
+  advise_huge(params.grad_logits, s.batch * s.codes * s.pixels * sizeof(S));
 
   for_each_tile(s, [&](GumbelTile t) {
     alignas(64) T logits_buffer[kArea], dy_buffer[kArea], y_buffer[kArea];
-    const int64_t at = t.offset(s, params.strides);
-    const Rows<const T> logits = read_tile(params.logits + at, params.strides, t.codes, t.pixels, logits_buffer);
+    S* grad_at = params.grad_logits + t.offset(s, params.strides);
+    const Rows<const T> logits =
+        read_tile(params.logits + t.offset(s, params.strides), params.strides, t.codes, t.pixels, logits_buffer);
     const Rows<const T> dy =
         read_tile(params.grad_y + t.offset(s, params.dy_strides), params.dy_strides, t.codes, t.pixels, dy_buffer);
-    const Rows<T> y = tile_to_write(params.grad_logits + at, params.strides, y_buffer);
-    const T* noisy_lse = params.stats + (t.image * kGumbelStats + kNoisyLse) * s.pixels + t.pixel;
+    const Rows<T> y = kExact ? tile_to_write(grad_at, params.strides, y_buffer) : Rows<T>{y_buffer, kPitch};
+    soft_tile(s, t, logits, params.stats, y);
     T* dot = dot_at(t.image, t.chunk, t.pixel);
     std::fill_n(dot, t.pixels, T(0));
-    NoiseGroup noise;
-    for_each_group(t.codes, [&](auto count, int64_t row) {
-      constexpr int64_t kRows = decltype(count)::value;
-      noise.draw(s, t, row, kRows);
-      simd([=, words = &noise.words[0]]() DF_INLINE_LAMBDA {
-        soft_group_body<kRows, T>(logits.from(row), words, dy.from(row), t.pixels, inverse_tau, noisy_lse, y.from(row),
-                                  dot);
-      });
+    simd([=, codes = t.codes, pixels = t.pixels]() DF_INLINE_LAMBDA {
+      for (int64_t c = 0; c < codes; ++c) dot_row_body<T>(y.row(c), dy.row(c), pixels, dot);
     });
-    write_tile(y, params.grad_logits + at, params.strides, t.codes, t.pixels);
+    if (kExact) write_tile(y, grad_at, params.strides, t.codes, t.pixels);
   });
 
   for (int64_t image = 0; image < s.batch; ++image) {
@@ -95,29 +61,24 @@ void gumbel_softmax_backward_cpu(const GumbelBackward<T>& params) {
 
   for_each_tile_backwards(s, [&](GumbelTile t) {
     alignas(64) T logits_buffer[kArea], dy_buffer[kArea], grad_buffer[kArea];
-    const int64_t at = t.offset(s, params.strides);
-    const Rows<const T> logits = read_tile(params.logits + at, params.strides, t.codes, t.pixels, logits_buffer);
+    S* grad_at = params.grad_logits + t.offset(s, params.strides);
+    const Rows<const T> logits =
+        read_tile(params.logits + t.offset(s, params.strides), params.strides, t.codes, t.pixels, logits_buffer);
     const Rows<const T> dy =
         read_tile(params.grad_y + t.offset(s, params.dy_strides), params.dy_strides, t.codes, t.pixels, dy_buffer);
-    read_tile<T>(params.grad_logits + at, params.strides, t.codes, t.pixels, grad_buffer);
-    const Rows<T> grad = tile_to_write(params.grad_logits + at, params.strides, grad_buffer);
-    const T* stats = params.stats + t.image * kGumbelStats * s.pixels + t.pixel;
-    const PixelStats<T> pixel_stats{stats + kPlainLse * s.pixels,
-                                    stats + kPixelKl * s.pixels,
-                                    dot_at(t.image, 0, t.pixel),
-                                    params.grad_kl[t.image],
-                                    static_cast<T>(std::log(static_cast<double>(s.codes))),
-                                    inverse_tau};
-    simd([=]() DF_INLINE_LAMBDA {
-      for (int64_t c = 0; c < t.codes; ++c) {
-        grad_row_body<T>(logits.row(c), dy.row(c), t.pixels, pixel_stats, grad.row(c));
-      }
-    });
-    write_tile(grad, params.grad_logits + at, params.strides, t.codes, t.pixels);
+    const Rows<T> grad = tile_to_write(grad_at, params.strides, grad_buffer);
+    if constexpr (kExact) {
+      read_tile<S>(grad_at, params.strides, t.codes, t.pixels, grad_buffer);
+    } else {
+      soft_tile(s, t, logits, params.stats, grad);
+    }
+    grad_tile(s, t, logits, dy, dot_at(t.image, 0, t.pixel), params.grad_kl[t.image], params.stats, grad);
+    write_tile(grad, grad_at, params.strides, t.codes, t.pixels);
   });
 }
 
 template void gumbel_softmax_backward_cpu(const GumbelBackward<float>&);
 template void gumbel_softmax_backward_cpu(const GumbelBackward<double>&);
+template void gumbel_softmax_backward_cpu(const GumbelBackward<uint16_t>&);
 
 }  // namespace dalle_fast

@@ -2,7 +2,8 @@
 //   1. a chunk of codes at a time: draw the noise, find each pixel's maximum within the chunk, write exponentials
 //      relative to it, keep their sums. Logits are read once from memory, whole rows in order;
 //   2. merge the sums of all chunks in order: statistics, KL, codes, and a factor for each chunk and pixel;
-//   3. scale the exponentials by their factor.
+//   3. scale the exponentials by their factor. bfloat16 would be rounded twice that way: there, step 1 writes nothing,
+//      and step 3 draws the noise again.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -31,7 +32,7 @@ class Sums {
         values_(new T[shape.batch * chunks_ * 5 * pixels_]),
         codes_(new int32_t[shape.batch * chunks_ * pixels_]) {}
 
-  ChunkSums<T> at(int64_t image, int64_t chunk, int64_t pixel) const {
+  PixelSums<T> at(int64_t image, int64_t chunk, int64_t pixel) const {
     const int64_t index = image * chunks_ + chunk;
     T* values = values_.get() + index * 5 * pixels_ + pixel;
     return {values,
@@ -57,7 +58,7 @@ struct Merged {
 };
 
 template <typename T>
-DF_ALWAYS_INLINE void merge_max_body(ChunkSums<T> part, int64_t pixels, Merged<T>* merged) {
+DF_ALWAYS_INLINE void merge_max_body(PixelSums<T> part, int64_t pixels, Merged<T>* merged) {
 #pragma omp simd
   for (int64_t p = 0; p < pixels; ++p) {
     merged->code[p] = part.best[p] > merged->best[p] ? part.code[p] : merged->code[p];
@@ -68,7 +69,7 @@ DF_ALWAYS_INLINE void merge_max_body(ChunkSums<T> part, int64_t pixels, Merged<T
 
 // Adds a chunk's sums, once the maxima are final; leaves its weight in part.best.
 template <typename T>
-DF_ALWAYS_INLINE void merge_sums_body(ChunkSums<T> part, int64_t pixels, T inverse_tau, Merged<T>* merged) {
+DF_ALWAYS_INLINE void merge_sums_body(PixelSums<T> part, int64_t pixels, T inverse_tau, Merged<T>* merged) {
 #pragma omp simd
   for (int64_t p = 0; p < pixels; ++p) {
     const T below = part.plain_max[p] - merged->plain_max[p];
@@ -82,8 +83,8 @@ DF_ALWAYS_INLINE void merge_sums_body(ChunkSums<T> part, int64_t pixels, T inver
 }
 
 // Step 2 for up to kMerge pixels of an image; leaves each chunk's factor in its `best`.
-template <typename T>
-void merge(const GumbelForward<T>& params, const Sums<T>& sums, int64_t image, int64_t pixel, int64_t pixels) {
+template <typename S, typename T = Arithmetic<S>>
+void merge(const GumbelForward<S>& params, const Sums<T>& sums, int64_t image, int64_t pixel, int64_t pixels) {
   const GumbelShape& s = params.shape;
   const int64_t chunks = chunk_count(s);
   const T inverse_tau = static_cast<T>(1 / s.tau);
@@ -102,14 +103,10 @@ void merge(const GumbelForward<T>& params, const Sums<T>& sums, int64_t image, i
     T* factor = sums.at(image, chunk, pixel).best;
     for (int64_t p = 0; p < pixels; ++p) factor[p] = static_cast<T>(factor[p] / merged.noisy_sum[p]);
   }
-  T* stats = params.stats + image * kGumbelStats * s.pixels + pixel;
-  const double log_codes = std::log(static_cast<double>(s.codes));
+  T* stats = params.stats + image * kGumbelStats * s.pixels;
   for (int64_t p = 0; p < pixels; ++p) {
-    const double log_plain = std::log(merged.plain_sum[p]);
-    stats[kNoisyLse * s.pixels + p] = static_cast<T>(merged.best[p] / s.tau + std::log(merged.noisy_sum[p]));
-    stats[kPlainLse * s.pixels + p] = static_cast<T>(merged.plain_max[p] + log_plain);
-    stats[kPixelKl * s.pixels + p] =
-        static_cast<T>(log_codes + merged.plain_weighted[p] / merged.plain_sum[p] - log_plain);
+    write_stats<T>(s, merged.best[p], merged.noisy_sum[p], merged.plain_max[p], merged.plain_sum[p],
+                   merged.plain_weighted[p], stats, pixel + p);
     params.codes[image * s.pixels + pixel + p] = merged.code[p];
   }
 }
@@ -131,22 +128,26 @@ DF_ALWAYS_INLINE void scale_tile_body(T* y, GridStrides strides, int64_t codes, 
 
 }  // namespace
 
-template <typename T>
-void gumbel_softmax_forward_cpu(const GumbelForward<T>& params) {
+template <typename S>
+void gumbel_softmax_forward_cpu(const GumbelForward<S>& params) {
+  using T = Arithmetic<S>;
+  constexpr bool kExact = std::is_same_v<S, T>;
   const GumbelShape& s = params.shape;
   const GridStrides strides = params.strides;
   const Sums<T> sums(s);
-  advise_huge(params.y, s.batch * s.codes * s.pixels * sizeof(T));
+  advise_huge(params.y, s.batch * s.codes * s.pixels * sizeof(S));
 
   for_each_tile(s, [&](GumbelTile t) {
     alignas(64) T logits_buffer[kArea], noisy[kArea];
     const int64_t at = t.offset(s, strides);
-    const ChunkSums<T> part = sums.at(t.image, t.chunk, t.pixel);
+    const PixelSums<T> part = sums.at(t.image, t.chunk, t.pixel);
+    const bool keep = kExact && !params.hard;
     const Rows<const T> logits = read_tile(params.logits + at, strides, t.codes, t.pixels, logits_buffer);
-    const Rows<T> y = params.hard ? Rows<T>{noisy, kPitch} : tile_to_write(params.y + at, strides, noisy);
+    const Rows<T> y = keep ? tile_to_write(params.y + at, strides, noisy) : Rows<T>{noisy, kPitch};
+    part.start(t.pixels, t.code);
     noisy_tile(s, t, logits, noisy, part);
     exp_tile(t, logits, noisy, static_cast<T>(1 / s.tau), y, part);
-    if (!params.hard) write_tile(y, params.y + at, strides, t.codes, t.pixels);
+    if (keep) write_tile(y, params.y + at, strides, t.codes, t.pixels);
   });
 
   const int64_t merges = (s.pixels + kMerge - 1) / kMerge;
@@ -156,30 +157,35 @@ void gumbel_softmax_forward_cpu(const GumbelForward<T>& params) {
       merge(params, sums, i / merges, pixel, std::min(kMerge, s.pixels - pixel));
     }
   });
-  for (int64_t image = 0; image < s.batch; ++image) {
-    const T* kl = params.stats + (image * kGumbelStats + kPixelKl) * s.pixels;
-    double total = 0;
-    for (int64_t p = 0; p < s.pixels; ++p) total += kl[p];
-    params.kl[image] = static_cast<T>(total);
-  }
+  sum_kl(s, params.stats, params.kl);
 
   if (params.hard) {
     parallel_for(0, s.batch, 1, [&](int64_t begin, int64_t end) {
-      std::fill(params.y + begin * s.codes * s.pixels, params.y + end * s.codes * s.pixels, T(0));
+      std::fill(params.y + begin * s.codes * s.pixels, params.y + end * s.codes * s.pixels, S(0));
       for (int64_t i = begin * s.pixels; i < end * s.pixels; ++i) {
         const int64_t image = i / s.pixels, pixel = i % s.pixels;
-        params.y[image * s.codes * s.pixels + params.codes[i] * strides.code + pixel * strides.pixel] = T(1);
+        params.y[image * s.codes * s.pixels + params.codes[i] * strides.code + pixel * strides.pixel] = narrow<S>(T(1));
       }
     });
-    return;
+  } else if constexpr (kExact) {
+    for_each_tile_backwards(s, [&](GumbelTile t) {
+      simd([=, y = params.y + t.offset(s, strides), factor = sums.at(t.image, t.chunk, t.pixel).best]()
+               DF_INLINE_LAMBDA { scale_tile_body<T>(y, strides, t.codes, t.pixels, factor); });
+    });
+  } else {
+    for_each_tile_backwards(s, [&](GumbelTile t) {
+      alignas(64) T logits_buffer[kArea], y_buffer[kArea];
+      const int64_t at = t.offset(s, strides);
+      const Rows<const T> logits = read_tile(params.logits + at, strides, t.codes, t.pixels, logits_buffer);
+      const Rows<T> y{y_buffer, kPitch};
+      soft_tile(s, t, logits, params.stats, y);
+      write_tile(y, params.y + at, strides, t.codes, t.pixels);
+    });
   }
-  for_each_tile_backwards(s, [&](GumbelTile t) {
-    simd([=, y = params.y + t.offset(s, strides), factor = sums.at(t.image, t.chunk, t.pixel).best]()
-             DF_INLINE_LAMBDA { scale_tile_body<T>(y, strides, t.codes, t.pixels, factor); });
-  });
 }
 
 template void gumbel_softmax_forward_cpu(const GumbelForward<float>&);
 template void gumbel_softmax_forward_cpu(const GumbelForward<double>&);
+template void gumbel_softmax_forward_cpu(const GumbelForward<uint16_t>&);
 
 }  // namespace dalle_fast

@@ -15,7 +15,8 @@ def gumbel_softmax(
     """Relaxed one-hot sample over the codes, and the KL divergence to the uniform prior (section 2.1).
 
     Args:
-        logits: [B, K, h, w], float32 or float64, contiguous or channels_last (another layout is copied).
+        logits: [B, K, h, w], float32, float64 or bfloat16 (computed in float32), contiguous or channels_last (another
+            layout is copied).
         tau: temperature, positive; the sample tends to a one-hot as it tends to 0.
         seed: of the Gumbel noise: an int, or an int64 tensor of one element. The noise is a function of seed and
             logical element index alone, and the backward draws it again, so none is stored.
@@ -23,7 +24,7 @@ def gumbel_softmax(
 
     Returns:
         y: the sample, as logits.
-        kl: [B], KL(softmax(logits) || uniform) in nats, summed over the grid.
+        kl: [B], KL(softmax(logits) || uniform) in nats, summed over the grid; float32 for bfloat16 logits.
 
     Raises:
         TypeError: an argument of another type or dtype.
@@ -41,6 +42,8 @@ def gumbel_quantize(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """:func:`gumbel_softmax` times the codebook: the decoder's first 1x1 convolution (section 2.1).
 
+    The sample itself is never in memory.
+
     Args:
         logits, tau, seed, hard: as in :func:`gumbel_softmax`.
         codebook: [K, C], the dtype of logits.
@@ -54,7 +57,7 @@ def gumbel_quantize(
         TypeError, ValueError: as in :func:`gumbel_softmax`, or a codebook of another shape or dtype.
     """
     tau, seed = _checked(logits, tau, seed)
-    if codebook.dim() != 2 or codebook.shape[0] != logits.shape[1]:
+    if codebook.dim() != 2 or codebook.shape[0] != logits.shape[1] or codebook.shape[1] == 0:
         raise ValueError(f"codebook: expected [{logits.shape[1]}, C], got {list(codebook.shape)}")
     if codebook.dtype != logits.dtype or codebook.device != logits.device:
         raise TypeError(
@@ -62,19 +65,14 @@ def gumbel_quantize(
         )
     if reference := reference_op("gumbel_quantize", logits.device):
         return reference(logits, codebook, tau, seed, hard)
-    y, kl, codes, _ = torch.ops.dalle_fast.gumbel_softmax(_dense(logits), tau, seed, hard)
-    batch, _, height, width = y.shape
-    if y.is_contiguous():
-        z = (codebook.t() @ y.flatten(2)).view(batch, -1, height, width)  # [C, K] x [B, K, h w]
-    else:
-        z = (y.permute(0, 2, 3, 1) @ codebook).permute(0, 3, 1, 2)  # [B, h, w, K] x [K, C]
+    z, kl, codes, _, _ = torch.ops.dalle_fast.gumbel_quantize(_dense(logits), codebook.contiguous(), tau, seed, hard)
     return z, kl, codes
 
 
 def _checked(logits: torch.Tensor, tau: float, seed: int | torch.Tensor) -> tuple[float, torch.Tensor]:
     """tau as a float and seed as an int64 tensor on the device of logits, or an error."""
-    if logits.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"logits: expected float32 or float64, got {logits.dtype}")
+    if logits.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        raise TypeError(f"logits: expected float32, float64 or bfloat16, got {logits.dtype}")
     if logits.dim() != 4 or logits.numel() == 0:
         raise ValueError(f"logits: expected a non-empty [B, K, h, w], got {list(logits.shape)}")
     if not float(tau) > 0 or float(tau) == float("inf"):
@@ -95,16 +93,21 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
+def _statistics(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Empty kl [B], codes [B, h, w] and stats [B, 4, h, w] (csrc/gumbel.h), as the kernels return them."""
+    batch, _, height, width = logits.shape
+    dtype = torch.float32 if logits.dtype == torch.bfloat16 else logits.dtype
+    kl, stats = logits.new_empty(batch, dtype=dtype), logits.new_empty(batch, 4, height, width, dtype=dtype)
+    return kl, logits.new_empty((batch, height, width), dtype=torch.int64), stats
+
+
 if kernels_loaded():
 
     @torch.library.register_fake("dalle_fast::gumbel_softmax")
     def _gumbel_softmax_fake(
         logits: torch.Tensor, tau: float, seed: torch.Tensor, hard: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        batch, _, height, width = logits.shape
-        kl = logits.new_empty(batch)
-        codes = logits.new_empty((batch, height, width), dtype=torch.int64)
-        return torch.empty_like(logits), kl, codes, logits.new_empty(batch, 3, height, width)
+        return torch.empty_like(logits), *_statistics(logits)
 
     @torch.library.register_fake("dalle_fast::gumbel_softmax_backward")
     def _gumbel_softmax_backward_fake(
@@ -117,21 +120,68 @@ if kernels_loaded():
     ) -> torch.Tensor:
         return torch.empty_like(logits)
 
-    @torch.library.register_fake("dalle_fast::philox_uniform")
-    def _philox_uniform_fake(seed: torch.Tensor, first: int, n: int) -> torch.Tensor:
-        return seed.new_empty(n, dtype=torch.float32)
-
-    def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    def _setup_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         logits, ctx.tau, seed, _ = inputs
         _, _, codes, stats = output
         ctx.mark_non_differentiable(codes, stats)
         ctx.save_for_backward(logits, stats, seed)
 
-    def _backward(ctx: Any, grad_y: torch.Tensor, grad_kl: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    def _softmax_backward(
+        ctx: Any, grad_y: torch.Tensor, grad_kl: torch.Tensor, *_: Any
+    ) -> tuple[torch.Tensor | None, ...]:
         logits, stats, seed = ctx.saved_tensors
         grad_logits = torch.ops.dalle_fast.gumbel_softmax_backward(
             _dense(grad_y), grad_kl.contiguous(), logits, stats, ctx.tau, seed
         )
         return grad_logits, None, None, None
 
-    torch.library.register_autograd("dalle_fast::gumbel_softmax", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("dalle_fast::gumbel_softmax", _softmax_backward, setup_context=_setup_softmax)
+
+    @torch.library.register_fake("dalle_fast::gumbel_quantize")
+    def _gumbel_quantize_fake(
+        logits: torch.Tensor, codebook: torch.Tensor, tau: float, seed: torch.Tensor, hard: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        batch, _, height, width = logits.shape
+        channels = codebook.shape[1]
+        layout = torch.contiguous_format if logits.is_contiguous() else torch.channels_last
+        z = torch.empty(
+            (batch, channels, height, width), dtype=logits.dtype, device=logits.device, memory_format=layout
+        )
+        kl, codes, stats = _statistics(logits)
+        return z, kl, codes, stats, kl.new_empty(batch, height * width, channels)
+
+    @torch.library.register_fake("dalle_fast::gumbel_quantize_backward")
+    def _gumbel_quantize_backward_fake(
+        grad_z: torch.Tensor,
+        grad_kl: torch.Tensor,
+        logits: torch.Tensor,
+        codebook: torch.Tensor,
+        codes: torch.Tensor,
+        stats: torch.Tensor,
+        soft: torch.Tensor,
+        tau: float,
+        seed: torch.Tensor,
+        hard: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.empty_like(logits), torch.empty_like(codebook)
+
+    def _setup_quantize(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        logits, codebook, ctx.tau, seed, ctx.hard = inputs
+        _, _, codes, stats, soft = output
+        ctx.mark_non_differentiable(codes, stats, soft)
+        ctx.save_for_backward(logits, codebook, codes, stats, soft, seed)
+
+    def _quantize_backward(
+        ctx: Any, grad_z: torch.Tensor, grad_kl: torch.Tensor, *_: Any
+    ) -> tuple[torch.Tensor | None, ...]:
+        *saved, seed = ctx.saved_tensors
+        grad_logits, grad_codebook = torch.ops.dalle_fast.gumbel_quantize_backward(
+            _dense(grad_z), grad_kl.contiguous(), *saved, ctx.tau, seed, ctx.hard
+        )
+        return grad_logits, grad_codebook, None, None, None
+
+    torch.library.register_autograd("dalle_fast::gumbel_quantize", _quantize_backward, setup_context=_setup_quantize)
+
+    @torch.library.register_fake("dalle_fast::philox_uniform")
+    def _philox_uniform_fake(seed: torch.Tensor, first: int, n: int) -> torch.Tensor:
+        return seed.new_empty(n, dtype=torch.float32)
