@@ -40,7 +40,8 @@ struct SparseAttentionBackward {
 struct DecodeAttention {
   AttentionShape shape;
   int prompts;  // candidates p * C / prompts ... of text p
-  View q, k, v, out;
+  View q, k, v;
+  View out;               // contiguous
   View text_k, text_v;    // [P, H, text_len, D]
   View cache_k, cache_v;  // [C, H, cache_len, D]
   const int64_t* position;

@@ -20,9 +20,8 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   check_like(text_v, "text_v", q, {prompts, heads, text_len, channels});
   check_like(cache_k, "cache_k", q, {candidates, heads, cache_len, channels});
   check_like(cache_v, "cache_v", q, {candidates, heads, cache_len, channels});
-  STD_TORCH_CHECK(
-      position.scalar_type() == ScalarType::Long && position.numel() == 1 && position.device() == q.device(),
-      "position: expected one int64 on the device of q");
+  STD_TORCH_CHECK(position.scalar_type() == ScalarType::Long && position.dim() == 0 && position.device() == q.device(),
+                  "position: expected one int64 on the device of q");
   const auto* token = static_cast<const int64_t*>(position.const_data_ptr());
   STD_TORCH_CHECK(*token >= 0 && *token < grid.image_len(), "position: expected 0 to ", grid.image_len() - 1, ", got ",
                   *token);

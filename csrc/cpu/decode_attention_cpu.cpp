@@ -1,96 +1,251 @@
-// One task is a candidate and a head: it stores the new key and value, scores the text and the cached tokens that the
-// mask keeps, and weighs their values. Everything is read once, in order; 16-bit rows are widened one at a time.
+// One task is a head and up to 32 candidates of one prompt. It stores their new keys and values, scores the text and
+// the cached tokens that the mask keeps, and weighs their values. The text of a head is read once a task, in pieces
+// that stay in the cache while one group of candidates after the other uses them; a candidate's own window is read
+// once. Rows that are not T with their channels side by side (16-bit formats, other strides) are converted, a piece at
+// a time.
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
 
+#include <algorithm>
 #include <type_traits>
 #include <vector>
 
 #include "../attention_params.h"
+#include "convert.h"
+#include "decode_math.h"
+#include "simd.h"
 #include "tile_math.h"
 
 namespace dalle_fast {
 namespace {
+
+constexpr int kBlock = 32;  // candidates of a task, a multiple of kLanes
+constexpr int kPiece = 64;  // rows of the text, a multiple of kLanes
+constexpr int kFewest = 3;  // candidates that are worth a group
 
 template <typename Storage>
 Storage* at(const View& view, int64_t batch, int64_t head, int64_t token) {
   return static_cast<Storage*>(view.data) + batch * view.batch + head * view.head + token * view.token;
 }
 
-// The row's elements as T: where they are if they are T and contiguous, else in `buffer`.
+int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// n rows as T, side by side, with zeros after the channels. Offsets and stride in elements.
 template <typename Storage, typename T>
-const T* load(const Storage* row, int64_t stride, int channels, T* buffer) {
-  if constexpr (std::is_same_v<Storage, T>) {
-    if (stride == 1) return row;
-  }
-  for (int d = 0; d < channels; ++d) buffer[d] = static_cast<T>(row[d * stride]);
-  return buffer;
-}
-
-template <typename Storage, typename T, typename Mask>
-void decode(const DecodeAttention& p, const Mask& mask) {
-  const AttentionShape& shape = p.shape;
-  const int channels = shape.channels, repeat = shape.batch / p.prompts;
-  const int query = mask.position(static_cast<int>(*p.position));
-  const int slot = mask.cache_slot(query);
-
-  // Calls visit(view of the text, view of the cache, batch index, token index) for each key, text first.
-  const auto for_each_key = [&](int c, const View& text, const View& cache, auto&& visit) {
-    for (int i = 0; i < mask.text_len; ++i) visit(text, c / repeat, i);
-    for (int i = 0; i < mask.runs(); ++i) {
-      const KeyRange run = mask.run(query, i);
-      for (int key = run.begin; key < run.end; ++key) visit(cache, c, mask.cache_slot(key));
-    }
-  };
-
-  torch::stable::parallel_for(0, int64_t{shape.batch} * shape.heads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> scores(mask.seq_len()), scaled(channels), row(channels), sum(channels);
-    for (int64_t task = begin; task < end; ++task) {
-      const int c = task / shape.heads, h = task % shape.heads;
-      const Storage* q = at<const Storage>(p.q, c, h, 0);
-      const Storage* k = at<const Storage>(p.k, c, h, 0);
-      const Storage* v = at<const Storage>(p.v, c, h, 0);
-      Storage* new_key = at<Storage>(p.cache_k, c, h, slot);
-      Storage* new_value = at<Storage>(p.cache_v, c, h, slot);
-      for (int d = 0; d < channels; ++d) {
-        new_key[d * p.cache_k.channel] = k[d * p.k.channel];
-        new_value[d * p.cache_v.channel] = v[d * p.v.channel];
-        scaled[d] = static_cast<T>(q[d * p.q.channel]) * static_cast<T>(shape.scale);
+void convert(const Storage* data, const int64_t* offset, int64_t stride, int n, int channels, int padded, T* to) {
+  simd([=]() DF_INLINE_LAMBDA {
+    for (int i = 0; i < n; ++i) {
+      const Storage* from = data + offset[i];
+      T* row = to + i * padded;
+      if (std::is_same_v<Storage, c10::BFloat16> && stride == 1) {
+        const auto* bits = reinterpret_cast<const uint16_t*>(from);
+        for (int d = 0; d < channels; ++d) row[d] = load_bfloat16(bits[d]);
+      } else {
+        for (int d = 0; d < channels; ++d) row[d] = static_cast<T>(from[d * stride]);
       }
-
-      int64_t keys = 0;
-      for_each_key(c, p.text_k, p.cache_k, [&](const View& view, int batch, int token) {
-        const T* key = load(at<const Storage>(view, batch, h, token), view.channel, channels, row.data());
-        scores[keys++] = dot(scaled.data(), key, channels);
-      });
-      T total;
-      exp_row(scores.data(), keys, &total);
-
-      std::fill(sum.begin(), sum.end(), T(0));
-      keys = 0;
-      for_each_key(c, p.text_v, p.cache_v, [&](const View& view, int batch, int token) {
-        const T* value = load(at<const Storage>(view, batch, h, token), view.channel, channels, row.data());
-        add_scaled(value, scores[keys++], channels, sum.data());
-      });
-      Storage* out = at<Storage>(p.out, c, h, 0);
-      for (int d = 0; d < channels; ++d) out[d * p.out.channel] = static_cast<Storage>(sum[d] / total);
+      for (int d = channels; d < padded; ++d) row[d] = T(0);
     }
   });
 }
+
+template <typename Storage>
+void copy_row(const Storage* from, int64_t from_stride, int n, Storage* to, int64_t to_stride) {
+  if (from_stride == 1 && to_stride == 1) {
+    std::copy_n(from, n, to);
+  } else {
+    for (int i = 0; i < n; ++i) to[i * to_stride] = from[i * from_stride];
+  }
+}
+
+// Offsets of n rows, as Rows wants them: row(i) is the index of row i in memory.
+template <typename Row>
+std::vector<int64_t> row_offsets(int n, int64_t stride, const Row& row) {
+  std::vector<int64_t> offsets(round_up(n, kLanes));
+  for (int i = 0; i < n; ++i) offsets[i] = row(i) * stride;
+  for (size_t i = n; i < offsets.size(); ++i) offsets[i] = offsets[n - 1];
+  return offsets;
+}
+
+// What a thread works in. What is beyond the candidates or the keys is read, but not used.
+template <typename T>
+struct Scratch {
+  Scratch(int candidates, int padded, int keys, int pieces)
+      : rows(candidates < kFewest ? candidates : round_up(candidates, kLanes)),
+        pitch(round_up(keys, kLanes) + kLanes),
+        query(rows * padded),
+        grouped_query(rows < kFewest ? 0 : rows * padded),
+        scores(rows * pitch),
+        sum(rows * padded),
+        total(rows),
+        piece(pieces * kPiece * padded) {}
+
+  const int rows;
+  const int64_t pitch;
+  std::vector<T> query;          // [rows, padded], scaled
+  std::vector<T> grouped_query;  // [rows / kLanes, padded, kLanes]
+  std::vector<T> scores;         // [rows, pitch], text first
+  std::vector<T> sum;            // [rows, padded]
+  std::vector<T> total;          // [rows], of the exponentials
+  std::vector<T> piece;          // [kPiece, padded]
+};
+
+// The rows of one of the views that the new token attends to.
+struct Keys {
+  View view;
+  int n;
+  std::vector<int64_t> offsets;
+};
+
+template <typename Storage, typename T>
+class Decoder {
+ public:
+  // `window`: the slots of the cache that the mask keeps, `slot` among them.
+  Decoder(const DecodeAttention& params, int slot, const std::vector<int>& window)
+      : p_(params),
+        slot_(slot),
+        channels_(params.shape.channels),
+        padded_(round_up(channels_, kLanes)),
+        repeat_(params.shape.batch / params.prompts),
+        text_k_(text_of(params.text_k)),
+        text_v_(text_of(params.text_v)),
+        window_k_(window_of(params.cache_k, window)),
+        window_v_(window_of(params.cache_v, window)),
+        piece_(row_offsets(kPiece, padded_, [](int i) { return i; })) {}
+
+  void run() const {
+    const int block = std::min(kBlock, repeat_), blocks = (repeat_ + block - 1) / block;
+    const int64_t tasks = int64_t{p_.prompts} * p_.shape.heads * blocks;
+    const bool direct = is_direct(text_k_) && is_direct(text_v_) && is_direct(window_k_) && is_direct(window_v_);
+    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      Scratch<T> scratch(block, padded_, text_k_.n + window_k_.n, direct ? 0 : 1);
+      for (int64_t task = begin; task < end; ++task) {
+        const int head = task / blocks % p_.shape.heads, prompt = task / blocks / p_.shape.heads;
+        const int first = task % blocks * block;
+        decode(prompt, head, prompt * repeat_ + first, std::min(block, repeat_ - first), scratch);
+      }
+    });
+  }
+
+ private:
+  Keys text_of(const View& view) const {
+    const int n = p_.shape.grid.text_len;
+    return {view, n, row_offsets(n, view.token, [](int i) { return i; })};
+  }
+  Keys window_of(const View& view, const std::vector<int>& window) const {
+    const int n = static_cast<int>(window.size());
+    return {view, n, row_offsets(n, view.token, [&](int i) { return window[i]; })};
+  }
+
+  // Whether the rows can be used where they are.
+  bool is_direct(const Keys& keys) const {
+    return std::is_same_v<Storage, T> && keys.view.channel == 1 && channels_ == padded_;
+  }
+
+  // Calls visit(rows, index of the first of them) for all keys, a piece at a time.
+  template <typename Visit>
+  void for_each_piece(const Keys& keys, int batch, int head, Scratch<T>& s, const Visit& visit) const {
+    const Storage* data = at<const Storage>(keys.view, batch, head, 0);
+    for (int begin = 0; begin < keys.n; begin += kPiece) {
+      const int n = std::min(kPiece, keys.n - begin);
+      const int64_t* offset = keys.offsets.data() + begin;
+      if constexpr (std::is_same_v<Storage, T>) {
+        if (is_direct(keys)) {
+          visit(Rows<T>{data, offset, n}, begin);
+          continue;
+        }
+      }
+      convert(data, offset, keys.view.channel, n, channels_, padded_, s.piece.data());
+      visit(Rows<T>{s.piece.data(), piece_.data(), n}, begin);
+    }
+  }
+
+  // Calls group(first candidate) for kLanes candidates at a time, then single(candidate) if few are left.
+  template <typename Group, typename Single>
+  void for_each_group(int candidates, const Group& group, const Single& single) const {
+    int c = 0;
+    for (; candidates - c >= kFewest; c += kLanes) group(c);
+    for (; c < candidates; ++c) single(c);
+  }
+
+  // The new row goes to the cache; the query, scaled, to the scratch.
+  void store_new(int candidate, int head, int c, Scratch<T>& s) const {
+    const auto row = [&](const View& view, int token) { return at<Storage>(view, candidate, head, token); };
+    copy_row(row(p_.k, 0), p_.k.channel, channels_, row(p_.cache_k, slot_), p_.cache_k.channel);
+    copy_row(row(p_.v, 0), p_.v.channel, channels_, row(p_.cache_v, slot_), p_.cache_v.channel);
+    T* query = s.query.data() + c * padded_;
+    const int64_t offset = 0;
+    convert(row(p_.q, 0), &offset, p_.q.channel, 1, channels_, padded_, query);
+    for (int d = 0; d < channels_; ++d) query[d] *= static_cast<T>(p_.shape.scale);
+    if (s.rows < kFewest) return;
+    T* grouped = s.grouped_query.data() + c / kLanes * kLanes * padded_ + c % kLanes;
+    for (int d = 0; d < channels_; ++d) grouped[d * kLanes] = query[d];
+  }
+
+  void decode(int prompt, int head, int first, int candidates, Scratch<T>& s) const {
+    const int64_t pitch = s.pitch;
+    const auto scores = [&](int c) { return s.scores.data() + c * pitch; };
+    const auto query = [&](int c) { return s.query.data() + c * padded_; };
+    const auto grouped_query = [&](int c) { return s.grouped_query.data() + c * padded_; };
+    const auto sum = [&](int c) { return s.sum.data() + c * padded_; };
+
+    for (int c = 0; c < candidates; ++c) store_new(first + c, head, c, s);
+    for_each_piece(text_k_, prompt, head, s, [&](Rows<T> rows, int key) {
+      for_each_group(
+          candidates, [&](int c) { score_rows_of_group(rows, padded_, grouped_query(c), scores(c) + key, pitch); },
+          [&](int c) { score_rows(rows, padded_, query(c), scores(c) + key); });
+    });
+    for (int c = 0; c < candidates; ++c) {
+      T* of_window = scores(c) + text_k_.n;
+      for_each_piece(window_k_, first + c, head, s,
+                     [&](Rows<T> rows, int key) { score_rows(rows, padded_, query(c), of_window + key); });
+      exp_row(scores(c), text_k_.n + window_k_.n, &s.total[c]);
+    }
+
+    std::fill(s.sum.begin(), s.sum.end(), T(0));
+    for_each_piece(text_v_, prompt, head, s, [&](Rows<T> rows, int key) {
+      for_each_group(
+          candidates, [&](int c) { add_rows_of_group(rows, padded_, scores(c) + key, pitch, sum(c)); },
+          [&](int c) { add_rows(rows, padded_, scores(c) + key, sum(c)); });
+    });
+    for (int c = 0; c < candidates; ++c) {
+      const T* of_window = scores(c) + text_k_.n;
+      for_each_piece(window_v_, first + c, head, s,
+                     [&](Rows<T> rows, int key) { add_rows(rows, padded_, of_window + key, sum(c)); });
+      Storage* out = at<Storage>(p_.out, first + c, head, 0);
+      const T inverse = 1 / s.total[c];
+      for (int d = 0; d < channels_; ++d) out[d] = static_cast<Storage>(sum(c)[d] * inverse);
+    }
+  }
+
+  const DecodeAttention& p_;
+  const int slot_;  // of the new token
+  const int channels_, padded_;
+  const int repeat_;  // candidates of a prompt
+  const Keys text_k_, text_v_, window_k_, window_v_;
+  const std::vector<int64_t> piece_;  // offsets of converted rows
+};
 
 }  // namespace
 
 void decode_attention_cpu(const DecodeAttention& params) {
+  int slot = 0;
+  std::vector<int> window;
   with_mask(params.shape.kind, params.shape.grid, [&](const auto& mask) {
-    switch (params.shape.dtype) {
-      case DType::kFloat32:
-        return decode<float, float>(params, mask);
-      case DType::kFloat64:
-        return decode<double, double>(params, mask);
-      case DType::kBFloat16:
-        return decode<c10::BFloat16, float>(params, mask);
+    const int query = mask.position(static_cast<int>(*params.position));
+    slot = mask.cache_slot(query);
+    for (int i = 0; i < mask.runs(); ++i) {
+      const KeyRange run = mask.run(query, i);
+      for (int key = run.begin; key < run.end; ++key) window.push_back(mask.cache_slot(key));
     }
   });
+  switch (params.shape.dtype) {
+    case DType::kFloat32:
+      return Decoder<float, float>(params, slot, window).run();
+    case DType::kFloat64:
+      return Decoder<double, double>(params, slot, window).run();
+    case DType::kBFloat16:
+      return Decoder<c10::BFloat16, float>(params, slot, window).run();
+  }
 }
 
 }  // namespace dalle_fast

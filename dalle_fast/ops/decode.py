@@ -27,12 +27,14 @@ def decode_attention(
     """Store the key and value of one new image token per candidate, then attend from it.
 
     Row ``text_len + position`` of ``sparse_attention``, without gradients. Slots are those of
-    ``reference.cache_slot``; slots that the mask no longer sees are never read.
+    ``reference.cache_slot``; slots that the mask no longer sees are never read. A candidate's result is the same bits
+    however many candidates there are.
 
     Args:
         q, k, v: [C, H, D], the new token of each candidate; float32, bfloat16 or float64, one dtype throughout.
-        text_k, text_v: [P, H, text_len, D], each prompt shared by C / P consecutive candidates.
-        cache_k, cache_v: [C, H, mask.cache_len, D], written in place.
+        text_k, text_v: [P, H, text_len, D], each prompt shared by C / P consecutive candidates, which read it once.
+        cache_k, cache_v: [C, H, mask.cache_len, D], written in place. Like the text, of any strides; contiguous is
+            the fastest, since a step reads them from end to end.
         position: int64 scalar, the raster index of the new token; the tokens before it are in the caches already.
         mask: the layer's mask.
         scale: factor on the scores; D^-0.5 by default.
@@ -46,6 +48,32 @@ def decode_attention(
         RuntimeError: a position outside the image; this install has no kernel for the device.
     """
     check_mask(mask)
+    check_tensors(DTYPES, q=q)
+    if reference := reference_op("decode_attention", q.device):
+        _check_arguments(q, k, v, text_k, text_v, cache_k, cache_v, position, mask)
+        return reference(q, k, v, text_k, text_v, cache_k, cache_v, position, mask, scale)
+    try:
+        return torch.ops.dalle_fast.decode_attention(
+            q, k, v, text_k, text_v, cache_k, cache_v, position, *mask_args(mask), softmax_scale(q, scale)
+        )
+    except RuntimeError:
+        # The op has checked all that matters and touched nothing. A step takes microseconds, so what exactly is wrong
+        # is only looked for when something is.
+        _check_arguments(q, k, v, text_k, text_v, cache_k, cache_v, position, mask)
+        raise
+
+
+def _check_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_k: Tensor,
+    text_v: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    position: Tensor,
+    mask: AttentionMask,
+) -> None:
     check_tensors(DTYPES, q=q, k=k, v=v, text_k=text_k, text_v=text_v, cache_k=cache_k, cache_v=cache_v)
     check_tensors((torch.int64,), position=position)
     if q.ndim != 3 or q.numel() == 0:
@@ -64,11 +92,6 @@ def decode_attention(
             raise ValueError(f"{name}: expected {list(shape)}, got {list(x.shape)}")
     if position.ndim != 0 or position.device != q.device:
         raise ValueError(f"position: expected a scalar on {q.device}, got {list(position.shape)} on {position.device}")
-    if reference := reference_op("decode_attention", q.device):
-        return reference(q, k, v, text_k, text_v, cache_k, cache_v, position, mask, scale)
-    return torch.ops.dalle_fast.decode_attention(
-        q, k, v, text_k, text_v, cache_k, cache_v, position, *mask_args(mask), softmax_scale(q, scale)
-    )
 
 
 def _fake(q: Tensor, *rest: Any) -> Tensor:
