@@ -339,7 +339,7 @@ def adamw16(
     """
     m = minifloat_decode(mean, "1-6-9").lerp(grad.float(), 1 - beta1)
     s = minifloat_decode(variance, "0-6-10") * beta2 + grad.float().square() * (1 - beta2)
-    s = s.clamp(max=5.0)
+    s = torch.where(s < 5.0, s, torch.full_like(s, 5.0))  # so is NaN
     update = (m / (1 - beta1**step)) / ((s / (1 - beta2**step)).sqrt() + eps)
     param.mul_(1 - lr * weight_decay).sub_(lr * update)
     mean.copy_(minifloat_encode(m, "1-6-9").to(torch.int16))
