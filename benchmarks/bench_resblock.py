@@ -1,34 +1,14 @@
-"""Residual sum, LayerNorm and casts in one pass, against the same from torch's ops.
-
-"reused": freed memory is kept for the next call, as training does. "fresh": large tensors are mapped anew, and touching
-their pages is part of the time.
-"""
+"""Residual sum, LayerNorm and casts in one pass, against the same from torch's ops."""
 
 from __future__ import annotations
 
-import ctypes
-
-import pytest
 import torch
 import torch.nn.functional as F
 
 import dalle_fast as df
-from dalle_fast.training.memory import keep_freed_memory
 
 ROWS, WIDTH = 10240, 1024
 TARGETS = {"reused": 5.0, "fresh": 3.0}
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-
-
-@pytest.fixture(params=["fresh", "reused"])
-def memory(request):
-    if request.param == "reused":
-        keep_freed_memory()
-    yield request.param
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, 128 * 1024)
-    libc.mallopt(M_TRIM_THRESHOLD, 128 * 1024)
-    libc.malloc_trim(0)
 
 
 def inputs():

@@ -5,6 +5,7 @@ Times are the best of all rounds. Ratios are what counts; milliseconds say somet
 
 from __future__ import annotations
 
+import ctypes
 import json
 import platform
 import re
@@ -16,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from dalle_fast.training.memory import keep_freed_memory
 
 RESULTS: list[dict[str, Any]] = []
 
@@ -90,6 +93,22 @@ def race(benchmark, ceilings):
         RESULTS.append(row)
 
     return run
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
+
+
+@pytest.fixture(params=["fresh", "reused"])
+def memory(request):
+    """Runs a case twice. "reused": freed memory is kept for the next call, as training does. "fresh": large tensors are
+    mapped anew, and touching their pages is part of the time."""
+    if request.param == "reused":
+        keep_freed_memory()
+    yield request.param
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 128 * 1024)
+    libc.mallopt(M_TRIM_THRESHOLD, 128 * 1024)
+    libc.malloc_trim(0)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ namespace {
 
 using torch::stable::parallel_for;
 
-constexpr int64_t kPixels = 128;  // of a tile
+constexpr int64_t kPixels = 192;  // of a tile
 
 // A matrix [rows, columns] in the arithmetic type, rows padded to whole cache lines: the right side of a product.
 template <typename T>

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <type_traits>
 
 #include "convert.h"
@@ -18,7 +19,7 @@
 
 namespace dalle_fast {
 
-constexpr int64_t kChunk = 32;          // codes
+constexpr int64_t kChunk = 48;          // codes
 constexpr int64_t kTile = 1024;         // pixels
 constexpr int64_t kPitch = kTile + 16;  // elements from a tile's row to the next: an odd number of cache lines
 constexpr int64_t kArea = kChunk * kPitch;
@@ -86,6 +87,15 @@ DF_ALWAYS_INLINE S narrow(Arithmetic<S> x) {
     return x;
 }
 
+// Fetches the codes of one pixel ahead in channels_last memory. Pixels lie far apart there, which no hardware foresees,
+// often by a power of two, of which the cache holds few: so not far ahead.
+template <typename S>
+DF_ALWAYS_INLINE void prefetch_codes(const S* pixel, int64_t codes) {
+  for (int64_t c = 0; c < codes; c += 64 / sizeof(S)) __builtin_prefetch(pixel + c);
+}
+
+constexpr int64_t kAhead = 6;  // pixels
+
 // Whether kernels work on the rows of a grid where they lie.
 template <typename S>
 bool in_place(GridStrides strides) {
@@ -106,7 +116,9 @@ Rows<const T> read_tile(const S* grid, GridStrides strides, int64_t codes, int64
       }
     } else {
       for (int64_t p = 0; p < pixels; ++p) {
-        for (int64_t c = 0; c < codes; ++c) buffer[c * kPitch + p] = widen<S>(grid[p * strides.pixel + c]);
+        const S* row = grid + p * strides.pixel;
+        if (p + kAhead < pixels) prefetch_codes(row + kAhead * strides.pixel, codes);
+        for (int64_t c = 0; c < codes; ++c) buffer[c * kPitch + p] = widen<S>(row[c]);
       }
     }
   });
@@ -133,7 +145,9 @@ void write_tile(Rows<T> tile, S* grid, GridStrides strides, int64_t codes, int64
       }
     } else {
       for (int64_t p = 0; p < pixels; ++p) {
-        for (int64_t c = 0; c < codes; ++c) grid[p * strides.pixel + c] = narrow<S>(tile.data[c * kPitch + p]);
+        S* row = grid + p * strides.pixel;
+        if (p + kAhead < pixels) prefetch_codes(row + kAhead * strides.pixel, codes);
+        for (int64_t c = 0; c < codes; ++c) row[c] = narrow<S>(tile.data[c * kPitch + p]);
       }
     }
   });

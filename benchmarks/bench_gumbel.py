@@ -1,0 +1,80 @@
+"""Gumbel-softmax with the KL over 8192 codes on a 32 x 32 grid, and its product with a codebook, against torch's ops as
+written and compiled. The peers draw torch's own random numbers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dalle_fast as df
+
+CODES, CHANNELS, EDGE = 8192, 128, 32
+ATOL = {False: 1e-5, True: 1e-3}  # gradients are differences of terms of size 10
+
+
+def softmax_and_kl(logits, tau):
+    y = F.gumbel_softmax(logits, tau, dim=1)
+    log_q = logits.log_softmax(1)
+    return y, (log_q.exp() * (log_q + math.log(CODES))).sum((1, 2, 3))
+
+
+def quantize(logits, codebook, tau):
+    y, kl = softmax_and_kl(logits, tau)
+    return (codebook.t() @ y.flatten(2)).view(1, CHANNELS, EDGE, EDGE), kl
+
+
+def random_tensors(backward):
+    """logits, codebook."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(1, CODES, EDGE, EDGE, generator=generator)
+    codebook = torch.randn(CODES, CHANNELS, generator=generator)
+    return logits.requires_grad_(backward), codebook.requires_grad_(backward)
+
+
+def step(op, *tensors):
+    """What op returns, or the gradients of tensors where they have any."""
+    sample, kl, *_ = op(*tensors)
+    if not kl.requires_grad:
+        return sample, kl
+    upstream = sample.detach().clone()
+    return torch.autograd.grad([sample, kl], tensors, [upstream, torch.ones_like(kl)])
+
+
+@pytest.mark.parametrize("tau", [1.0, 1 / 16])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+def test_softmax(race, memory, backward, tau):
+    logits, _ = random_tensors(backward)
+    compiled = torch.compile(softmax_and_kl)
+    forward_targets = {"eager": {"fresh": 25.0, "reused": 35.0}[memory], "torch.compile": 8.0}
+    race(
+        f"gumbel_softmax {'f+b' if backward else 'f'}, tau {tau:g}, {memory}",
+        lambda: step(lambda x: df.gumbel_softmax(x, tau, 1), logits),
+        {
+            "eager": lambda: step(lambda x: softmax_and_kl(x, tau), logits),
+            "torch.compile": lambda: step(lambda x: compiled(x, tau), logits),
+        },
+        expected=lambda: step(lambda x: df.reference.gumbel_softmax(x, tau, 1), logits),
+        bytes=logits.nbytes * (5 if backward else 2),  # logits and y; then logits, dy and the gradient
+        targets={"eager": 20.0, "torch.compile": 5.0} if backward else forward_targets,
+        rounds=5,
+        atol=ATOL[backward],
+    )
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+def test_quantize(race, memory, backward):
+    tensors = random_tensors(backward)
+    race(
+        f"gumbel_quantize {'f+b' if backward else 'f'}, {memory}",
+        lambda: step(lambda x, c: df.gumbel_quantize(x, c, 1.0, 1), *tensors),
+        {"eager": lambda: step(lambda x, c: quantize(x, c, 1.0), *tensors)},
+        expected=lambda: step(lambda x, c: df.reference.gumbel_quantize(x, c, 1.0, 1), *tensors),
+        flops=2 * CODES * CHANNELS * EDGE**2 * (3 if backward else 1),
+        targets={"eager": 9.0},
+        rounds=5,
+        atol=ATOL[backward],
+    )
