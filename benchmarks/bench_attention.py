@@ -1,34 +1,104 @@
-"""Sparse attention against torch's attention with the same mask as a tensor: one process, same tensors."""
+"""Sparse attention against torch's: dense causal, with the mask as a tensor, and FlexAttention with its block mask.
+
+FlexAttention has no backward on the CPU, so only the forward races it.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import dalle_fast as df
 
 SIZES = {"tiny": (64, 4, 16, 8), "release": (1, 8, 256, 32)}  # batch, heads, text tokens, grid edge
+CHANNELS = 64
+KINDS = ["row", "column", "conv"]
+CAUSAL, DENSE, FLEX = "SDPA causal", "SDPA, mask as a tensor", "FlexAttention, compiled"
+# At the release size, float32: (forward, forward + backward).
+TARGETS = {
+    "row": {CAUSAL: (4.0, 4.2), DENSE: (6.5, 5.5)},
+    "column": {CAUSAL: (4.0, 4.2), DENSE: (6.5, 5.5)},
+    "conv": {CAUSAL: (3.3, 3.5)},
+}
+TARGETS_BFLOAT16 = {"row": {CAUSAL: (3.7, 25.0)}}
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", ["row", "column", "conv"])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-def test_attention(race, size, kind, backward):
+def inputs(size, dtype, backward):
     batch, heads, text_len, edge = SIZES[size]
-    mask = df.AttentionMask(kind, text_len, edge, edge)
-    dense = mask.dense()
+    shape = (batch, heads, text_len + edge**2, CHANNELS)
     generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(3, batch, heads, mask.seq_len, 64, generator=generator, requires_grad=backward)
+    qkv = [torch.randn(shape, generator=generator).to(dtype).requires_grad_(backward) for _ in range(3)]
+    # As a transformer merges heads: those of a token side by side.
+    upstream = torch.randn(shape, generator=generator).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    return qkv, upstream
+
+
+def compare(race, name, mask, qkv, upstream, peers, targets, backward, **options):
+    """Race sparse_attention, and its gradients if `backward`."""
 
     def step(attend):
-        out = attend(*qkv)
-        return torch.autograd.grad(out.sum(), qkv) if backward else out
+        def run():
+            out = attend()
+            return (out, *torch.autograd.grad(out, qkv, upstream)) if backward else out
 
+        return run
+
+    exact = [x.detach().float().requires_grad_(backward) for x in qkv]
+    out = df.reference.sparse_attention(*exact, mask)
+    expected = (out, *torch.autograd.grad(out, exact, upstream.float())) if backward else out
+    pairs = qkv[0].shape[0] * qkv[0].shape[1] * mask.dense().sum().item()
     race(
-        f"attention {size} {kind} {'f+b' if backward else 'f'}",
-        lambda: step(lambda q, k, v: df.sparse_attention(q, k, v, mask)),
-        {"SDPA mask tensor": lambda: step(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=dense))},
-        expected=lambda: step(lambda q, k, v: df.reference.sparse_attention(q, k, v, mask)),
-        flops=4 * int(dense.sum()) * batch * heads * 64 * (3.5 if backward else 1),
+        f"attention {name}{' forward + backward' if backward else ' forward'}",
+        step(lambda: df.sparse_attention(*qkv, mask)),
+        peers={peer: step(attend) for peer, attend in peers.items()},
+        expected=expected,
+        flops=(14 if backward else 4) * CHANNELS * pairs,  # two products, and five more
+        targets={peer: ratios[backward] for peer, ratios in targets.items()},
+        **options,
+    )
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_float32(race, size, kind, backward):
+    _, _, text_len, edge = SIZES[size]
+    mask = df.AttentionMask(kind, text_len, edge, edge)
+    qkv, upstream = inputs(size, torch.float32, backward)
+    dense = mask.dense()
+    peers = {
+        CAUSAL: lambda: F.scaled_dot_product_attention(*qkv, is_causal=True),
+        DENSE: lambda: F.scaled_dot_product_attention(*qkv, attn_mask=dense),
+    }
+    if not backward:
+        blocks = create_block_mask(lambda b, h, q, k: dense[q, k], None, None, mask.seq_len, mask.seq_len, "cpu")
+        flex = torch.compile(flex_attention, dynamic=False)
+        peers[FLEX] = lambda: flex(*qkv, block_mask=blocks)
+    targets = TARGETS[kind] if size == "release" else {}
+    compare(race, f"{size} {kind}", mask, qkv, upstream, peers, targets, backward, rounds=20)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16(race, kind, backward):
+    _, _, text_len, edge = SIZES["release"]
+    mask = df.AttentionMask(kind, text_len, edge, edge)
+    qkv, upstream = inputs("release", torch.bfloat16, backward)
+    peers = {CAUSAL: lambda: F.scaled_dot_product_attention(*qkv, is_causal=True)}
+    targets = TARGETS_BFLOAT16.get(kind, {})
+    rounds = 3 if backward else 20  # torch's backward takes seconds
+    compare(
+        race,
+        f"release {kind} bfloat16",
+        mask,
+        qkv,
+        upstream,
+        peers,
+        targets,
+        backward,
+        rounds=rounds,
+        rtol=2e-2,
+        atol=2e-2,
     )

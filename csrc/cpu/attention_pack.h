@@ -7,6 +7,7 @@
 
 #include "../attention_params.h"
 #include "attention_plan.h"
+#include "simd.h"
 #include "strip_kernels.h"
 
 namespace dalle_fast {
@@ -141,10 +142,22 @@ void pack_keys(const Head<const Storage>& from, const P& problem, T* rows, T* to
   });
 }
 
+// Fetches the lines of tokens first ... first + count ahead of their use, where heads lie far apart and nothing else does.
+// Inlined, because a function that only prefetches has no effect that the compiler knows of.
+template <typename Storage, typename P>
+DF_ALWAYS_INLINE void prefetch_rows(const Head<Storage>& head, const P& problem, int first, int count) {
+  constexpr int kLine = 64;
+  for (int i = 0; i < count; ++i) {
+    const char* row = reinterpret_cast<const char*>(head.data + problem.token(first + i) * head.token);
+    for (int64_t j = 0; j < problem.channels * int64_t{sizeof(Storage)}; j += kLine) __builtin_prefetch(row + j);
+  }
+}
+
 template <typename Storage, typename P, typename T>
 void unpack_keys(const T* from, const P& problem, T scale, T* rows, const Head<Storage>& to) {
   with_channel_stride(to.channel, [&](auto stride) {
     for_each_panel(problem, [&](int first, int count, int slot) {
+      prefetch_rows(to, problem, first, count);
       const Keys<const T> keys = keys_at(from, problem, slot);
       for (int64_t d = 0; d < problem.width; d += P::kKeys) {
         problem.kernels.transpose(keys.data + d * keys.row, keys.row, rows + d * P::kKeys, P::kKeys);

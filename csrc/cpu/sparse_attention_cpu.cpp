@@ -16,7 +16,6 @@
 
 #include "../attention_params.h"
 #include "attention_pack.h"
-#include "simd.h"
 #include "tile_math.h"
 
 namespace dalle_fast {
@@ -97,18 +96,10 @@ struct TileOf {
     });
   }
 
-  // Fetches the lines of the tile's queries ahead of their use, where heads lie far apart and nothing else does.
-  // Inlined, because a function that only prefetches has no effect that the compiler knows of.
   template <typename Storage>
   DF_ALWAYS_INLINE void prefetch(const View& view, int b, int h) const {
-    constexpr int kLine = 64;
-    const Head<Storage> to(view, b, h);
-    for (int s = 0; s < count; ++s) {
-      for (int r = 0; r < strips[s].count; ++r) {
-        const char* row = reinterpret_cast<const char*>(to.data + problem.token(strips[s].first + r) * to.token);
-        for (int64_t i = 0; i < problem.channels * int64_t{sizeof(Storage)}; i += kLine) __builtin_prefetch(row + i);
-      }
-    }
+    const Head<Storage> head(view, b, h);
+    for (int s = 0; s < count; ++s) prefetch_rows(head, problem, strips[s].first, strips[s].count);
   }
 
   // Calls f(first strip, strips, slot of the first key, panel of the scores): all strips at once for the text.

@@ -248,6 +248,21 @@ DF_INLINE void accumulate_rows(Width width, int strips, const T* queries, const 
 template <typename T, typename Width>
 DF_INLINE void accumulate_body(Width width, int strips, const T* queries, const T* weights, int64_t weights_strip,
                                T* keys, int64_t keys_row) {
+  if (strips == 1) {
+    Tile<T, kStripRows> row;
+    row.load(weights, kPanelKeys<T>);
+    for (int64_t d = 0; d < width; ++d) {
+      T* key = keys + d * keys_row;
+      Vector<T> sum[kVectors];
+      for (int i = 0; i < kVectors; ++i) sum[i] = at(key, i);
+      for (int r = 0; r < kStripRows; ++r) {
+        const T value = queries[r * width + d];
+        for (int i = 0; i < kVectors; ++i) sum[i] += value * row.sum[r][i];
+      }
+      for (int i = 0; i < kVectors; ++i) at(key, i) = sum[i];
+    }
+    return;
+  }
   static_assert(kStripRows == 6 && kPanelKeys<T> % 8 == 0, "a width is a sum of sixes and at most two fours");
   const int64_t sixes = width - (width % 6 == 0 ? 0 : width % 6 == 2 ? 8 : 4);
   int64_t d = 0;
