@@ -228,7 +228,7 @@ class DALLE(nn.Module):
         caches = []
         for layer in self.layers:
             x, k, v = layer.prefill(x)
-            k = k.mT.contiguous().mT  # what the products with all candidates want: tokens side by side
+            k, v = k.contiguous(), v.contiguous()  # once here, or in every step
             room = (len(x) * candidates, k.shape[1], layer.attn.mask.cache_len, k.shape[3])
             caches.append((k, v, k.new_zeros(room), v.new_zeros(room)))
         return self.to_image(self.norm(x[:, -1])), caches
