@@ -21,9 +21,9 @@ struct GumbelShape {
   double tau;
 };
 
-// stats [B, 4, pixels], for the backward: the largest noisy logit, the logarithm of the sum of
-// exp((noisy - largest) / tau), log-sum-exp of the logits, KL in nats.
-enum GumbelStat { kNoisyMax, kNoisyLogSum, kPlainLse, kPixelKl, kGumbelStats };
+// stats [B, 4, pixels], for the backward: a reference near the largest noisy logit, the logarithm of the sum of
+// exp((noisy - reference) / tau), log-sum-exp of the logits, KL in nats.
+enum GumbelStat { kNoisyReference, kNoisyLogSum, kPlainLse, kPixelKl, kGumbelStats };
 
 template <typename S>
 struct GumbelForward {

@@ -243,18 +243,20 @@ def test_seed_as_int_or_tensor():
     assert not torch.equal(y, df.gumbel_softmax(logits, 1.0, -6)[0])
 
 
-def test_impossible_codes_get_nothing():
+@pytest.mark.parametrize("tau", [1.0, 0.7])  # with and without the short cut
+def test_impossible_codes_get_nothing(tau):
     logits = random_logits(1, 200, 2, 2)
     logits[:, :100] = float("-inf")
-    y, _ = df.gumbel_softmax(logits, 1.0, 3)
+    y, _ = df.gumbel_softmax(logits, tau, 3)
     assert torch.equal(y[:, :100], torch.zeros(1, 100, 2, 2))
     torch.testing.assert_close(y.sum(1), torch.ones(1, 2, 2))
 
 
-def test_nan_logits_stay_visible():
+@pytest.mark.parametrize("tau", [1.0, 0.7])  # with and without the short cut
+def test_nan_logits_stay_visible(tau):
     logits = random_logits(1, 200, 2, 2)
     logits[0, 150, 1, 1] = float("nan")
-    y, kl = df.gumbel_softmax(logits, 1.0, 3)
+    y, kl = df.gumbel_softmax(logits, tau, 3)
     assert y[0, :, 1, 1].isnan().all()
     assert y[0, :, 0, 0].isfinite().all()
     assert kl.isnan().all()

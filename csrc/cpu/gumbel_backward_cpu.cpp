@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "gumbel.h"
+#include "gumbel_passes.h"
 #include "gumbel_tile.h"
 #include "huge_pages.h"
 #include "simd.h"

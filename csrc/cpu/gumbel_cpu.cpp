@@ -11,6 +11,7 @@
 #include <memory>
 
 #include "gumbel.h"
+#include "gumbel_passes.h"
 #include "gumbel_tile.h"
 #include "huge_pages.h"
 #include "simd.h"
@@ -27,7 +28,8 @@ template <typename T>
 class Sums {
  public:
   explicit Sums(const GumbelShape& shape)
-      : chunks_(chunk_count(shape)),
+      : short_cut_(short_cut(shape)),
+        chunks_(chunk_count(shape)),
         pixels_(shape.pixels),
         values_(new T[shape.batch * chunks_ * 5 * pixels_]),
         codes_(new int32_t[shape.batch * chunks_ * pixels_]) {}
@@ -40,10 +42,12 @@ class Sums {
             values + 2 * pixels_,
             values + 3 * pixels_,
             values + 4 * pixels_,
-            codes_.get() + index * pixels_ + pixel};
+            codes_.get() + index * pixels_ + pixel,
+            short_cut_ ? values + 2 * pixels_ : values};
   }
 
  private:
+  bool short_cut_;
   int64_t chunks_, pixels_;
   std::unique_ptr<T[]> values_;
   std::unique_ptr<int32_t[]> codes_;
@@ -73,7 +77,7 @@ DF_ALWAYS_INLINE void merge_sums_body(PixelSums<T> part, int64_t pixels, T inver
 #pragma omp simd
   for (int64_t p = 0; p < pixels; ++p) {
     const T below = part.plain_max[p] - merged->plain_max[p];
-    const T plain = vec_exp(below), noisy = vec_exp((part.best[p] - merged->best[p]) * inverse_tau);
+    const T plain = vec_exp(below), noisy = vec_exp((part.reference[p] - merged->best[p]) * inverse_tau);
     const T weighted = plain > 0 ? plain * (part.plain_weighted[p] + below * part.plain_sum[p]) : T(0);
     merged->plain_sum[p] += static_cast<double>(plain * part.plain_sum[p]);
     merged->plain_weighted[p] += static_cast<double>(weighted);
@@ -145,8 +149,9 @@ void gumbel_softmax_forward_cpu(const GumbelForward<S>& params) {
     const Rows<const T> logits = read_tile(params.logits + at, strides, t.codes, t.pixels, logits_buffer);
     const Rows<T> y = keep ? tile_to_write(params.y + at, strides, noisy) : Rows<T>{noisy, kPitch};
     part.start(t.pixels, t.code);
-    noisy_tile(s, t, logits, noisy, part);
-    exp_tile(t, logits, noisy, static_cast<T>(1 / s.tau), y, part);
+    maxima_tile(s, t, logits, noisy, part);
+    exp_tile(s, t, logits, noisy, y, part);
+    finish_best(s, t.pixels, part);
     if (keep) write_tile(y, params.y + at, strides, t.codes, t.pixels);
   });
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "gumbel.h"
+#include "gumbel_passes.h"
 #include "gumbel_tile.h"
 #include "huge_pages.h"
 #include "simd.h"
@@ -57,23 +58,26 @@ void for_each_pixels(const GumbelShape& s, int64_t image, int64_t chunk, const B
 template <typename T>
 struct Running {
   alignas(64) T best[kPixels], noisy_sum[kPixels], plain_max[kPixels], plain_sum[kPixels], plain_weighted[kPixels];
-  alignas(64) T old_best[kPixels], old_plain_max[kPixels];
+  alignas(64) T old_reference[kPixels], old_plain_max[kPixels];
   int32_t code[kPixels];
 
-  PixelSums<T> sums() { return {best, noisy_sum, plain_max, plain_sum, plain_weighted, code}; }
+  PixelSums<T> sums(bool short_cut) {
+    return {best, noisy_sum, plain_max, plain_sum, plain_weighted, code, short_cut ? plain_max : best};
+  }
 };
 
-// Makes the sums relative to the new maxima; the factor for what was summed before is left in old_best.
+// Makes the sums relative to the new maxima; the factor for what was summed before is left in old_reference.
 template <typename T>
-DF_ALWAYS_INLINE void rescale_body(Running<T>* r, int64_t pixels, T inverse_tau) {
+DF_ALWAYS_INLINE void rescale_body(Running<T>* r, const T* reference, bool short_cut, int64_t pixels, T inverse_tau) {
 #pragma omp simd
   for (int64_t p = 0; p < pixels; ++p) {
-    const T noisy = vec_exp((r->old_best[p] - r->best[p]) * inverse_tau);
+    const T noisy = vec_exp((r->old_reference[p] - reference[p]) * inverse_tau);
     const T below = r->old_plain_max[p] - r->plain_max[p], plain = vec_exp(below);
     r->noisy_sum[p] *= noisy;
+    r->best[p] = short_cut ? r->best[p] * noisy : r->best[p];
     r->plain_weighted[p] = plain > 0 ? plain * (r->plain_weighted[p] + below * r->plain_sum[p]) : T(0);
     r->plain_sum[p] *= plain;
-    r->old_best[p] = noisy;
+    r->old_reference[p] = noisy;
   }
 }
 
@@ -100,7 +104,7 @@ void gumbel_quantize_forward_cpu(const QuantizeForward<S>& params) {
       const int64_t image = i / tiles, pixel = i % tiles * kPixels, pixels = std::min(kPixels, s.pixels - pixel);
       alignas(64) T logits_buffer[kArea], noisy[kArea];
       Running<T> running;
-      const PixelSums<T> sums = running.sums();
+      const PixelSums<T> sums = running.sums(short_cut(s));
       Matrix<T> z(kPixels, channels);
       sums.start(pixels, 0);
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -108,19 +112,20 @@ void gumbel_quantize_forward_cpu(const QuantizeForward<S>& params) {
         const GumbelTile t{image, chunk, code, std::min(kChunk, s.codes - code), pixel, pixels};
         const Rows<const T> logits =
             read_tile(params.logits + t.offset(s, params.strides), params.strides, t.codes, pixels, logits_buffer);
-        std::copy_n(running.best, pixels, running.old_best);
+        std::copy_n(sums.reference, pixels, running.old_reference);
         std::copy_n(running.plain_max, pixels, running.old_plain_max);
-        noisy_tile(s, t, logits, noisy, sums);
-        simd([=, r = &running]() DF_INLINE_LAMBDA { rescale_body<T>(r, pixels, inverse_tau); });
-        exp_tile<T>(t, logits, noisy, inverse_tau, {noisy, kPitch}, sums);
+        maxima_tile(s, t, logits, noisy, sums);
+        simd([=, r = &running, fast = short_cut(s)]()
+                 DF_INLINE_LAMBDA { rescale_body<T>(r, sums.reference, fast, pixels, inverse_tau); });
+        exp_tile<T>(s, t, logits, noisy, {noisy, kPitch}, sums);
         for (int64_t p = 0; p < pixels; ++p) {
-          if (running.old_best[p] != 1) scale_row(z.at(p), z.row, running.old_best[p]);
+          if (running.old_reference[p] != 1) scale_row(z.at(p), z.row, running.old_reference[p]);
         }
         gemm(pixels, z.row, t.codes, {noisy, 1, kPitch}, codebook.at(code), codebook.row, z.at(0), z.row, true);
       }
       for (int64_t p = 0; p < pixels; ++p) {
         const int64_t index = image * s.pixels + pixel + p;
-        write_stats<T>(s, running.best[p], running.noisy_sum[p], running.plain_max[p], running.plain_sum[p],
+        write_stats<T>(s, sums.reference[p], running.noisy_sum[p], running.plain_max[p], running.plain_sum[p],
                        running.plain_weighted[p], params.stats + image * kGumbelStats * s.pixels, pixel + p);
         params.codes[index] = running.code[p];
         scale_row(z.at(p), channels, 1 / running.noisy_sum[p]);
