@@ -69,6 +69,19 @@ def gumbel_quantize(
     return z, kl, codes
 
 
+def seed_tensor(seed: int | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The seed as an int64 scalar on the device, or an error."""
+    if isinstance(seed, torch.Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(f"seed: expected an int64 tensor of one element, got {seed.dtype} {list(seed.shape)}")
+        return seed.reshape(()).to(device)
+    if not isinstance(seed, int):
+        raise TypeError(f"seed: expected an int or an int64 tensor, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected 64 bits with a sign, got {seed}")
+    return torch.tensor(seed, dtype=torch.int64, device=device)
+
+
 def _checked(logits: torch.Tensor, tau: float, seed: int | torch.Tensor) -> tuple[float, torch.Tensor]:
     """tau as a float and seed as an int64 tensor on the device of logits, or an error."""
     if logits.dtype not in (torch.float32, torch.float64, torch.bfloat16):
@@ -77,15 +90,7 @@ def _checked(logits: torch.Tensor, tau: float, seed: int | torch.Tensor) -> tupl
         raise ValueError(f"logits: expected a non-empty [B, K, h, w], got {list(logits.shape)}")
     if not float(tau) > 0 or float(tau) == float("inf"):
         raise ValueError(f"tau: expected a finite positive number, got {tau}")
-    if isinstance(seed, torch.Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise TypeError(f"seed: expected an int64 tensor of one element, got {seed.dtype} {list(seed.shape)}")
-        return float(tau), seed.reshape(()).to(logits.device)
-    if not isinstance(seed, int):
-        raise TypeError(f"seed: expected an int or an int64 tensor, got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: expected 64 bits with a sign, got {seed}")
-    return float(tau), torch.tensor(seed, dtype=torch.int64, device=logits.device)
+    return float(tau), seed_tensor(seed, logits.device)
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:

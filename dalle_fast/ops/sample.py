@@ -7,6 +7,7 @@ import math
 import torch
 
 from ._library import kernels_loaded, reference_op
+from .gumbel import seed_tensor
 
 
 def sample(
@@ -67,19 +68,6 @@ def check_options(temperature: float, top_k: int | None, top_p: float | None) ->
         raise ValueError(f"top_k: expected 1 or more, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a share in (0, 1], got {top_p}")
-
-
-def seed_tensor(seed: int | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The seed as an int64 scalar on the device, or an error."""
-    if isinstance(seed, torch.Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise TypeError(f"seed: expected an int64 tensor of one element, got {seed.dtype} {list(seed.shape)}")
-        return seed.reshape(()).to(device)
-    if not isinstance(seed, int):
-        raise TypeError(f"seed: expected an int or an int64 tensor, got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: expected 64 bits with a sign, got {seed}")
-    return torch.tensor(seed, dtype=torch.int64, device=device)
 
 
 if kernels_loaded():
