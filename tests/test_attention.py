@@ -16,6 +16,8 @@ from dalle_fast.ops.attention import mask_args
 SMALL = {kind: AttentionMask(kind, text_len=5, height=4, width=3, kernel=3) for kind in KINDS}
 # More than one tile of text and of image queries, none of them full.
 LARGE = {kind: AttentionMask(kind, text_len=37, height=9, width=13, kernel=5) for kind in KINDS}
+# Rows so long that a neighbourhood's rows do not touch.
+WIDE = {kind: AttentionMask(kind, text_len=21, height=5, width=40, kernel=7) for kind in KINDS}
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -45,6 +47,13 @@ def assert_matches_float64(tensors, mask, scale=None):
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_matches_float64(kind, scale):
     assert_matches_float64(qkv(LARGE[kind]), LARGE[kind], scale)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("channels", [32, 64, 128])
+def test_usual_channels(kind, channels):
+    """These numbers of channels are constants in the kernels."""
+    assert_matches_float64(qkv(WIDE[kind], 1, 2, channels), WIDE[kind])
 
 
 @settings(max_examples=60, deadline=None)

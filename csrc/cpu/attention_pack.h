@@ -142,7 +142,7 @@ void pack_keys(const Head<const Storage>& from, const P& problem, T* rows, T* to
   });
 }
 
-// Fetches the lines of tokens first ... first + count ahead of their use, where heads lie far apart and nothing else does.
+// Fetches the lines of tokens first ... first + count ahead of their use: heads lie far apart, so nothing else does.
 // Inlined, because a function that only prefetches has no effect that the compiler knows of.
 template <typename Storage, typename P>
 DF_ALWAYS_INLINE void prefetch_rows(const Head<Storage>& head, const P& problem, int first, int count) {

@@ -7,7 +7,7 @@
 #define DF_INLINE DF_TARGET DF_ALWAYS_INLINE
 
 template <typename T>
-struct Simd_ {
+struct Register {
   // Any address will do that is aligned as the elements are.
   typedef T Vector __attribute__((vector_size(DF_VECTOR_BYTES), aligned(alignof(T)), may_alias));
   using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
@@ -16,11 +16,11 @@ struct Simd_ {
 };
 
 template <typename T>
-using Vector = typename Simd_<T>::Vector;
+using Vector = typename Register<T>::Vector;
 template <typename T>
-using Ints = typename Simd_<T>::Ints;
+using Ints = typename Register<T>::Ints;
 template <typename T>
-constexpr int kLanes = Simd_<T>::kLanes;
+constexpr int kLanes = Register<T>::kLanes;
 
 constexpr int kVectors = 64 / DF_VECTOR_BYTES;  // to a panel's row
 
@@ -118,7 +118,7 @@ DF_KERNEL void hide(const PanelMask* masks, int count, T* scores) {
   for (int m = 0; m < count; ++m) {
     T* panel = scores + masks[m].panel * kPanelSize<T>;
     for (int r = 0; r < kStripRows; ++r) {
-      const typename Simd_<T>::Int keep = masks[m].keep[r];
+      const typename Register<T>::Int keep = masks[m].keep[r];
       for (int i = 0; i < kVectors; ++i) {
         Vector<T>& x = at(panel + r * kPanelKeys<T>, i);
         x = (bit[i] & keep) == bit[i] ? x : hidden;
@@ -248,7 +248,7 @@ DF_INLINE void accumulate_rows(Width width, int strips, const T* queries, const 
 template <typename T, typename Width>
 DF_INLINE void accumulate_body(Width width, int strips, const T* queries, const T* weights, int64_t weights_strip,
                                T* keys, int64_t keys_row) {
-  if (strips == 1) {
+  if (strips == 1) {  // too few rows to pay for tiles of keys: the weights stay in registers instead
     Tile<T, kStripRows> row;
     row.load(weights, kPanelKeys<T>);
     for (int64_t d = 0; d < width; ++d) {

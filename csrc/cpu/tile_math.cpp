@@ -107,16 +107,6 @@ DF_ALWAYS_INLINE T exp_row_body(T* row, int64_t n, T* sum) {
 }
 
 template <typename T>
-DF_ALWAYS_INLINE void softmax_backward_row_body(T* scores, T* dp, int64_t n, T lse, T delta) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const T p = vec_exp(scores[i] - lse);
-    scores[i] = p;
-    dp[i] = p * (dp[i] - delta);
-  }
-}
-
-template <typename T>
 DF_ALWAYS_INLINE T dot_body(const T* a, const T* b, int64_t n) {
   T total = 0;
 #pragma omp simd reduction(+ : total)
@@ -147,13 +137,6 @@ float exp_row(float* row, int64_t n, float* sum) {
 }
 double exp_row(double* row, int64_t n, double* sum) {
   return simd([=]() DF_INLINE_LAMBDA { return exp_row_body(row, n, sum); });
-}
-
-void softmax_backward_row(float* scores, float* dp, int64_t n, float lse, float delta) {
-  simd([=]() DF_INLINE_LAMBDA { softmax_backward_row_body(scores, dp, n, lse, delta); });
-}
-void softmax_backward_row(double* scores, double* dp, int64_t n, double lse, double delta) {
-  simd([=]() DF_INLINE_LAMBDA { softmax_backward_row_body(scores, dp, n, lse, delta); });
 }
 
 float dot(const float* a, const float* b, int64_t n) {

@@ -33,10 +33,6 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, Left<double> a, const do
 float exp_row(float* row, int64_t n, float* sum);
 double exp_row(double* row, int64_t n, double* sum);
 
-// scores[i] = p = exp(scores[i] - lse); dp[i] = p * (dp[i] - delta).
-void softmax_backward_row(float* scores, float* dp, int64_t n, float lse, float delta);
-void softmax_backward_row(double* scores, double* dp, int64_t n, double lse, double delta);
-
 float dot(const float* a, const float* b, int64_t n);
 double dot(const double* a, const double* b, int64_t n);
 
