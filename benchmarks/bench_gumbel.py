@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import dalle_fast as df
 
 CODES, CHANNELS, EDGE = 8192, 128, 32
-ATOL = {False: 1e-5, True: 1e-3}  # gradients are differences of terms of size 10
+ATOL = {False: 1e-5, True: 5e-3}  # gradients reach 24 and are differences of such terms
 
 
 def softmax_and_kl(logits, tau):
@@ -33,6 +33,11 @@ def random_tensors(backward):
     logits = 2 * torch.randn(1, CODES, EDGE, EDGE, generator=generator)
     codebook = torch.randn(CODES, CHANNELS, generator=generator)
     return logits.requires_grad_(backward), codebook.requires_grad_(backward)
+
+
+def exactly(op, *tensors):
+    """The step in float64."""
+    return step(op, *(x.detach().double().requires_grad_(x.requires_grad) for x in tensors))
 
 
 def step(op, *tensors):
@@ -57,7 +62,7 @@ def test_softmax(race, memory, backward, tau):
             "eager": lambda: step(lambda x: softmax_and_kl(x, tau), logits),
             "torch.compile": lambda: step(lambda x: compiled(x, tau), logits),
         },
-        expected=lambda: step(lambda x: df.reference.gumbel_softmax(x, tau, 1), logits),
+        expected=lambda: exactly(lambda x: df.reference.gumbel_softmax(x, tau, 1), logits),
         bytes=logits.nbytes * (5 if backward else 2),  # logits and y; then logits, dy and the gradient
         targets={"eager": 20.0, "torch.compile": 5.0} if backward else forward_targets,
         rounds=5,
@@ -72,7 +77,7 @@ def test_quantize(race, memory, backward):
         f"gumbel_quantize {'f+b' if backward else 'f'}, {memory}",
         lambda: step(lambda x, c: df.gumbel_quantize(x, c, 1.0, 1), *tensors),
         {"eager": lambda: step(lambda x, c: quantize(x, c, 1.0), *tensors)},
-        expected=lambda: step(lambda x, c: df.reference.gumbel_quantize(x, c, 1.0, 1), *tensors),
+        expected=lambda: exactly(lambda x, c: df.reference.gumbel_quantize(x, c, 1.0, 1), *tensors),
         flops=2 * CODES * CHANNELS * EDGE**2 * (3 if backward else 1),
         targets={"eager": 9.0},
         rounds=5,

@@ -117,8 +117,9 @@ def ceilings(tmp_path_factory) -> tuple[float, float]:
     binary = tmp_path_factory.mktemp("ceilings") / "ceilings"
     source = Path(__file__).with_name("ceilings.cpp")
     subprocess.run(["g++", "-O3", "-march=native", "-fopenmp", source, "-o", binary], check=True)
-    printed = subprocess.run([binary, str(torch.get_num_threads())], check=True, capture_output=True, text=True).stdout
-    gflops, gbytes = map(float, printed.split())
+    command = [binary, str(torch.get_num_threads())]
+    runs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout.split() for _ in range(5)]
+    gflops, gbytes = (max(map(float, column)) for column in zip(*runs, strict=True))
     MACHINE.update({"GFLOP/s": gflops, "GB/s": gbytes})
     return gflops, gbytes
 
