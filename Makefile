@@ -43,7 +43,7 @@ BENCH := $(BIN)/python -m pytest --benchmark-quiet -q --results benchmarks/resul
 bench: build
 	$(BENCH) benchmarks --ignore benchmarks/bench_end_to_end.py
 
-# Half an hour. dalle-pytorch declares packages that these measurements do not need.
+# A quarter of an hour. dalle-pytorch declares packages that these measurements do not need.
 bench-end-to-end: build
 	$(BIN)/python -m pip install --quiet --no-deps dalle-pytorch==1.6.6 axial_positional_embedding einops rotary-embedding-torch
 	$(BENCH) benchmarks/bench_end_to_end.py

@@ -35,34 +35,36 @@ def random_tensors(backward):
     return logits.requires_grad_(backward), codebook.requires_grad_(backward)
 
 
-def exactly(op, *tensors):
-    """The step in float64."""
-    return step(op, *(x.detach().double().requires_grad_(x.requires_grad) for x in tensors))
+def make_step(tensors, channels):
+    """A function that calls an op on the tensors: its sample and KL, or gradients where tensors have any."""
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(1, channels, EDGE, EDGE, generator=generator), torch.ones(1)
 
+    def step(op, dtype=torch.float32):
+        inputs = [x.detach().to(dtype).requires_grad_(x.requires_grad) for x in tensors]
+        sample, kl, *_ = op(*inputs)
+        if not kl.requires_grad:
+            return sample, kl
+        return torch.autograd.grad([sample, kl], inputs, [x.to(dtype) for x in upstream])
 
-def step(op, *tensors):
-    """What op returns, or the gradients of tensors where they have any."""
-    sample, kl, *_ = op(*tensors)
-    if not kl.requires_grad:
-        return sample, kl
-    upstream = sample.detach().clone()
-    return torch.autograd.grad([sample, kl], tensors, [upstream, torch.ones_like(kl)])
+    return step
 
 
 @pytest.mark.parametrize("tau", [1.0, 1 / 16])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 def test_softmax(race, memory, backward, tau):
     logits, _ = random_tensors(backward)
+    step = make_step([logits], CODES)
     compiled = torch.compile(softmax_and_kl)
     forward_targets = {"eager": {"fresh": 25.0, "reused": 35.0}[memory], "torch.compile": 8.0}
     race(
         f"gumbel_softmax {'f+b' if backward else 'f'}, tau {tau:g}, {memory}",
-        lambda: step(lambda x: df.gumbel_softmax(x, tau, 1), logits),
+        lambda: step(lambda x: df.gumbel_softmax(x, tau, 1)),
         {
-            "eager": lambda: step(lambda x: softmax_and_kl(x, tau), logits),
-            "torch.compile": lambda: step(lambda x: compiled(x, tau), logits),
+            "eager": lambda: step(lambda x: softmax_and_kl(x, tau)),
+            "torch.compile": lambda: step(lambda x: compiled(x, tau)),
         },
-        expected=lambda: exactly(lambda x: df.reference.gumbel_softmax(x, tau, 1), logits),
+        expected=lambda: step(lambda x: df.reference.gumbel_softmax(x, tau, 1), torch.float64),
         bytes=logits.nbytes * (5 if backward else 2),  # logits and y; then logits, dy and the gradient
         targets={"eager": 20.0, "torch.compile": 5.0} if backward else forward_targets,
         rounds=5,
@@ -72,12 +74,12 @@ def test_softmax(race, memory, backward, tau):
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 def test_quantize(race, memory, backward):
-    tensors = random_tensors(backward)
+    step = make_step(random_tensors(backward), CHANNELS)
     race(
         f"gumbel_quantize {'f+b' if backward else 'f'}, {memory}",
-        lambda: step(lambda x, c: df.gumbel_quantize(x, c, 1.0, 1), *tensors),
-        {"eager": lambda: step(lambda x, c: quantize(x, c, 1.0), *tensors)},
-        expected=lambda: exactly(lambda x, c: df.reference.gumbel_quantize(x, c, 1.0, 1), *tensors),
+        lambda: step(lambda x, c: df.gumbel_quantize(x, c, 1.0, 1)),
+        {"eager": lambda: step(lambda x, c: quantize(x, c, 1.0))},
+        expected=lambda: step(lambda x, c: df.reference.gumbel_quantize(x, c, 1.0, 1), torch.float64),
         flops=2 * CODES * CHANNELS * EDGE**2 * (3 if backward else 1),
         targets={"eager": 9.0},
         rounds=5,
