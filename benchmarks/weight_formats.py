@@ -11,7 +11,7 @@ import dalle_fast as df
 from dalle_fast.data.scenes import all_scenes
 from dalle_fast.demo import CANDIDATES, judge
 
-CAPTIONS = 100
+CAPTIONS = 60
 
 
 def main() -> None:
