@@ -20,7 +20,7 @@ from dalle_fast.config import DALLEConfig
 
 CONFIG = DALLEConfig(d_model=512, n_layer=12)
 PICTURES = 64
-STEPS = 32  # codes of each picture in the race with dalle-pytorch, which takes a quarter of an hour for all 1,024
+STEPS = 32  # codes of each picture in the race with dalle-pytorch, which takes long for all 1,024
 BATCH = 2  # pairs of a training step
 
 

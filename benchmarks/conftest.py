@@ -125,9 +125,8 @@ def ceilings(tmp_path_factory) -> tuple[float, float]:
 
 
 def processor() -> str:
-    match = (
-        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
-    )
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
     return match[1] if match else platform.processor() or platform.machine()
 
 
@@ -144,7 +143,7 @@ def table() -> list[str]:
         for peer, result in row["peers"].items() or [("", None)]:
             tail = ""
             if result:
-                target = "" if result["target"] is None else f"{result['target']:.1f}x"
+                target = "" if result["target"] is None else f"{result['target']:g}x"
                 missed = result["target"] is not None and result["ratio"] < result["target"]
                 tail = f" {peer:<28} {result['ms']:>9.3f} {result['ratio']:>6.2f}x {target:>7}{' missed' * missed}"
             lines.append((head + tail).rstrip())

@@ -29,8 +29,6 @@ WeightFormat format_of(ScalarType dtype) {
 
 int64_t element_size(WeightFormat format) { return kLine / (kPanel * line_depth(format)); }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 void check(const Tensor& x, const char* name, ScalarType dtype) {
   STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == dtype, name, ": expected contiguous ",
                   torch::headeronly::toString(dtype), " on the CPU, got ",

@@ -14,6 +14,8 @@ enum class WeightFormat { kFloat32, kBFloat16, kInt8 };
 constexpr int64_t kPanel = 16;  // outputs
 constexpr int64_t kLine = 64;   // bytes
 
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Inputs of one line.
 constexpr int64_t line_depth(WeightFormat format) {
   return format == WeightFormat::kFloat32 ? 1 : format == WeightFormat::kBFloat16 ? 2 : 4;

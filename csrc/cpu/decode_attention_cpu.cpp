@@ -57,7 +57,7 @@ void copy_row(const Storage* from, int64_t from_stride, int n, Storage* to, int6
   }
 }
 
-// Offsets of n rows, as Rows wants them: row(i) is the index of row i in memory.
+// Offsets of n rows, as CacheRows wants them: row(i) is the index of row i in memory.
 template <typename Row>
 std::vector<int64_t> row_offsets(int n, int64_t stride, const Row& row) {
   std::vector<int64_t> offsets(round_up(n, kLanes));
@@ -150,12 +150,12 @@ class Decoder {
       const int64_t* offset = keys.offsets.data() + begin;
       if constexpr (std::is_same_v<Storage, T>) {
         if (is_direct(keys)) {
-          visit(Rows<T>{data, offset, n}, begin);
+          visit(CacheRows<T>{data, offset, n}, begin);
           continue;
         }
       }
       convert(data, offset, keys.view.channel, n, channels_, padded_, s.piece.data());
-      visit(Rows<T>{s.piece.data(), piece_.data(), n}, begin);
+      visit(CacheRows<T>{s.piece.data(), piece_.data(), n}, begin);
     }
   }
 
@@ -189,7 +189,7 @@ class Decoder {
     const auto sum = [&](int c) { return s.sum.data() + c * padded_; };
 
     for (int c = 0; c < candidates; ++c) store_new(first + c, head, c, s);
-    for_each_piece(text_k_, prompt, head, s, [&](Rows<T> rows, int key) {
+    for_each_piece(text_k_, prompt, head, s, [&](CacheRows<T> rows, int key) {
       for_each_group(
           candidates, [&](int c) { score_rows_of_group(rows, padded_, grouped_query(c), scores(c) + key, pitch); },
           [&](int c) { score_rows(rows, padded_, query(c), scores(c) + key); });
@@ -197,12 +197,12 @@ class Decoder {
     for (int c = 0; c < candidates; ++c) {
       T* of_window = scores(c) + text_k_.n;
       for_each_piece(window_k_, first + c, head, s,
-                     [&](Rows<T> rows, int key) { score_rows(rows, padded_, query(c), of_window + key); });
-      exp_row(scores(c), text_k_.n + window_k_.n, &s.total[c]);
+                     [&](CacheRows<T> rows, int key) { score_rows(rows, padded_, query(c), of_window + key); });
+      s.total[c] = exp_row(scores(c), text_k_.n + window_k_.n);
     }
 
     std::fill(s.sum.begin(), s.sum.end(), T(0));
-    for_each_piece(text_v_, prompt, head, s, [&](Rows<T> rows, int key) {
+    for_each_piece(text_v_, prompt, head, s, [&](CacheRows<T> rows, int key) {
       for_each_group(
           candidates, [&](int c) { add_rows_of_group(rows, padded_, scores(c) + key, pitch, sum(c)); },
           [&](int c) { add_rows(rows, padded_, scores(c) + key, sum(c)); });
@@ -210,7 +210,7 @@ class Decoder {
     for (int c = 0; c < candidates; ++c) {
       const T* of_window = scores(c) + text_k_.n;
       for_each_piece(window_v_, first + c, head, s,
-                     [&](Rows<T> rows, int key) { add_rows(rows, padded_, of_window + key, sum(c)); });
+                     [&](CacheRows<T> rows, int key) { add_rows(rows, padded_, of_window + key, sum(c)); });
       Storage* out = at<Storage>(p_.out, first + c, head, 0);
       const T inverse = 1 / s.total[c];
       for (int d = 0; d < channels_; ++d) out[d] = static_cast<Storage>(sum(c)[d] * inverse);

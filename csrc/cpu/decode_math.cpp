@@ -12,7 +12,7 @@ namespace dalle_fast {
 namespace {
 
 template <typename T>
-void score_portable(Rows<T> rows, int channels, const T* query, int64_t query_stride, T* scores) {
+void score_portable(CacheRows<T> rows, int channels, const T* query, int64_t query_stride, T* scores) {
   for (int64_t i = 0; i < rows.n; ++i) {
     const T* row = rows.data + rows.offset[i];
     T sum[kLanes] = {};
@@ -27,7 +27,7 @@ void score_portable(Rows<T> rows, int channels, const T* query, int64_t query_st
 }
 
 template <typename T>
-void add_portable(Rows<T> rows, int channels, const T* weights, T* out) {
+void add_portable(CacheRows<T> rows, int channels, const T* weights, T* out) {
   for (int64_t i = 0; i < rows.n; ++i) {
     const T* row = rows.data + rows.offset[i];
     for (int d = 0; d < channels; ++d) out[d] += weights[i] * row[d];
@@ -35,17 +35,17 @@ void add_portable(Rows<T> rows, int channels, const T* weights, T* out) {
 }
 
 template <typename T>
-void score_group_portable(Rows<T> rows, int channels, const T* queries, T* scores, int64_t pitch) {
+void score_group_portable(CacheRows<T> rows, int channels, const T* queries, T* scores, int64_t pitch) {
   for (int c = 0; c < kLanes; ++c) score_portable(rows, channels, queries + c, kLanes, scores + c * pitch);
 }
 
 template <typename T>
-void add_group_portable(Rows<T> rows, int channels, const T* weights, int64_t pitch, T* out) {
+void add_group_portable(CacheRows<T> rows, int channels, const T* weights, int64_t pitch, T* out) {
   for (int c = 0; c < kLanes; ++c) add_portable(rows, channels, weights + c * pitch, out + c * channels);
 }
 
 #ifdef DF_X86
-DF_AVX2 void score_avx2(Rows<float> rows, int channels, const float* query, float* scores) {
+DF_AVX2 void score_avx2(CacheRows<float> rows, int channels, const float* query, float* scores) {
   for (int64_t i = 0; i < rows.n; i += kLanes) {
     const float* row[kLanes];
     for (int r = 0; r < kLanes; ++r) row[r] = rows.data + rows.offset[i + r];
@@ -81,7 +81,7 @@ DF_AVX2 inline void store_turned(const __m256 (&square)[kLanes], float* out, int
 }
 
 // As in score_avx2, every eighth channel has its own sum, and the sums are added in pairs: the same bits.
-DF_AVX2 void score_group_avx2(Rows<float> rows, int channels, const float* queries, float* scores, int64_t pitch) {
+DF_AVX2 void score_group_avx2(CacheRows<float> rows, int channels, const float* queries, float* scores, int64_t pitch) {
   for (int64_t i = 0; i < rows.n; i += kLanes) {
     const float* row[kLanes];
     for (int r = 0; r < kLanes; ++r) row[r] = rows.data + rows.offset[i + r];
@@ -105,7 +105,7 @@ DF_AVX2 void score_group_avx2(Rows<float> rows, int channels, const float* queri
 
 // kCandidates x kRegisters of the sums.
 template <int kCandidates, int kRegisters>
-DF_AVX2 void add_avx2(Rows<float> rows, const float* weights, int64_t pitch, float* out, int64_t out_pitch) {
+DF_AVX2 void add_avx2(CacheRows<float> rows, const float* weights, int64_t pitch, float* out, int64_t out_pitch) {
   __m256 sum[kCandidates][kRegisters];
 #pragma GCC unroll 8
   for (int c = 0; c < kCandidates; ++c) {
@@ -133,7 +133,8 @@ DF_AVX2 void add_avx2(Rows<float> rows, const float* weights, int64_t pitch, flo
 
 // All channels, kRegisters at a time, then what is left in halves.
 template <int kCandidates, int kRegisters>
-void add_channels(Rows<float> rows, int channels, const float* weights, int64_t pitch, float* out, int64_t out_pitch) {
+void add_channels(CacheRows<float> rows, int channels, const float* weights, int64_t pitch, float* out,
+                  int64_t out_pitch) {
   constexpr int kStep = kRegisters * kLanes;
   for (; channels >= kStep; channels -= kStep, rows.data += kStep, out += kStep) {
     add_avx2<kCandidates, kRegisters>(rows, weights, pitch, out, out_pitch);
@@ -148,37 +149,37 @@ bool has_avx2() { return simd_level() >= Simd::kAvx2; }
 
 }  // namespace
 
-void score_rows(Rows<float> rows, int channels, const float* query, float* scores) {
+void score_rows(CacheRows<float> rows, int channels, const float* query, float* scores) {
 #ifdef DF_X86
   if (has_avx2()) return score_avx2(rows, channels, query, scores);
 #endif
   score_portable(rows, channels, query, 1, scores);
 }
-void score_rows(Rows<double> rows, int channels, const double* query, double* scores) {
+void score_rows(CacheRows<double> rows, int channels, const double* query, double* scores) {
   score_portable(rows, channels, query, 1, scores);
 }
 
-void score_rows_of_group(Rows<float> rows, int channels, const float* queries, float* scores, int64_t pitch) {
+void score_rows_of_group(CacheRows<float> rows, int channels, const float* queries, float* scores, int64_t pitch) {
 #ifdef DF_X86
   if (has_avx2()) return score_group_avx2(rows, channels, queries, scores, pitch);
 #endif
   score_group_portable(rows, channels, queries, scores, pitch);
 }
-void score_rows_of_group(Rows<double> rows, int channels, const double* queries, double* scores, int64_t pitch) {
+void score_rows_of_group(CacheRows<double> rows, int channels, const double* queries, double* scores, int64_t pitch) {
   score_group_portable(rows, channels, queries, scores, pitch);
 }
 
-void add_rows(Rows<float> rows, int channels, const float* weights, float* out) {
+void add_rows(CacheRows<float> rows, int channels, const float* weights, float* out) {
 #ifdef DF_X86
   if (has_avx2()) return add_channels<1, 8>(rows, channels, weights, 0, out, 0);
 #endif
   add_portable(rows, channels, weights, out);
 }
-void add_rows(Rows<double> rows, int channels, const double* weights, double* out) {
+void add_rows(CacheRows<double> rows, int channels, const double* weights, double* out) {
   add_portable(rows, channels, weights, out);
 }
 
-void add_rows_of_group(Rows<float> rows, int channels, const float* weights, int64_t pitch, float* out) {
+void add_rows_of_group(CacheRows<float> rows, int channels, const float* weights, int64_t pitch, float* out) {
 #ifdef DF_X86
   if (has_avx2()) {
     add_channels<4, 2>(rows, channels, weights, pitch, out, channels);
@@ -187,7 +188,7 @@ void add_rows_of_group(Rows<float> rows, int channels, const float* weights, int
 #endif
   add_group_portable(rows, channels, weights, pitch, out);
 }
-void add_rows_of_group(Rows<double> rows, int channels, const double* weights, int64_t pitch, double* out) {
+void add_rows_of_group(CacheRows<double> rows, int channels, const double* weights, int64_t pitch, double* out) {
   add_group_portable(rows, channels, weights, pitch, out);
 }
 

@@ -11,26 +11,26 @@ constexpr int kLanes = 8;  // channels come in multiples of it, and candidates i
 // n rows of T, channels side by side, row i at data + offset[i]. Offsets go on to a multiple of kLanes; what the last
 // of them point at is read, and never used.
 template <typename T>
-struct Rows {
+struct CacheRows {
   const T* data;
   const int64_t* offset;
   int64_t n;
 };
 
 // scores[i] = query . rows[i]. `scores` is written up to the next multiple of kLanes.
-void score_rows(Rows<float> rows, int channels, const float* query, float* scores);
-void score_rows(Rows<double> rows, int channels, const double* query, double* scores);
+void score_rows(CacheRows<float> rows, int channels, const float* query, float* scores);
+void score_rows(CacheRows<double> rows, int channels, const double* query, double* scores);
 
 // scores[c * pitch + i] = queries[:, c] . rows[i] for the kLanes candidates c; queries [channels, kLanes].
-void score_rows_of_group(Rows<float> rows, int channels, const float* queries, float* scores, int64_t pitch);
-void score_rows_of_group(Rows<double> rows, int channels, const double* queries, double* scores, int64_t pitch);
+void score_rows_of_group(CacheRows<float> rows, int channels, const float* queries, float* scores, int64_t pitch);
+void score_rows_of_group(CacheRows<double> rows, int channels, const double* queries, double* scores, int64_t pitch);
 
 // out += the sum of weights[i] * rows[i].
-void add_rows(Rows<float> rows, int channels, const float* weights, float* out);
-void add_rows(Rows<double> rows, int channels, const double* weights, double* out);
+void add_rows(CacheRows<float> rows, int channels, const float* weights, float* out);
+void add_rows(CacheRows<double> rows, int channels, const double* weights, double* out);
 
 // out[c * channels ...] += the sum of weights[c * pitch + i] * rows[i] for kLanes candidates c.
-void add_rows_of_group(Rows<float> rows, int channels, const float* weights, int64_t pitch, float* out);
-void add_rows_of_group(Rows<double> rows, int channels, const double* weights, int64_t pitch, double* out);
+void add_rows_of_group(CacheRows<float> rows, int channels, const float* weights, int64_t pitch, float* out);
+void add_rows_of_group(CacheRows<double> rows, int channels, const double* weights, int64_t pitch, double* out);
 
 }  // namespace dalle_fast

@@ -33,15 +33,16 @@ void gumbel_softmax_backward_cpu(const GumbelBackward<S>& params) {
   const auto dot_at = [&](int64_t image, int64_t chunk, int64_t pixel) {
     return dots.get() + (image * chunks + chunk) * s.pixels + pixel;
   };
+  const auto read = [&](const GumbelTile& t, const S* grid, GridStrides strides, T* buffer) {
+    return read_tile(grid + t.offset(s, strides), strides, t.codes, t.pixels, buffer);
+  };
   advise_huge(params.grad_logits, s.batch * s.codes * s.pixels * sizeof(S));
 
   for_each_tile(s, [&](GumbelTile t) {
     alignas(64) T logits_buffer[kArea], dy_buffer[kArea], y_buffer[kArea];
     S* grad_at = params.grad_logits + t.offset(s, params.strides);
-    const Rows<const T> logits =
-        read_tile(params.logits + t.offset(s, params.strides), params.strides, t.codes, t.pixels, logits_buffer);
-    const Rows<const T> dy =
-        read_tile(params.grad_y + t.offset(s, params.dy_strides), params.dy_strides, t.codes, t.pixels, dy_buffer);
+    const Rows<const T> logits = read(t, params.logits, params.strides, logits_buffer);
+    const Rows<const T> dy = read(t, params.grad_y, params.dy_strides, dy_buffer);
     const Rows<T> y = kExact ? tile_to_write(grad_at, params.strides, y_buffer) : Rows<T>{y_buffer, kPitch};
     soft_tile(s, t, logits, params.stats, y);
     T* dot = dot_at(t.image, t.chunk, t.pixel);
@@ -63,10 +64,8 @@ void gumbel_softmax_backward_cpu(const GumbelBackward<S>& params) {
   for_each_tile_backwards(s, [&](GumbelTile t) {
     alignas(64) T logits_buffer[kArea], dy_buffer[kArea], grad_buffer[kArea];
     S* grad_at = params.grad_logits + t.offset(s, params.strides);
-    const Rows<const T> logits =
-        read_tile(params.logits + t.offset(s, params.strides), params.strides, t.codes, t.pixels, logits_buffer);
-    const Rows<const T> dy =
-        read_tile(params.grad_y + t.offset(s, params.dy_strides), params.dy_strides, t.codes, t.pixels, dy_buffer);
+    const Rows<const T> logits = read(t, params.logits, params.strides, logits_buffer);
+    const Rows<const T> dy = read(t, params.grad_y, params.dy_strides, dy_buffer);
     const Rows<T> grad = tile_to_write(grad_at, params.strides, grad_buffer);
     if constexpr (kExact) {
       read_tile<S>(grad_at, params.strides, t.codes, t.pixels, grad_buffer);

@@ -45,15 +45,6 @@ Matrix<T> padded(const S* rows, int64_t count, int64_t columns) {
   return matrix;
 }
 
-// Calls body(tile) for an image's tiles of a chunk.
-template <typename Body>
-void for_each_pixels(const GumbelShape& s, int64_t image, int64_t chunk, const Body& body) {
-  const int64_t code = chunk * kChunk, codes = std::min(kChunk, s.codes - code);
-  for (int64_t pixel = 0; pixel < s.pixels; pixel += kPixels) {
-    body(GumbelTile{image, chunk, code, codes, pixel, std::min(kPixels, s.pixels - pixel)});
-  }
-}
-
 // Sums of kPixels pixels over the codes so far.
 template <typename T>
 struct Running {
@@ -169,7 +160,7 @@ void gumbel_quantize_backward_cpu(const QuantizeBackward<S>& params) {
       const int64_t first_code = chunk * kChunk, chunk_codes = std::min(kChunk, s.codes - first_code);
       std::fill(grad_codebook.values.begin(), grad_codebook.values.end(), T(0));
       for (int64_t image = 0; image < s.batch; ++image) {
-        for_each_pixels(s, image, chunk, [&](const GumbelTile& t) {
+        for_each_tile_of_chunk(s, image, chunk, kPixels, [&](const GumbelTile& t) {
           alignas(64) T logits_buffer[kArea], grad_buffer[kArea], dy[kArea];
           const int64_t at = t.offset(s, params.strides), index = image * s.pixels + t.pixel;
           const Rows<const T> logits = read_tile(params.logits + at, params.strides, t.codes, t.pixels, logits_buffer);

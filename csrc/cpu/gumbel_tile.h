@@ -31,11 +31,12 @@ struct GumbelTile {
 
 inline int64_t chunk_count(const GumbelShape& s) { return (s.codes + kChunk - 1) / kChunk; }
 
+// Calls body(tile) for an image's tiles of a chunk, of up to `most` pixels each.
 template <typename Body>
-void for_each_tile_of_chunk(const GumbelShape& s, int64_t image, int64_t chunk, const Body& body) {
+void for_each_tile_of_chunk(const GumbelShape& s, int64_t image, int64_t chunk, int64_t most, const Body& body) {
   const int64_t code = chunk * kChunk, codes = std::min(kChunk, s.codes - code);
-  for (int64_t pixel = 0; pixel < s.pixels; pixel += kTile) {
-    body(GumbelTile{image, chunk, code, codes, pixel, std::min(kTile, s.pixels - pixel)});
+  for (int64_t pixel = 0; pixel < s.pixels; pixel += most) {
+    body(GumbelTile{image, chunk, code, codes, pixel, std::min(most, s.pixels - pixel)});
   }
 }
 
@@ -44,7 +45,7 @@ template <typename Body>
 void for_each_tile(const GumbelShape& s, const Body& body) {
   const int64_t chunks = chunk_count(s);
   torch::stable::parallel_for(0, s.batch * chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) for_each_tile_of_chunk(s, i / chunks, i % chunks, body);
+    for (int64_t i = begin; i < end; ++i) for_each_tile_of_chunk(s, i / chunks, i % chunks, kTile, body);
   });
 }
 
@@ -53,7 +54,7 @@ template <typename Body>
 void for_each_tile_backwards(const GumbelShape& s, const Body& body) {
   const int64_t chunks = chunk_count(s);
   torch::stable::parallel_for(0, s.batch * chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = end; i-- > begin;) for_each_tile_of_chunk(s, i / chunks, i % chunks, body);
+    for (int64_t i = end; i-- > begin;) for_each_tile_of_chunk(s, i / chunks, i % chunks, kTile, body);
   });
 }
 

@@ -70,8 +70,6 @@ const Kernels& kernels() {
   return portable::kKernels;
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int64_t lines_of(int64_t in_features, WeightFormat format) { return divide_up(in_features, line_depth(format)); }
 
 // out = sums * scales + bias; sums [rows, columns] with a row stride of sums_row.

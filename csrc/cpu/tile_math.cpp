@@ -92,7 +92,7 @@ void gemm_any(int64_t rows, int64_t columns, int64_t depth, Left<T> a, const T* 
 }
 
 template <typename T>
-DF_ALWAYS_INLINE T exp_row_body(T* row, int64_t n, T* sum) {
+DF_ALWAYS_INLINE T exp_row_body(T* row, int64_t n) {
   T max = -std::numeric_limits<T>::infinity();
 #pragma omp simd reduction(max : max)
   for (int64_t i = 0; i < n; ++i) max = row[i] > max ? row[i] : max;
@@ -102,8 +102,7 @@ DF_ALWAYS_INLINE T exp_row_body(T* row, int64_t n, T* sum) {
     row[i] = vec_exp(row[i] - max);
     total += row[i];
   }
-  *sum = total;
-  return max;
+  return total;
 }
 
 template <typename T>
@@ -132,11 +131,11 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, Left<double> a, const do
   gemm_any(rows, columns, depth, a, b, b_row, c, c_row, accumulate);
 }
 
-float exp_row(float* row, int64_t n, float* sum) {
-  return simd([=]() DF_INLINE_LAMBDA { return exp_row_body(row, n, sum); });
+float exp_row(float* row, int64_t n) {
+  return simd([=]() DF_INLINE_LAMBDA { return exp_row_body(row, n); });
 }
-double exp_row(double* row, int64_t n, double* sum) {
-  return simd([=]() DF_INLINE_LAMBDA { return exp_row_body(row, n, sum); });
+double exp_row(double* row, int64_t n) {
+  return simd([=]() DF_INLINE_LAMBDA { return exp_row_body(row, n); });
 }
 
 float dot(const float* a, const float* b, int64_t n) {

@@ -29,9 +29,9 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, Left<float> a, const flo
 void gemm(int64_t rows, int64_t columns, int64_t depth, Left<double> a, const double* b, int64_t b_row, double* c,
           int64_t c_row, bool accumulate);
 
-// row[i] = exp(row[i] - max), where max is that of the row; returns max, and the new row's sum through `sum`.
-float exp_row(float* row, int64_t n, float* sum);
-double exp_row(double* row, int64_t n, double* sum);
+// row[i] = exp(row[i] - max), where max is that of the row; returns the new row's sum.
+float exp_row(float* row, int64_t n);
+double exp_row(double* row, int64_t n);
 
 float dot(const float* a, const float* b, int64_t n);
 double dot(const double* a, const double* b, int64_t n);
