@@ -1,7 +1,8 @@
 """Builds ``dalle_fast._C`` (the torch ops, on torch's stable ABI) and ``dalle_fast._host`` (the data path, pybind11).
 
 Metadata is in pyproject.toml. ``DALLE_FAST_CUDA=0`` leaves the CUDA kernels out, ``DALLE_FAST_CUDA=1`` insists on them;
-without it they are built when torch has CUDA and nvcc is found. ``DALLE_FAST_SANITIZE=1`` builds for `make asan`.
+without it they are built when torch has CUDA and nvcc is found. For tests, ``DALLE_FAST_CUDA_ON_CPU=1`` compiles them as
+C++, to run on the CPU in place of its own kernels, and ``DALLE_FAST_SANITIZE=1`` adds checks of every address.
 """
 
 from __future__ import annotations
@@ -23,9 +24,15 @@ MATH_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS = ["-O3", "-g0", *MATH_FLAGS, "-fopenmp", "-fvisibility=hidden", "-Wall", STABLE_ABI]
 LINK_FLAGS = ["-fopenmp"]
 SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1"]
-NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr"]
+# One binary for 8.x and one for Hopper, whose own instructions need the "a"; newer chips compile the PTX.
+ARCHITECTURES = ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a"]
+NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-DDALLE_FAST_CUDA"]
+NVCC_FLAGS += [f"-gencode={architecture}" for architecture in ARCHITECTURES]
+CUDA_ON_CPU = os.environ.get("DALLE_FAST_CUDA_ON_CPU") == "1"
+CUDA_ON_CPU_FLAGS = ["-DDALLE_FAST_CUDA", "-DDALLE_FAST_CUDA_ON_CPU", "-Wno-unknown-pragmas"]
 
 if os.environ.get("DALLE_FAST_SANITIZE") == "1":
+    CUDA_ON_CPU_FLAGS += ["-fsanitize-sections=cuda_on_cpu_shared"]  # the kernels' shared memory
     CXX_FLAGS += SANITIZE_FLAGS
     LINK_FLAGS += SANITIZE_FLAGS
 
@@ -39,6 +46,8 @@ def cuda_decision() -> tuple[bool, str]:
     wish = os.environ.get("DALLE_FAST_CUDA", "")
     if wish not in ("", "0", "1"):
         raise SystemExit(f"DALLE_FAST_CUDA: expected 0 or 1, got {wish!r}")
+    if CUDA_ON_CPU:
+        return False, "the CUDA kernels run on the CPU, for tests"
     if wish == "0":
         return False, "switched off by DALLE_FAST_CUDA=0"
     if not sources("csrc/cuda/*.cu"):
@@ -63,15 +72,35 @@ def check_toolchain() -> None:
         raise SystemExit(f"{header} is missing: install Python's headers (Debian, Ubuntu: apt-get install python3-dev)")
 
 
+def cuda_as_cpp() -> list[str]:
+    """A C++ file for each .cu, since the name decides which compiler takes it."""
+    folder = ROOT / "build" / "cuda_on_cpu" / "sources"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for kernel in sources("csrc/cuda/*.cu"):
+        file = folder / f"{Path(kernel).stem}.cpp"
+        text = f'#include "{ROOT / kernel}"\n'
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+        files.append(str(file.relative_to(ROOT)))
+    return files
+
+
 def torch_ops(with_cuda: bool) -> Extension:
     """``_C``: schemas, checks, and the kernels of each backend."""
     files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
     options = {"include_dirs": [str(ROOT / "csrc")], "py_limited_api": True, "extra_link_args": LINK_FLAGS}
+    if CUDA_ON_CPU:
+        options["include_dirs"] += [str(ROOT / "tests" / "cuda_on_cpu")]
+        files += [*cuda_as_cpp(), *sources("tests/cuda_on_cpu/*.cpp")]
+        return CppExtension(
+            "dalle_fast._C", files, extra_compile_args={"cxx": [*CXX_FLAGS, *CUDA_ON_CPU_FLAGS]}, **options
+        )
     if not with_cuda:
         return CppExtension("dalle_fast._C", files, extra_compile_args={"cxx": CXX_FLAGS}, **options)
     return CUDAExtension(
         "dalle_fast._C",
-        files + sources("csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
+        files + sources("csrc/cuda/*.cu"),
         extra_compile_args={"cxx": [*CXX_FLAGS, "-DDALLE_FAST_CUDA", "-DUSE_CUDA"], "nvcc": NVCC_FLAGS},
         **options,
     )

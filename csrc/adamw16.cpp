@@ -1,10 +1,9 @@
 // adamw16: checks and the choice of a backend.
 #include "adamw16.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <cmath>
+
+#include "backend.h"
 
 namespace dalle_fast {
 namespace {
@@ -13,9 +12,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 void check(const Tensor& x, const char* name, ScalarType dtype, const Tensor& param) {
-  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == dtype && x.numel() == param.numel(), name, ": expected ",
-                  param.numel(), " elements of ", torch::headeronly::toString(dtype), " on the CPU, got ", x.numel(),
-                  " of ", torch::headeronly::toString(x.scalar_type()));
+  STD_TORCH_CHECK(x.device() == param.device() && x.scalar_type() == dtype && x.numel() == param.numel(), name,
+                  ": expected ", param.numel(), " elements of ", torch::headeronly::toString(dtype), " on ",
+                  device_name(param), ", got ", x.numel(), " of ", torch::headeronly::toString(x.scalar_type()), " on ",
+                  device_name(x));
   for (int64_t d = 0; d < param.dim(); ++d) {
     STD_TORCH_CHECK(x.dim() == param.dim() && (param.size(d) == 1 || x.stride(d) == param.stride(d)), name,
                     ": expected the memory layout of param");
@@ -43,10 +43,10 @@ void adamw16(const Tensor& param, const Tensor& grad, const Tensor& mean, const 
   params.mean_correction = static_cast<float>(1 - std::pow(beta1, step));
   params.variance_correction = static_cast<float>(1 - std::pow(beta2, step));
   params.decay = static_cast<float>(1 - lr * weight_decay);
-  adamw16_cpu(params);
+  DF_RUN(adamw16, param, params);
 }
 
 }  // namespace
 }  // namespace dalle_fast
 
-STABLE_TORCH_LIBRARY_IMPL(dalle_fast, CPU, m) { m.impl("adamw16", TORCH_BOX(&dalle_fast::adamw16)); }
+DF_REGISTER(m) { m.impl("adamw16", TORCH_BOX(&dalle_fast::adamw16)); }

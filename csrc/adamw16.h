@@ -3,6 +3,10 @@
 
 #include <cstdint>
 
+#ifdef DALLE_FAST_CUDA
+#include "cuda/runtime.h"
+#endif
+
 namespace dalle_fast {
 
 struct AdamW16 {
@@ -19,5 +23,8 @@ struct AdamW16 {
 };
 
 void adamw16_cpu(const AdamW16& params);
+#ifdef DALLE_FAST_CUDA
+cudaError_t launch_adamw16(const AdamW16& params, cudaStream_t stream);
+#endif
 
 }  // namespace dalle_fast

@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/huge_pages.h"
+#include "backend.h"
 
 namespace dalle_fast {
 namespace {
@@ -44,9 +44,7 @@ void check(const Tensor& x, const char* name, int64_t numel, ScalarType dtype) {
 }
 
 Tensor new_output(const Tensor& like, ScalarType dtype) {
-  Tensor out = torch::stable::new_empty(like, like.sizes(), dtype);
-  advise_huge(out.mutable_data_ptr(), out.numel() * out.element_size());
-  return out;
+  return with_huge_pages(torch::stable::new_empty(like, like.sizes(), dtype));
 }
 
 // The leading dimensions of x [..., D] with a last dimension of 1.

@@ -2,7 +2,7 @@
 #include <tuple>
 
 #include "attention_checks.h"
-#include "cpu/huge_pages.h"
+#include "backend.h"
 
 namespace dalle_fast {
 namespace {
@@ -25,8 +25,7 @@ AttentionShape checked_shape(const Tensor& q, const Tensor& k, const Tensor& v, 
 // [B, H, N, D] with the heads of a token side by side in memory, so that merging them copies nothing.
 Tensor new_heads(const Tensor& like) {
   Tensor x = torch::stable::new_empty(like, {like.size(0), like.size(2), like.size(1), like.size(3)});
-  advise_huge(x.mutable_data_ptr(), x.numel() * x.element_size());
-  return torch::stable::transpose(x, 1, 2);
+  return torch::stable::transpose(with_huge_pages(x), 1, 2);
 }
 
 std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t kind,
