@@ -1,13 +1,11 @@
 // gumbel_softmax, gumbel_quantize and their noise: checks, outputs, and the choice of a backend.
 #include "gumbel.h"
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <tuple>
 
-#include "cpu/noise.h"
+#include "backend.h"
 
 namespace dalle_fast {
 namespace {
@@ -33,20 +31,26 @@ GridStrides grid_strides(const Tensor& x, const char* name) {
   return {1, codes};
 }
 
-void check(const Tensor& x, const char* name, ScalarType dtype, int64_t numel) {
-  STD_TORCH_CHECK(x.is_cpu() && x.scalar_type() == dtype && x.numel() == numel, name, ": expected ", numel,
-                  " elements of ", torch::headeronly::toString(dtype), " on the CPU, got ", x.numel(), " of ",
-                  torch::headeronly::toString(x.scalar_type()));
+void check(const Tensor& x, const char* name, ScalarType dtype, int64_t numel, const Tensor& logits) {
+  STD_TORCH_CHECK(x.device() == logits.device() && x.scalar_type() == dtype && x.numel() == numel, name, ": expected ",
+                  numel, " elements of ", torch::headeronly::toString(dtype), " on ", device_name(logits), ", got ",
+                  x.numel(), " of ", torch::headeronly::toString(x.scalar_type()), " on ", device_name(x));
 }
 
-uint64_t seed_value(const Tensor& seed) {
-  check(seed, "seed", ScalarType::Long, 1);
-  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
+template <typename T>
+const T* in(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+template <typename T>
+T* out(Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
 }
 
 GumbelShape checked_shape(const Tensor& logits, const Tensor& seed, double tau) {
   STD_TORCH_CHECK(tau > 0, "tau: expected a positive number, got ", tau);
-  return {logits.size(0), logits.size(1), logits.size(2) * logits.size(3), seed_value(seed), tau};
+  check(seed, "seed", ScalarType::Long, 1, logits);
+  return {logits.size(0), logits.size(1), logits.size(2) * logits.size(3), in<int64_t>(seed), tau};
 }
 
 // Calls body(S{}) for the type that logits are stored in.
@@ -69,16 +73,6 @@ ScalarType arithmetic_type(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::BFloat16 ? ScalarType::Float : logits.scalar_type();
 }
 
-template <typename T>
-const T* in(const Tensor& x) {
-  return static_cast<const T*>(x.const_data_ptr());
-}
-
-template <typename T>
-T* out(Tensor& x) {
-  return static_cast<T*>(x.mutable_data_ptr());
-}
-
 // kl [B], codes [B, h, w], stats [B, kGumbelStats, h, w].
 std::tuple<Tensor, Tensor, Tensor> new_statistics(const Tensor& logits) {
   const int64_t batch = logits.size(0), height = logits.size(2), width = logits.size(3);
@@ -89,8 +83,8 @@ std::tuple<Tensor, Tensor, Tensor> new_statistics(const Tensor& logits) {
 }
 
 void check_statistics(const Tensor& grad_kl, const Tensor& logits, const Tensor& stats, const GumbelShape& shape) {
-  check(grad_kl, "grad_kl", arithmetic_type(logits), shape.batch);
-  check(stats, "stats", arithmetic_type(logits), shape.batch * kGumbelStats * shape.pixels);
+  check(grad_kl, "grad_kl", arithmetic_type(logits), shape.batch, logits);
+  check(stats, "stats", arithmetic_type(logits), shape.batch * kGumbelStats * shape.pixels, logits);
   STD_TORCH_CHECK(grad_kl.is_contiguous() && stats.is_contiguous(), "grad_kl, stats: expected contiguous memory");
 }
 
@@ -98,7 +92,7 @@ int64_t checked_channels(const Tensor& codebook, const Tensor& logits, const Gum
   STD_TORCH_CHECK(
       codebook.dim() == 2 && codebook.size(0) == shape.codes && codebook.numel() > 0 && codebook.is_contiguous(),
       "codebook: expected a contiguous [", shape.codes, ", C]");
-  check(codebook, "codebook", logits.scalar_type(), codebook.numel());
+  check(codebook, "codebook", logits.scalar_type(), codebook.numel(), logits);
   return codebook.size(1);
 }
 
@@ -111,8 +105,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_softmax(const Tensor& logits, 
   with_storage(logits, [&, &kl = kl, &codes = codes, &stats = stats](auto zero) {
     using S = decltype(zero);
     using T = Arithmetic<S>;
-    gumbel_softmax_forward_cpu(GumbelForward<S>{shape, strides, hard, in<S>(logits), out<S>(y), out<T>(kl),
-                                                out<int64_t>(codes), out<T>(stats)});
+    const GumbelForward<S> params{
+        shape, strides, hard, in<S>(logits), out<S>(y), out<T>(kl), out<int64_t>(codes), out<T>(stats)};
+    DF_RUN(gumbel_softmax_forward, logits, params);
   });
   return {y, kl, codes, stats};
 }
@@ -121,14 +116,15 @@ Tensor gumbel_softmax_backward(const Tensor& grad_y, const Tensor& grad_kl, cons
                                double tau, const Tensor& seed) {
   const GridStrides strides = grid_strides(logits, "logits"), dy_strides = grid_strides(grad_y, "grad_y");
   const GumbelShape shape = checked_shape(logits, seed, tau);
-  check(grad_y, "grad_y", logits.scalar_type(), logits.numel());
+  check(grad_y, "grad_y", logits.scalar_type(), logits.numel(), logits);
   check_statistics(grad_kl, logits, stats, shape);
   Tensor grad_logits = torch::stable::empty_like(logits);
   with_storage(logits, [&](auto zero) {
     using S = decltype(zero);
     using T = Arithmetic<S>;
-    gumbel_softmax_backward_cpu(GumbelBackward<S>{shape, strides, dy_strides, in<S>(logits), in<T>(stats),
-                                                  in<S>(grad_y), in<T>(grad_kl), out<S>(grad_logits)});
+    const GumbelBackward<S> params{shape,        strides,       dy_strides,     in<S>(logits),
+                                   in<T>(stats), in<S>(grad_y), in<T>(grad_kl), out<S>(grad_logits)};
+    DF_RUN(gumbel_softmax_backward, logits, params);
   });
   return grad_logits;
 }
@@ -161,10 +157,10 @@ std::tuple<Tensor, Tensor> gumbel_quantize_backward(const Tensor& grad_z, const 
   const GridStrides strides = grid_strides(logits, "logits"), dz_strides = grid_strides(grad_z, "grad_z");
   const GumbelShape shape = checked_shape(logits, seed, tau);
   const int64_t channels = checked_channels(codebook, logits, shape), positions = shape.batch * shape.pixels;
-  check(grad_z, "grad_z", logits.scalar_type(), positions * channels);
+  check(grad_z, "grad_z", logits.scalar_type(), positions * channels, logits);
   check_statistics(grad_kl, logits, stats, shape);
-  check(codes, "codes", ScalarType::Long, positions);
-  check(soft, "soft", arithmetic_type(logits), positions * channels);
+  check(codes, "codes", ScalarType::Long, positions, logits);
+  check(soft, "soft", arithmetic_type(logits), positions * channels, logits);
   STD_TORCH_CHECK(codes.is_contiguous() && soft.is_contiguous(), "codes, soft: expected contiguous memory");
   Tensor grad_logits = torch::stable::empty_like(logits), grad_codebook = torch::stable::empty_like(codebook);
   with_storage(logits, [&](auto zero) {
@@ -179,18 +175,22 @@ std::tuple<Tensor, Tensor> gumbel_quantize_backward(const Tensor& grad_z, const 
 
 Tensor philox_uniform(const Tensor& seed, int64_t first, int64_t n) {
   STD_TORCH_CHECK(first >= 0 && n >= 0, "first, n: expected at least 0, got ", first, ", ", n);
-  Tensor out = torch::stable::new_empty(seed, {n}, ScalarType::Float);
-  uniform_cpu(seed_value(seed), first, n, static_cast<float*>(out.mutable_data_ptr()));
-  return out;
+  check(seed, "seed", ScalarType::Long, 1, seed);
+  Tensor drawn = torch::stable::new_empty(seed, {n}, ScalarType::Float);
+  DF_RUN(philox_uniform, seed, PhiloxUniform{in<int64_t>(seed), first, n, out<float>(drawn)});
+  return drawn;
 }
 
 }  // namespace
 }  // namespace dalle_fast
 
-STABLE_TORCH_LIBRARY_IMPL(dalle_fast, CPU, m) {
+DF_REGISTER(m) {
   m.impl("gumbel_softmax", TORCH_BOX(&dalle_fast::gumbel_softmax));
   m.impl("gumbel_softmax_backward", TORCH_BOX(&dalle_fast::gumbel_softmax_backward));
+  m.impl("philox_uniform", TORCH_BOX(&dalle_fast::philox_uniform));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dalle_fast, CPU, m) {
   m.impl("gumbel_quantize", TORCH_BOX(&dalle_fast::gumbel_quantize));
   m.impl("gumbel_quantize_backward", TORCH_BOX(&dalle_fast::gumbel_quantize_backward));
-  m.impl("philox_uniform", TORCH_BOX(&dalle_fast::philox_uniform));
 }

@@ -4,6 +4,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#ifdef DALLE_FAST_CUDA
+#include "cuda/runtime.h"
+#endif
+
 namespace dalle_fast {
 
 // What a kernel computes with. S is how tensors are stored: float, double, or uint16_t for the bits of a bfloat16.
@@ -17,7 +21,7 @@ struct GridStrides {
 
 struct GumbelShape {
   int64_t batch, codes, pixels;
-  uint64_t seed;
+  const int64_t* seed;  // where the kernel runs, so that no step waits for it
   double tau;
 };
 
@@ -83,6 +87,13 @@ struct QuantizeBackward {
   S* grad_codebook;
 };
 
+// Elements `first` ... `first` + n of the seed's stream, uniform in (0, 1).
+struct PhiloxUniform {
+  const int64_t* seed;
+  int64_t first, n;
+  float* out;
+};
+
 template <typename S>
 void gumbel_softmax_forward_cpu(const GumbelForward<S>& params);
 template <typename S>
@@ -91,5 +102,14 @@ template <typename S>
 void gumbel_quantize_forward_cpu(const QuantizeForward<S>& params);
 template <typename S>
 void gumbel_quantize_backward_cpu(const QuantizeBackward<S>& params);
+void philox_uniform_cpu(const PhiloxUniform& params);
+
+#ifdef DALLE_FAST_CUDA
+template <typename S>
+cudaError_t launch_gumbel_softmax_forward(const GumbelForward<S>& params, cudaStream_t stream);
+template <typename S>
+cudaError_t launch_gumbel_softmax_backward(const GumbelBackward<S>& params, cudaStream_t stream);
+cudaError_t launch_philox_uniform(const PhiloxUniform& params, cudaStream_t stream);
+#endif
 
 }  // namespace dalle_fast

@@ -70,6 +70,16 @@ def test_softmax_matches_the_reference(tau, layout, hard):
     assert error(grad, grad64) <= GRADIENT
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_more_codes_than_fit_in_shared_memory(layout):
+    logits = random_logits(1, 9001, 2, 3, layout=layout)
+    y, kl, grad = run_softmax(df, logits, 0.7, 5, False)
+    y64, kl64, grad64 = run_softmax(reference, logits.double(), 0.7, 5, False)
+    assert error(y, y64) <= FORWARD
+    assert error(kl, kl64) <= FORWARD
+    assert error(grad, grad64) <= GRADIENT
+
+
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bfloat16(layout, hard):

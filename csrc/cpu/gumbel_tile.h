@@ -166,7 +166,7 @@ struct NoiseGroup {
   void draw(const GumbelShape& s, const GumbelTile& t, int64_t row, int64_t rows) {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t first = (t.image * s.codes + t.code + row + r) * s.pixels + t.pixel;
-      random_words(s.seed, first, t.pixels, words + r * kTile);
+      random_words(static_cast<uint64_t>(*s.seed), first, t.pixels, words + r * kTile);
     }
   }
 };

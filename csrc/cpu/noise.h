@@ -9,7 +9,6 @@
 namespace dalle_fast {
 
 void random_words(uint64_t seed, int64_t first, int64_t n, uint32_t* out);
-void uniform_cpu(uint64_t seed, int64_t first, int64_t n, float* out);       // in (0, 1)
 void gumbel_noise_cpu(uint64_t seed, int64_t first, int64_t n, float* out);  // standard Gumbel
 
 // -log u, of which the Gumbel noise is minus the logarithm.

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "gumbel.h"
 #include "noise.h"
 #include "simd.h"
 #include "vec_math.h"
@@ -95,8 +96,9 @@ void random_words(uint64_t seed, int64_t first, int64_t n, uint32_t* out) {
   }
 }
 
-void uniform_cpu(uint64_t seed, int64_t first, int64_t n, float* out) {
-  convert_words(seed, first, n, out, [](const uint32_t* words, int64_t count, float* to) {
+void philox_uniform_cpu(const PhiloxUniform& params) {
+  const auto seed = static_cast<uint64_t>(*params.seed);
+  convert_words(seed, params.first, params.n, params.out, [](const uint32_t* words, int64_t count, float* to) {
     simd([=]() DF_INLINE_LAMBDA {
       for (int64_t i = 0; i < count; ++i) to[i] = uniform_from_word(words[i]);
     });

@@ -1,0 +1,222 @@
+// What the Gumbel kernels share. Threads work on quads, four neighbouring pixels at one code: that is what a block of
+// Philox yields, and one load where pixels lie side by side.
+#pragma once
+
+#include <limits>
+
+#include "cuda/device.h"
+#include "cuda/half.h"
+#include "gumbel.h"
+#include "rng.h"
+
+namespace dalle_fast {
+
+constexpr int kQuad = 4;
+
+template <typename T>
+struct Quad {
+  T at[kQuad];
+};
+
+template <typename S>
+DF_DEVICE Arithmetic<S> load_element(S x) {
+  if constexpr (std::is_same_v<S, uint16_t>) {
+    return widen(BFloat16{x});
+  } else {
+    return x;
+  }
+}
+
+template <typename S>
+DF_DEVICE S store_element(Arithmetic<S> x) {
+  if constexpr (std::is_same_v<S, uint16_t>) {
+    return narrow<BFloat16>(x).bits;
+  } else {
+    return x;
+  }
+}
+
+DF_DEVICE float exp_of(float x) { return __expf(x); }
+DF_DEVICE double exp_of(double x) { return exp(x); }
+
+// -log(u) near u = 1 is what makes large noise: that logarithm must be exact in its last places, the outer one not.
+DF_DEVICE float gumbel_from_word(uint32_t word) { return -__logf(-logf(uniform_from_word(word))); }
+
+// The words of elements `first` ... `first` + 3, without an index into registers that is not known when compiling.
+DF_DEVICE Quad<uint32_t> quad_words(uint64_t seed, uint64_t first) {
+  const PhiloxWords drawn = philox(seed, first / kQuad);
+  uint32_t words[2 * kQuad] = {drawn.word[0], drawn.word[1], drawn.word[2], drawn.word[3]};
+  if (first % kQuad != 0) {
+    const PhiloxWords next = philox(seed, first / kQuad + 1);
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) words[kQuad + i] = next.word[i];
+#pragma unroll
+    for (int i = 0; i < 2 * kQuad - 1; ++i) words[i] = first & 1 ? words[i + 1] : words[i];
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) words[i] = first & 2 ? words[i + 2] : words[i];
+  }
+  return {{words[0], words[1], words[2], words[3]}};
+}
+
+// The noise of an image's quads.
+class QuadNoise {
+ public:
+  DF_DEVICE QuadNoise(const GumbelShape& s, int64_t image)
+      : seed_(static_cast<uint64_t>(*s.seed)), first_(image * s.codes * s.pixels), pixels_(s.pixels) {}
+
+  template <typename T>
+  DF_DEVICE Quad<T> add_to(const Quad<T>& logits, int64_t code, int64_t pixel) const {
+    const Quad<uint32_t> words = quad_words(seed_, static_cast<uint64_t>(first_ + code * pixels_ + pixel));
+    Quad<T> noisy;
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) noisy.at[i] = logits.at[i] + static_cast<T>(gumbel_from_word(words.at[i]));
+    return noisy;
+  }
+
+ private:
+  uint64_t seed_;
+  int64_t first_, pixels_;
+};
+
+// An image [codes, pixels] of a grid, by quads. Pixels past the last read as 0 and are not written.
+template <typename S>
+class QuadGrid {
+  using Value = std::remove_const_t<S>;
+  using T = Arithmetic<Value>;
+  struct alignas(kQuad * sizeof(S)) Packed {
+    Value at[kQuad];
+  };
+
+ public:
+  DF_DEVICE QuadGrid(S* grid, const GumbelShape& s, GridStrides strides, int64_t image)
+      : data_(grid + image * s.codes * s.pixels),
+        strides_(strides),
+        pixels_(s.pixels),
+        packed_(strides.pixel == 1 && s.pixels % kQuad == 0 &&
+                reinterpret_cast<uintptr_t>(grid) % sizeof(Packed) == 0) {}
+
+  DF_DEVICE Quad<T> load(int64_t code, int64_t pixel) const {
+    Quad<T> quad{};
+    S* from = data_ + code * strides_.code + pixel * strides_.pixel;
+    if (packed_ && pixel < pixels_) {
+      const Packed packed = *reinterpret_cast<const Packed*>(from);
+#pragma unroll
+      for (int i = 0; i < kQuad; ++i) quad.at[i] = load_element<Value>(packed.at[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kQuad; ++i) {
+        if (pixel + i < pixels_) quad.at[i] = load_element<Value>(from[i * strides_.pixel]);
+      }
+    }
+    return quad;
+  }
+
+  DF_DEVICE void store(int64_t code, int64_t pixel, const Quad<T>& quad) const {
+    S* to = data_ + code * strides_.code + pixel * strides_.pixel;
+    if (packed_ && pixel < pixels_) {
+      Packed packed;
+#pragma unroll
+      for (int i = 0; i < kQuad; ++i) packed.at[i] = store_element<S>(quad.at[i]);
+      *reinterpret_cast<Packed*>(to) = packed;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kQuad; ++i) {
+        if (pixel + i < pixels_) to[i * strides_.pixel] = store_element<S>(quad.at[i]);
+      }
+    }
+  }
+
+ private:
+  S* data_;
+  GridStrides strides_;
+  int64_t pixels_;
+  bool packed_;
+};
+
+// What is known of a pixel after some of the codes; sums are relative to the largest values among these.
+template <typename T>
+struct PixelSums {
+  T best;            // largest noisy logit
+  T noisy_sum;       // of exp((noisy - best) / tau)
+  T plain_max;       // largest logit
+  T plain_sum;       // of exp(logit - plain_max)
+  T plain_weighted;  // of the same times (logit - plain_max)
+  int code;          // of best, the first of equals
+
+  static constexpr DF_DEVICE PixelSums none() {
+    // Finite, so that a pixel whose logits are all -inf so far gives zeros and not NaN.
+    constexpr T kLowest = std::numeric_limits<T>::lowest();
+    return {kLowest, 0, kLowest, 0, 0, 0};
+  }
+
+  // Makes the plain sums relative to a larger maximum.
+  DF_DEVICE void raise_plain(T largest) {
+    const T below = plain_max - largest, factor = exp_of(below);
+    plain_weighted = factor > 0 ? factor * (plain_weighted + below * plain_sum) : T(0);
+    plain_sum *= factor;
+    plain_max = largest;
+  }
+
+  // Adds a logit that is not above plain_max.
+  DF_DEVICE void add_plain(T logit) {
+    const T below = logit - plain_max, weight = exp_of(below);
+    plain_sum += weight;
+    plain_weighted += weight * below;
+  }
+
+  // The statistics at `index` of an image's [kGumbelStats, pixels].
+  DF_DEVICE void write(const GumbelShape& s, T* stats, int64_t index) const {
+    const double sum = plain_sum, log_plain = log(sum), log_codes = log(static_cast<double>(s.codes));
+    stats[kNoisyReference * s.pixels + index] = best;
+    stats[kNoisyLogSum * s.pixels + index] = static_cast<T>(log(static_cast<double>(noisy_sum)));
+    stats[kPlainLse * s.pixels + index] = static_cast<T>(plain_max + log_plain);
+    stats[kPixelKl * s.pixels + index] = static_cast<T>(log_codes + plain_weighted / sum - log_plain);
+  }
+};
+
+template <typename T>
+struct MergeSums {
+  T inverse_tau;
+
+  DF_DEVICE PixelSums<T> operator()(const PixelSums<T>& a, const PixelSums<T>& b) const {
+    const bool a_wins = a.best > b.best || (a.best == b.best && a.code < b.code), a_tops = a.plain_max > b.plain_max;
+    PixelSums<T> merged = a_wins ? a : b, other = a_tops ? b : a;
+    merged.noisy_sum += (a_wins ? b : a).noisy_sum * exp_of(((a_wins ? b : a).best - merged.best) * inverse_tau);
+    merged.plain_max = a_tops ? a.plain_max : b.plain_max;
+    other.raise_plain(merged.plain_max);
+    merged.plain_sum = (a_tops ? a : b).plain_sum + other.plain_sum;
+    merged.plain_weighted = (a_tops ? a : b).plain_weighted + other.plain_weighted;
+    return merged;
+  }
+};
+
+// What the backward knows of a pixel.
+template <typename T>
+struct PixelStats {
+  T noisy_reference, noisy_log_sum, plain_lse, kl;
+
+  // y of a noisy logit.
+  DF_DEVICE T soft(T noisy, T inverse_tau) const {
+    return exp_of((noisy - noisy_reference) * inverse_tau - noisy_log_sum);
+  }
+
+  // d kl / d logit = q (log q + log K - kl)
+  DF_DEVICE T kl_gradient(T logit, T log_codes) const {
+    const T log_q = logit - plain_lse;
+    return exp_of(log_q) * (log_q + log_codes - kl);
+  }
+};
+
+template <typename T>
+DF_DEVICE PixelStats<T> load_stats(const GumbelShape& s, const T* stats, int64_t image, int64_t pixel) {
+  if (pixel >= s.pixels) return {};
+  const T* at = stats + image * kGumbelStats * s.pixels + pixel;
+  return {at[kNoisyReference * s.pixels], at[kNoisyLogSum * s.pixels], at[kPlainLse * s.pixels],
+          at[kPixelKl * s.pixels]};
+}
+
+// kl [B] from the statistics.
+template <typename T>
+cudaError_t launch_sum_kl(const GumbelShape& shape, const T* stats, T* kl, cudaStream_t stream);
+
+}  // namespace dalle_fast
