@@ -8,12 +8,14 @@ BIN := .venv/bin
 TORCH_STAMP := .venv/.torch-$(TORCH)
 BUILD_STAMP := .venv/.built
 OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,attention decode linear sample gumbel rng resblock adamw16))
-CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+# Tests of the ops that have a CUDA kernel.
+CUDA_OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,adamw16))
+CXX_FILES := $(shell find csrc tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: build demo test lint bench bench-end-to-end format pretrained asan
+.PHONY: build demo test lint bench bench-end-to-end format pretrained asan cuda-on-cpu
 
 build: $(BUILD_STAMP)
 
@@ -27,10 +29,18 @@ test: build
 
 # The op tests on a build that checks every address and every undefined operation. Python is not part of that build, so
 # the checkers' libraries come first by hand, and what Python itself keeps until its end is not counted as a leak.
+SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0
+
 asan: build
 	DALLE_FAST_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 PYTHONPATH=build/asan/lib $(BIN)/pytest $(OP_TESTS)
+	$(SANITIZED) OMP_NUM_THREADS=2 PYTHONPATH=build/asan/lib $(BIN)/pytest $(OP_TESTS)
+
+# The same tests and checks on the CUDA kernels, compiled for the CPU: no GPU, no CUDA toolkit.
+cuda-on-cpu: build
+	DALLE_FAST_SANITIZE=1 DALLE_FAST_CUDA_ON_CPU=1 \
+	$(BIN)/python setup.py --quiet build --build-base build/cuda_on_cpu_asan --build-lib build/cuda_on_cpu_asan/lib
+	$(SANITIZED) OMP_NUM_THREADS=1 PYTHONPATH=build/cuda_on_cpu_asan/lib $(BIN)/pytest -n 2 $(CUDA_OP_TESTS)
 
 lint: build
 	$(BIN)/ruff check

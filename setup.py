@@ -1,8 +1,8 @@
 """Builds ``dalle_fast._C`` (the torch ops, on torch's stable ABI) and ``dalle_fast._host`` (the data path, pybind11).
 
 Metadata is in pyproject.toml. ``DALLE_FAST_CUDA=0`` leaves the CUDA kernels out, ``DALLE_FAST_CUDA=1`` insists on them;
-without it they are built when torch has CUDA and nvcc is found. For tests, ``DALLE_FAST_CUDA_ON_CPU=1`` compiles them as
-C++, to run on the CPU in place of its own kernels, and ``DALLE_FAST_SANITIZE=1`` adds checks of every address.
+without it they are built when torch has CUDA and nvcc is found. For tests, ``DALLE_FAST_CUDA_ON_CPU=1`` compiles them
+as C++, to run on the CPU in place of its own kernels, and ``DALLE_FAST_SANITIZE=1`` adds checks of every address.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ARCHITECTURES = ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,co
 NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-DDALLE_FAST_CUDA"]
 NVCC_FLAGS += [f"-gencode={architecture}" for architecture in ARCHITECTURES]
 CUDA_ON_CPU = os.environ.get("DALLE_FAST_CUDA_ON_CPU") == "1"
-CUDA_ON_CPU_FLAGS = ["-DDALLE_FAST_CUDA", "-DDALLE_FAST_CUDA_ON_CPU", "-Wno-unknown-pragmas"]
+CUDA_ON_CPU_FLAGS = ["-O1", "-DDALLE_FAST_CUDA", "-DDALLE_FAST_CUDA_ON_CPU", "-Wno-unknown-pragmas"]
 
 if os.environ.get("DALLE_FAST_SANITIZE") == "1":
     CUDA_ON_CPU_FLAGS += ["-fsanitize-sections=cuda_on_cpu_shared"]  # the kernels' shared memory
@@ -92,7 +92,7 @@ def torch_ops(with_cuda: bool) -> Extension:
     options = {"include_dirs": [str(ROOT / "csrc")], "py_limited_api": True, "extra_link_args": LINK_FLAGS}
     if CUDA_ON_CPU:
         options["include_dirs"] += [str(ROOT / "tests" / "cuda_on_cpu")]
-        files += [*cuda_as_cpp(), *sources("tests/cuda_on_cpu/*.cpp")]
+        files += [*cuda_as_cpp(), "tests/cuda_on_cpu/cuda_on_cpu.cpp"]
         return CppExtension(
             "dalle_fast._C", files, extra_compile_args={"cxx": [*CXX_FLAGS, *CUDA_ON_CPU_FLAGS]}, **options
         )
@@ -122,7 +122,8 @@ class Build(BuildExtension):
         target = Path(self.get_ext_fullpath("dalle_fast._C")).parent / "_build_info.py"
         target.write_text(
             '"""Written by setup.py."""\n\n'
-            f"TORCH_VERSION = {torch.__version__!r}\nCUDA = {WITH_CUDA!r}\nCUDA_REASON = {CUDA_REASON!r}\n"
+            f"TORCH_VERSION = {torch.__version__!r}\n"
+            f"CUDA = {WITH_CUDA!r}\nCUDA_ON_CPU = {CUDA_ON_CPU!r}\nCUDA_REASON = {CUDA_REASON!r}\n"
         )
 
 

@@ -1,6 +1,42 @@
-"""Every run draws the same examples."""
+"""Every run draws the same examples, and the CUDA kernels are tested wherever they can run."""
 
+from __future__ import annotations
+
+import os
+
+import pytest
 from hypothesis import settings
+
+os.environ.setdefault("DALLE_FAST_UNVERIFIED", "1")  # kernels, not their references, on CUDA tensors
+
+import torch
+
+import dalle_fast as df
+
+try:
+    from dalle_fast._build_info import CUDA_ON_CPU
+except ImportError:  # not built: the references are tested
+    CUDA_ON_CPU = False
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() and "cuda" in df.backend().devices else ["cpu"]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device that has kernels here. In the emulation of tests/cuda_on_cpu the CPU's are the CUDA kernels."""
+    return torch.device(request.param)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "large: takes too long in the emulation of tests/cuda_on_cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if CUDA_ON_CPU:
+        too_large = pytest.mark.skip(reason="takes too long in the emulation of CUDA on a CPU")
+        for item in items:
+            if item.get_closest_marker("large"):
+                item.add_marker(too_large)

@@ -98,6 +98,29 @@ def test_a_device_without_kernels_is_an_error(monkeypatch):
     assert _library.reference_op("adamw16", torch.device("cpu")) is None
 
 
+def test_a_cuda_kernel_that_never_ran_on_a_gpu_is_off(monkeypatch):
+    from dalle_fast.ops import _library
+
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    reasons = {"cpu": "avx2", "cuda": "CUDA 13.0"}
+    both = {"reasons": reasons, "unverified": frozenset({"sample", "adamw16"})}
+    backend = _library.Backend(("cpu", "cuda"), cuda_ops=frozenset({"sparse_attention"}), **both)
+    monkeypatch.setattr(_library, "_BACKEND", backend)
+    assert _library.reference_op("adamw16", cuda) is df.reference.adamw16
+    assert _library.reference_op("packed_linear", cuda) is df.reference.packed_linear  # has no CUDA kernel at all
+    assert _library.reference_op("sparse_attention", cuda) is None
+    assert _library.reference_op("adamw16", cpu) is None
+    lines = str(backend).splitlines()
+    assert lines[1] == "cuda: yes (CUDA 13.0)"
+    assert lines[2:] == [
+        "cuda kernels not yet run on a GPU, off (DALLE_FAST_UNVERIFIED=1 switches them on): adamw16, sample"
+    ]
+    switched_on = _library.Backend(("cpu", "cuda"), cuda_ops=both["unverified"], **both)
+    monkeypatch.setattr(_library, "_BACKEND", switched_on)
+    assert _library.reference_op("adamw16", cuda) is None
+    assert str(switched_on).splitlines()[2:] == ["cuda kernels not yet run on a GPU, on: adamw16, sample"]
+
+
 def test_unknown_public_name():
     with pytest.raises(AttributeError, match="module 'dalle_fast' has no attribute 'attention'"):
         _ = df.attention

@@ -90,8 +90,8 @@ def test_backends_never_meet():
 
 def test_geometry_noise_and_formats_know_no_torch():
     for path in (ROOT / "csrc").glob("*.h"):
-        if path.name.endswith("_checks.h"):
-            continue
+        if path.name.endswith("_checks.h") or path.name == "backend.h":
+            continue  # what the op files share
         assert not [header for header in includes(path) if "torch" in header or "Python" in header], path.name
-    for path in (ROOT / "csrc" / "cuda").glob("*.cu*"):
+    for path in (ROOT / "csrc" / "cuda").glob("*"):
         assert not [header for header in includes(path) if header.startswith("torch")], path.name

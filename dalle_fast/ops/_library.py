@@ -12,6 +12,10 @@ from typing import Any
 
 import torch
 
+# Ops whose CUDA kernels have passed the tests on a GPU: none yet. The others are compiled but off, and their references
+# run on CUDA tensors, unless DALLE_FAST_UNVERIFIED=1.
+VERIFIED_ON_CUDA: frozenset[str] = frozenset()
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -21,17 +25,31 @@ class Backend:
         devices: device types that have kernels, such as ``("cpu",)``; empty when the references run.
         reasons: why a device type has them or not, by type.
         reference: why the references run instead of the kernels, or None.
+        cuda_ops: ops whose CUDA kernels are on; for the others, references run on CUDA tensors.
+        unverified: ops whose CUDA kernels have not been run on a GPU yet.
     """
 
     devices: tuple[str, ...]
     reasons: dict[str, str]
     reference: str | None = None
+    cuda_ops: frozenset[str] = frozenset()
+    unverified: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         lines = [
             f"{device}: {'yes' if device in self.devices else 'no'} ({why})" for device, why in self.reasons.items()
         ]
+        for switched_on, what in ((False, "off (DALLE_FAST_UNVERIFIED=1 switches them on)"), (True, "on")):
+            if names := sorted(name for name in self.unverified if (name in self.cuda_ops) == switched_on):
+                lines.append(f"cuda kernels not yet run on a GPU, {what}: {', '.join(names)}")
         return "\n".join(lines if self.reference is None else [*lines, f"reference: {self.reference}"])
+
+
+def _cuda_kernels() -> frozenset[str]:
+    """Names of the compiled ops that have a CUDA kernel, without their backwards."""
+    names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("dalle_fast::"))
+    found = (name for name in names if torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"))
+    return frozenset(name.split("::")[1] for name in found if not name.endswith("_backward"))
 
 
 def _load() -> Backend:
@@ -56,8 +74,13 @@ def _load() -> Backend:
             f"dalle_fast._C is built but does not load with torch {torch.__version__}: {error}. "
             "Rebuild it: pip install --no-build-isolation --force-reinstall --no-deps ."
         ) from error
-    devices = ("cpu", "cuda") if build.CUDA else ("cpu",)
-    return Backend(devices, {"cpu": f"{simd}, built with torch {build.TORCH_VERSION}", "cuda": build.CUDA_REASON})
+    reasons = {"cpu": f"{simd}, built with torch {build.TORCH_VERSION}", "cuda": build.CUDA_REASON}
+    if not build.CUDA:
+        return Backend(("cpu",), reasons)
+    unverified = _cuda_kernels() - VERIFIED_ON_CUDA
+    switched_on = os.environ.get("DALLE_FAST_UNVERIFIED", "0") not in ("", "0")
+    cuda_ops = VERIFIED_ON_CUDA | unverified if switched_on else VERIFIED_ON_CUDA
+    return Backend(("cpu", "cuda"), reasons, cuda_ops=cuda_ops, unverified=unverified)
 
 
 _BACKEND = _load()
@@ -79,7 +102,8 @@ def reference_op(name: str, device: torch.device) -> Callable[..., Any] | None:
     Raises:
         RuntimeError: the kernels are loaded, but have none for ``device``.
     """
-    if _BACKEND.reference is not None:
+    off_on_cuda = device.type == "cuda" and "cuda" in _BACKEND.devices and name not in _BACKEND.cuda_ops
+    if _BACKEND.reference is not None or off_on_cuda:
         return getattr(importlib.import_module("dalle_fast.reference"), name)
     if device.type not in (*_BACKEND.devices, "meta"):
         why = _BACKEND.reasons.get(device.type, "never built for it")

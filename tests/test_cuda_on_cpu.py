@@ -1,0 +1,67 @@
+"""The emulation that runs CUDA kernels without a GPU (tests/cuda_on_cpu): what it must run right, and must refuse."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHIM = ROOT / "tests" / "cuda_on_cpu"
+
+
+@pytest.fixture(scope="module")
+def check(tmp_path_factory):
+    program = tmp_path_factory.mktemp("cuda_on_cpu") / "check"
+    files = [SHIM / "check.cpp", SHIM / "cuda_on_cpu.cpp"]
+    sanitize = ["-fsanitize=address,undefined", "-fsanitize-sections=cuda_on_cpu_shared"]
+    include = [f"-I{ROOT / 'csrc'}", f"-I{SHIM}"]
+    command = ["g++", "-std=c++17", "-O1", "-g1", "-Wall", "-DDALLE_FAST_CUDA_ON_CPU", *sanitize, *include]
+    subprocess.run([*command, *files, "-o", program], check=True)
+    return lambda name: subprocess.run([program, name], capture_output=True, text=True)
+
+
+def numbers(result):
+    assert result.returncode == 0, result.stderr + result.stdout
+    return [float(x) for x in result.stdout.split()]
+
+
+def test_block_sum(check):
+    assert numbers(check("block_sum")) == [sum(range(96)), sum(range(96, 192))]
+
+
+def test_collectives(check):
+    wanted = [5 + 100 * max(i - 1, 0) + 10000 * (i + 4 if i % 8 < 4 else i) for i in range(32)]
+    assert numbers(check("collectives")) == wanted
+
+
+def test_threads_that_returned_are_counted_out(check):
+    assert numbers(check("early_return")) == [1] * 40 + [0] * 24
+
+
+def test_shared_memory_is_nan_in_every_block(check):
+    assert check("stale_shared").stdout.split() == ["-nan"] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("barrier_of_some", "deadlock in block (0, 0, 0): of 64 threads 40 wait at __syncthreads, 24 in a warp"),
+        ("shuffle_of_some", "deadlock in block (0, 0, 0): of 64 threads 0 wait at __syncthreads, 31 in a warp"),
+        ("different_collectives", "lanes of a warp meet in different collectives, in thread (7, 0, 0) of block"),
+        ("part_of_a_warp", "a warp collective needs all 32 lanes, in thread (0, 0, 0) of block (0, 0, 0)"),
+        ("odd_block", "grid (2, 1, 1) of blocks (40, 1, 1): expected whole warps, at most 1024 threads"),
+        ("much_shared", "a block cannot have 233472 bytes of shared memory"),
+    ],
+)
+def test_refused(check, name, message):
+    result = check(name)
+    assert result.returncode == 0, result.stderr
+    assert message in result.stdout
+
+
+def test_addresses_are_checked_inside_kernels(check):
+    result = check("overrun")
+    assert result.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in result.stderr
