@@ -24,7 +24,8 @@ STABLE_TORCH_LIBRARY(dalle_fast, m) {
 
   // Sampling
   m.def(
-      "sample(Tensor logits, Tensor seed, float temperature, int top_k, float top_p, int first, int pitch) -> Tensor");
+      "sample(Tensor logits, Tensor seed, Tensor first, float temperature, int top_k, float top_p, int pitch) -> "
+      "Tensor");
 
   // Quantization
   m.def(

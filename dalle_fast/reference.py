@@ -160,7 +160,7 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    first: int = 0,
+    first: int | torch.Tensor = 0,
     pitch: int | None = None,
 ) -> torch.Tensor:
     """One draw a row: the argmax of the kept logits, over the temperature, plus Gumbel noise. [C, K] -> int64 [C].

@@ -24,7 +24,7 @@ settings.load_profile("repeatable")
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() and "cuda" in df.backend().devices else ["cpu"]
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=DEVICES, scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device that has kernels here. In the emulation of tests/cuda_on_cpu the CPU's are the CUDA kernels."""
     return torch.device(request.param)

@@ -22,30 +22,36 @@ OPTIONS = {
 }
 
 
-def normal(*shape, seed=0, dtype=torch.float32):
-    return (2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+FEW_OR_MANY = pytest.mark.parametrize("rows", [4, pytest.param(400, marks=pytest.mark.large)])
+
+
+def normal(*shape, seed=0, dtype=torch.float32, device=None):
+    return (2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(device, dtype)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_draws_the_tokens_of_the_reference(options, dtype):
-    for codes, rows in ((1, 3), (7, 300), (513, 500), (2000, 200)):
-        logits = normal(rows, codes, seed=codes, dtype=dtype)
+@FEW_OR_MANY
+def test_draws_the_tokens_of_the_reference(options, dtype, rows, device):
+    for codes in (1, 7, 513, 2000):
+        logits = normal(rows, codes, seed=codes, dtype=dtype, device=device)
         assert torch.equal(df.sample(logits, 3, **options), reference.sample(logits, 3, **options))
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_ties_and_impossible_codes(options):
+@FEW_OR_MANY
+def test_ties_and_impossible_codes(options, rows, device):
     """Rows of few distinct values, in which equal logits meet every boundary; zeros of both signs; minus infinity."""
     values = torch.tensor([0.0, -0.0, 1.0, -1.0, -torch.inf])
-    picks = torch.randint(5, (400, 900), generator=torch.Generator().manual_seed(1))
-    logits = values[picks]
+    picks = torch.randint(5, (rows, 900), generator=torch.Generator().manual_seed(1))
+    logits = values[picks].to(device)
+    quarter = rows // 4
     logits[:, 0] = 0.5
-    logits[100:200] = 0.0
-    logits[200:300, 1:] = -torch.inf
+    logits[:quarter] = 0.0
+    logits[quarter : 2 * quarter, 1:] = -torch.inf
     drawn = df.sample(logits, 8, **options)
     assert torch.equal(drawn, reference.sample(logits, 8, **options))
-    assert (drawn[200:300] == 0).all()
+    assert (drawn[quarter : 2 * quarter] == 0).all()
 
 
 @settings(max_examples=60)
@@ -59,15 +65,16 @@ def test_ties_and_impossible_codes(options):
     first=st.integers(0, 2**40),
     gap=st.integers(0, 9),
 )
-def test_any_sizes_and_options(rows, codes, seed, temperature, top_k, top_p, first, gap):
-    logits = normal(rows, codes, seed=codes)
+def test_any_sizes_and_options(device, rows, codes, seed, temperature, top_k, top_p, first, gap):
+    logits = normal(rows, codes, seed=codes, device=device)
     arguments = (logits, seed, temperature, top_k, top_p, first, codes + gap)
     assert torch.equal(df.sample(*arguments), reference.sample(*arguments))
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_extreme_logits(scale):
-    logits = normal(200, 300) * scale
+@FEW_OR_MANY
+def test_extreme_logits(scale, rows, device):
+    logits = normal(rows, 300, device=device) * scale
     for temperature in (1.0, scale):
         drawn = df.sample(logits, 5, temperature, top_p=0.9)
         assert torch.equal(drawn, reference.sample(logits, 5, temperature, top_p=0.9))
@@ -91,33 +98,41 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p():
     ("options", "kept"),
     [({}, 4), ({"top_k": 3}, 3), ({"top_p": 0.7}, 2), ({"top_k": 3, "top_p": 0.95}, 3), ({"top_p": 1e-9}, 1)],
 )
-def test_draws_follow_the_distribution(options, kept):
-    drawn = df.sample(LOGITS[:1].expand(40_000, -1), 0, temperature=0.9, **options)
+@pytest.mark.large
+def test_draws_follow_the_distribution(options, kept, device):
+    drawn = df.sample(LOGITS[:1].to(device).expand(40_000, -1), 0, temperature=0.9, **options).cpu()
     share = torch.bincount(drawn, minlength=4) / len(drawn)
     wanted = (LOGITS[0] / 0.9).masked_fill(torch.arange(4) >= kept, -torch.inf).softmax(0)
     torch.testing.assert_close(share, wanted, atol=0.01, rtol=0)
     assert (share[kept:] == 0).all()
 
 
-def test_low_temperature_is_the_argmax_and_the_input_stays():
-    logits = LOGITS.clone()
+def test_low_temperature_is_the_argmax_and_the_input_stays(device):
+    logits = LOGITS.to(device, copy=True)
     assert df.sample(logits, 4, temperature=1e-3).tolist() == [0, 2]
-    assert torch.equal(logits, LOGITS)
+    assert torch.equal(logits.cpu(), LOGITS)
 
 
-def test_draws_do_not_depend_on_the_number_of_candidates():
-    logits = normal(20, 300)
+def test_draws_do_not_depend_on_the_number_of_candidates(device):
+    logits = normal(20, 300, device=device)
     place = {"first": 7 * 300, "pitch": 64 * 300}
     many = df.sample(logits, 1, **place)
     assert torch.equal(df.sample(logits[:3], 1, **place), many[:3])
     assert not torch.equal(df.sample(logits, 1, first=8 * 300, pitch=64 * 300), many)
 
 
-def test_seed_as_int_or_tensor():
-    logits = normal(50, 300)
-    drawn = df.sample(logits, -5)
-    assert torch.equal(df.sample(logits, torch.tensor([-5])), drawn)
-    assert not torch.equal(df.sample(logits, -6), drawn)
+def test_seed_and_first_as_int_or_tensor(device):
+    logits = normal(50, 300, device=device)
+    drawn = df.sample(logits, -5, first=600)
+    assert torch.equal(df.sample(logits, torch.tensor([-5]), first=torch.tensor(600)), drawn)
+    assert not torch.equal(df.sample(logits, -6, first=600), drawn)
+    assert not torch.equal(df.sample(logits, -5), drawn)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5000, "top_p": 0.9}])
+def test_more_codes_than_fit_in_shared_memory(options, device):
+    logits = normal(2, 60_000, device=device).round(decimals=1)  # with ties
+    assert torch.equal(df.sample(logits, 7, **options), reference.sample(logits, 7, **options))
 
 
 def test_same_draws_on_any_number_of_threads():
@@ -135,25 +150,29 @@ def test_same_draws_on_any_number_of_threads():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_strided_and_surrounded_by_nan(dtype):
-    logits = normal(6, 600, dtype=dtype)
+def test_strided_and_surrounded_by_nan(dtype, device):
+    logits = normal(6, 600, dtype=dtype, device=device)
     for permuted in (False, True):
-        padded = torch.full((610, 16) if permuted else (16, 610), torch.nan, dtype=dtype)
+        padded = torch.full((610, 16) if permuted else (16, 610), torch.nan, dtype=dtype, device=device)
         view = (padded.t() if permuted else padded)[5:11, 5:-5].copy_(logits)
         assert torch.equal(df.sample(view, 3, top_k=50, top_p=0.9), df.sample(logits, 3, top_k=50, top_p=0.9))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype):
-    logits = normal(3, 70, dtype=dtype)
-    torch.library.opcheck(torch.ops.dalle_fast.sample.default, (logits, torch.tensor(3), 0.9, 50, 0.9, 5, 80))
+def test_opcheck(dtype, device):
+    logits = normal(3, 70, dtype=dtype, device=device)
+    seed, first = (torch.tensor(x, device=device) for x in (3, 5))
+    torch.library.opcheck(torch.ops.dalle_fast.sample.default, (logits, seed, first, 0.9, 50, 0.9, 80))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("module", [df, reference])
-def test_rows_that_cannot_be_drawn_from(bad, module):
-    logits = normal(3, 70)
+def test_rows_that_cannot_be_drawn_from(bad, module, device):
+    logits = normal(3, 70, device=device)
     logits[2, 40 if bad != -torch.inf else slice(None)] = bad
+    if module is df and device.type == "cuda":  # no step waits to find out
+        assert (df.sample(logits, 0) < 0).tolist() == [False, False, True]
+        return
     with pytest.raises(RuntimeError, match="expected no NaN and a finite largest value in every row, not so in row 2"):
         module.sample(logits, 0)
 
@@ -173,6 +192,8 @@ def test_rows_that_cannot_be_drawn_from(bad, module):
         ({"first": -1}, ValueError, "first and pitch: expected 0 or more and 3 or more, got -1 and 3"),
         ({"pitch": 2}, ValueError, "first and pitch: .* got 0 and 2"),
         ({"seed": 2**63}, ValueError, "seed: expected 64 bits with a sign, got 9223372036854775808"),
+        ({"first": torch.zeros(2)}, TypeError, "first: expected an int64 tensor of one element, got torch.float32"),
+        ({"first": torch.tensor(-1)}, RuntimeError, "first: expected 0 or more, got -1"),
         ({"seed": 1.5}, TypeError, "seed: expected an int or an int64 tensor, got float"),
         ({"seed": torch.tensor(1.0)}, TypeError, "seed: expected an int64 tensor of one element, got torch.float32"),
     ],

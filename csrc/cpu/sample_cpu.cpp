@@ -160,7 +160,7 @@ double exact_noise(uint64_t seed, int64_t element) {
 }
 
 template <typename LogitAt>
-int64_t draw(const Sample& s, int64_t first, float* row, float max, LogitAt logit_at) {
+int64_t draw(const Sample& s, uint64_t seed, int64_t first, float* row, float max, LogitAt logit_at) {
   const auto inverse = static_cast<float>(std::clamp<double>(1 / s.temperature, FLT_MIN, FLT_MAX));
   alignas(64) float noise[kChunk];
   float best = std::numeric_limits<float>::lowest();  // above what was dropped
@@ -169,14 +169,14 @@ int64_t draw(const Sample& s, int64_t first, float* row, float max, LogitAt logi
   for (int64_t begin = 0; begin < s.codes; begin += kChunk) {
     const int64_t count = std::min(kChunk, s.codes - begin);
     float* scores = row + begin;
-    gumbel_noise_cpu(s.seed, first + begin, count, noise);
+    gumbel_noise_cpu(seed, first + begin, count, noise);
     const float chunk_best = add_noise(scores, noise, count, max, inverse);
     if (chunk_best < best - kMargin) continue;
     best = std::max(best, chunk_best);
     for (int64_t i = 0; i < count; ++i) {
       if (!(scores[i] >= best - kMargin)) continue;
       const double distance = (static_cast<double>(logit_at(begin + i)) - max) / s.temperature;
-      const double exact = distance + exact_noise(s.seed, first + begin + i);
+      const double exact = distance + exact_noise(seed, first + begin + i);
       if (exact > best_exact) best_exact = exact, code = begin + i;
     }
   }
@@ -196,8 +196,9 @@ int64_t sample_row(const Sample& s, int64_t index, float* row, int32_t* weights)
   if (!std::isfinite(max)) return -1;
   if (s.top_k < n) keep_top_k(row, n, max, s.top_k);
   if (s.top_p < 1) keep_top_p(row, n, max, s.temperature, s.top_p, weights);
-  const int64_t first = s.first + index * s.pitch;
-  return draw(s, first, row, max, [=](int64_t i) { return s.bfloat16 ? load_bfloat16(bits[i]) : floats[i]; });
+  const auto seed = static_cast<uint64_t>(*s.seed);
+  const int64_t first = *s.first + index * s.pitch;
+  return draw(s, seed, first, row, max, [=](int64_t i) { return s.bfloat16 ? load_bfloat16(bits[i]) : floats[i]; });
 }
 
 }  // namespace

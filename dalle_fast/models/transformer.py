@@ -281,6 +281,7 @@ class DALLE(nn.Module):
         logits = logits.repeat_interleave(n, 0)
         steps, codes = self.cfg.image_len, self.cfg.image_vocab
         seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else None)
+        seed, positions = seed.to(logits.device), torch.arange(steps, device=logits.device)
         drawn: list[torch.Tensor] = []
         for i in range(steps):
             if keep[i]:
@@ -288,12 +289,15 @@ class DALLE(nn.Module):
             else:
                 # A candidate's noise depends on its place and the step, not on how many candidates there are.
                 shaped = guide(logits, guidance) if guided else logits
-                code = sample(shaped, seed, temperature, top_k, top_p, first=i * codes, pitch=steps * codes)
+                code = sample(shaped, seed, temperature, top_k, top_p, first=positions[i] * codes, pitch=steps * codes)
             drawn.append(code)
             if i + 1 < steps:
-                position = torch.tensor(i, device=logits.device)
-                logits = self.decode(code.repeat(2) if guided else code, position, caches)
-        return torch.stack(drawn, 1).view(-1, self.cfg.height, self.cfg.width)
+                fed = code.clamp(min=0)
+                logits = self.decode(fed.repeat(2) if guided else fed, positions[i], caches)
+        result = torch.stack(drawn, 1)
+        if bool((result < 0).any()):  # the one wait for the device
+            raise RuntimeError("logits: expected no NaN and a finite largest value in every row of every step")
+        return result.view(-1, self.cfg.height, self.cfg.width)
 
     def _check_prompt(self, prompt: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[torch.Tensor, list[bool]]:
         """The codes and which of them stay, in raster order."""

@@ -18,8 +18,9 @@ def gumbel_softmax(
         logits: [B, K, h, w], float32, float64 or bfloat16 (computed in float32), contiguous or channels_last (another
             layout is copied).
         tau: temperature, positive; the sample tends to a one-hot as it tends to 0.
-        seed: of the Gumbel noise: an int, or an int64 tensor of one element. The noise is a function of seed and
-            logical element index alone, and the backward draws it again, so none is stored.
+        seed: of the Gumbel noise: an int, or an int64 tensor of one element, best on the device of logits, where
+            nothing waits for it. The noise is a function of seed and logical element index alone, and the backward
+            draws it again, so none is stored.
         hard: return exact one-hots, with the gradient of the soft sample (straight-through).
 
     Returns:
@@ -69,17 +70,17 @@ def gumbel_quantize(
     return z, kl, codes
 
 
-def seed_tensor(seed: int | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The seed as an int64 scalar on the device, or an error."""
-    if isinstance(seed, torch.Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise TypeError(f"seed: expected an int64 tensor of one element, got {seed.dtype} {list(seed.shape)}")
-        return seed.reshape(()).to(device)
-    if not isinstance(seed, int):
-        raise TypeError(f"seed: expected an int or an int64 tensor, got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: expected 64 bits with a sign, got {seed}")
-    return torch.tensor(seed, dtype=torch.int64, device=device)
+def int64_tensor(value: int | torch.Tensor, name: str, device: torch.device) -> torch.Tensor:
+    """The value as an int64 scalar on the device, or an error."""
+    if isinstance(value, torch.Tensor):
+        if value.dtype != torch.int64 or value.numel() != 1:
+            raise TypeError(f"{name}: expected an int64 tensor of one element, got {value.dtype} {list(value.shape)}")
+        return value.reshape(()).to(device)
+    if not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int or an int64 tensor, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected 64 bits with a sign, got {value}")
+    return torch.tensor(value, dtype=torch.int64, device=device)
 
 
 def _checked(logits: torch.Tensor, tau: float, seed: int | torch.Tensor) -> tuple[float, torch.Tensor]:
@@ -90,7 +91,7 @@ def _checked(logits: torch.Tensor, tau: float, seed: int | torch.Tensor) -> tupl
         raise ValueError(f"logits: expected a non-empty [B, K, h, w], got {list(logits.shape)}")
     if not float(tau) > 0 or float(tau) == float("inf"):
         raise ValueError(f"tau: expected a finite positive number, got {tau}")
-    return float(tau), seed_tensor(seed, logits.device)
+    return float(tau), int64_tensor(seed, "seed", logits.device)
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import math
 import torch
 
 from ._library import kernels_loaded, reference_op
-from .gumbel import seed_tensor
+from .gumbel import int64_tensor
 
 
 def sample(
@@ -16,7 +16,7 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    first: int = 0,
+    first: int | torch.Tensor = 0,
     pitch: int | None = None,
 ) -> torch.Tensor:
     """One draw from the softmax of each row: the argmax of logits / temperature plus Gumbel noise (Gumbel-max).
@@ -27,20 +27,22 @@ def sample(
 
     Args:
         logits: [C, K], float32 or bfloat16. Each row needs a finite largest value; -inf is never drawn.
-        seed: an int, or an int64 tensor of one element.
+        seed: an int, or an int64 tensor of one element, best on the device of logits, where nothing waits for it.
         temperature: divides the logits; below 1 the likeliest codes gain.
         top_k: draw from the k largest logits and those equal to the k-th; None for all.
         top_p: draw from the smallest set of likeliest codes, after temperature and top_k, whose probabilities reach
             this share; of equal logits the first ones. None for all.
-        first, pitch: where the noise is in the seed's stream; the pitch is K by default, and at least K.
+        first, pitch: where the noise is in the seed's stream: first is an int or a tensor, as seed; the pitch is K by
+            default, and at least K.
 
     Returns:
-        int64 [C].
+        int64 [C]. On CUDA, where nothing waits for the result, -1 for a row with NaN or without a finite largest value.
 
     Raises:
         TypeError: an argument of another type or dtype.
         ValueError: logits of another rank or empty, an option that no sampling can be done with.
-        RuntimeError: a row with NaN or without a finite largest value; this install has no kernel for the device.
+        RuntimeError: on the CPU a row with NaN or without a finite largest value, or a negative tensor ``first``; this
+            install has no kernel for the device.
     """
     check_options(temperature, top_k, top_p)
     if logits.dtype not in (torch.float32, torch.bfloat16):
@@ -49,14 +51,14 @@ def sample(
         raise ValueError(f"logits: expected a non-empty [C, K], got {list(logits.shape)}")
     codes = logits.shape[1]
     pitch = codes if pitch is None else pitch
-    if first < 0 or pitch < codes:
+    if (isinstance(first, int) and first < 0) or pitch < codes:
         raise ValueError(f"first and pitch: expected 0 or more and {codes} or more, got {first} and {pitch}")
-    seed = seed_tensor(seed, logits.device)
+    seed, first = int64_tensor(seed, "seed", logits.device), int64_tensor(first, "first", logits.device)
     if reference := reference_op("sample", logits.device):
         return reference(logits, seed, temperature, top_k, top_p, first, pitch)
     rows = logits if logits.stride(1) == 1 else logits.contiguous()
     return torch.ops.dalle_fast.sample(
-        rows, seed, float(temperature), codes if top_k is None else top_k, top_p or 1.0, first, pitch
+        rows, seed, first, float(temperature), codes if top_k is None else top_k, top_p or 1.0, pitch
     )
 
 
@@ -76,10 +78,10 @@ if kernels_loaded():
     def _sample_fake(
         logits: torch.Tensor,
         seed: torch.Tensor,
+        first: torch.Tensor,
         temperature: float,
         top_k: int,
         top_p: float,
-        first: int,
         pitch: int,
     ) -> torch.Tensor:
         return logits.new_empty(logits.shape[0], dtype=torch.int64)

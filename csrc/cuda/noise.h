@@ -1,0 +1,41 @@
+// Philox noise in kernels. Arrays of registers are only indexed by what is known when compiling.
+#pragma once
+
+#include "cuda/device.h"
+#include "rng.h"
+
+namespace dalle_fast {
+
+constexpr int kQuad = 4;  // elements that a block of Philox yields
+
+template <typename T>
+struct Quad {
+  T at[kQuad];
+};
+
+// -log(u) near u = 1 is what makes large noise: that logarithm must be exact in its last places, the outer one not.
+DF_DEVICE float gumbel_from_word(uint32_t word) { return -__logf(-logf(uniform_from_word(word))); }
+
+// The words of elements `first` ... `first` + 3.
+DF_DEVICE Quad<uint32_t> quad_words(uint64_t seed, uint64_t first) {
+  const PhiloxWords drawn = philox(seed, first / kQuad);
+  uint32_t words[2 * kQuad] = {drawn.word[0], drawn.word[1], drawn.word[2], drawn.word[3]};
+  if (first % kQuad != 0) {
+    const PhiloxWords next = philox(seed, first / kQuad + 1);
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) words[kQuad + i] = next.word[i];
+#pragma unroll
+    for (int i = 0; i < 2 * kQuad - 1; ++i) words[i] = first & 1 ? words[i + 1] : words[i];
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) words[i] = first & 2 ? words[i + 2] : words[i];
+  }
+  return {{words[0], words[1], words[2], words[3]}};
+}
+
+DF_DEVICE uint32_t element_word(uint64_t seed, uint64_t element) {
+  const PhiloxWords drawn = philox(seed, element / kQuad);
+  const uint32_t low = element & 1 ? drawn.word[1] : drawn.word[0], high = element & 1 ? drawn.word[3] : drawn.word[2];
+  return element & 2 ? high : low;
+}
+
+}  // namespace dalle_fast
