@@ -17,12 +17,12 @@ def test_adamw16(race):
     mean, variance = torch.zeros(N, dtype=torch.int16), torch.zeros(N, dtype=torch.int16)
 
     part = slice(100_000)
-    theirs = [tensor[part].clone() for tensor in (param, grad, mean, variance)]
-    mine = [tensor.clone() for tensor in theirs]
+    theirs = [[tensor[part].clone()] for tensor in (param, grad, mean, variance)]
+    mine = [[tensor.clone()] for [tensor] in theirs]
     for step in (1, 2):
         reference.adamw16(*theirs, step, **ADAMW)
         df.adamw16(*mine, step, **ADAMW)
-    torch.testing.assert_close(mine[0], theirs[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(mine[0][0], theirs[0][0], rtol=1e-6, atol=1e-7)
 
     twin = param.clone().requires_grad_()
     twin.grad = grad
@@ -30,7 +30,7 @@ def test_adamw16(race):
     fused = torch.optim.AdamW([twin], lr=ADAMW["lr"], betas=betas, weight_decay=ADAMW["weight_decay"], fused=True)
     race(
         "AdamW, 16M parameters",
-        lambda: df.adamw16(param, grad, mean, variance, 3, **ADAMW),
+        lambda: df.adamw16([param], [grad], [mean], [variance], 3, **ADAMW),
         peers={"torch.optim.AdamW fused": fused.step},
         expected=None,
         bytes=N * 20,

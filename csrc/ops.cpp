@@ -59,8 +59,10 @@ STABLE_TORCH_LIBRARY(dalle_fast, m) {
 
   // Optimizer
   m.def(
-      "adamw16(Tensor(a!) param, Tensor grad, Tensor(b!) mean, Tensor(c!) variance, int step, float lr, float beta1, "
-      "float beta2, float eps, float weight_decay) -> ()");
+      "adamw16(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] means, Tensor(c!)[] variances, Tensor step, Tensor "
+      "lr, "
+      "float beta1, float beta2, float eps, Tensor weight_decay, Tensor? unscale, Tensor? clip, Tensor? skip) -> ()");
+  m.def("gradient_norm(Tensor[] grads, Tensor? unscale, Tensor? skip) -> (Tensor norm, Tensor skipped)");
 }
 
 // Importing the module runs the registrations of this library; SIMD is its one Python member, the instruction set.

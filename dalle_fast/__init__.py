@@ -28,6 +28,7 @@ _HOMES = {
     "pack_linear": "ops",
     "packed_linear": "ops",
     "adamw16": "ops",
+    "gradient_norm": "ops",
     "PRESETS": "config",
     "Tokenizer": "tokenizer",
     "DiscreteVAE": "models",

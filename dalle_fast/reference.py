@@ -5,6 +5,8 @@ Written from the paper and independent of the kernels. Nothing here is meant to 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -322,25 +324,50 @@ def minifloat_decode(code: torch.Tensor, format: str) -> torch.Tensor:
 
 
 def adamw16(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    mean: torch.Tensor,
-    variance: torch.Tensor,
-    step: int,
-    lr: float,
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    means: Sequence[torch.Tensor],
+    variances: Sequence[torch.Tensor],
+    step: int | torch.Tensor,
+    lr: float | torch.Tensor,
     beta1: float,
     beta2: float,
     eps: float,
-    weight_decay: float,
+    weight_decay: float | torch.Tensor,
+    unscale: torch.Tensor | None = None,
+    clip: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
 ) -> None:
-    """One AdamW update in place, moments kept in 16 bits (section 2.4, appendix D).
+    """One AdamW update in place of n parameters, moments kept in 16 bits (section 2.4, appendix D).
 
-    param, grad float32; mean (1-6-9) and variance (0-6-10, at most 5) as int16 bit patterns; step counts from 1.
+    params, grads float32; means (1-6-9) and variances (0-6-10, at most 5) as int16 bit patterns; step counts from 1;
+    weight_decay one number or [n], unscale [n], clip one float32; skip [n] bool.
     """
-    m = minifloat_decode(mean, "1-6-9").lerp(grad.float(), 1 - beta1)
-    s = minifloat_decode(variance, "0-6-10") * beta2 + grad.float().square() * (1 - beta2)
-    s = torch.where(s < 5.0, s, torch.full_like(s, 5.0))  # so is NaN
-    update = (m / (1 - beta1**step)) / ((s / (1 - beta2**step)).sqrt() + eps)
-    param.mul_(1 - lr * weight_decay).sub_(lr * update)
-    mean.copy_(minifloat_encode(m, "1-6-9").to(torch.int16))
-    variance.copy_(minifloat_encode(s, "0-6-10").to(torch.int16))
+    step = torch.as_tensor(step).double().reshape(())
+    lr = torch.as_tensor(lr, dtype=torch.float32).reshape(())
+    decays = torch.as_tensor(weight_decay, dtype=torch.float32).expand(len(params))
+    for i, (param, grad, mean, variance) in enumerate(zip(params, grads, means, variances, strict=True)):
+        factor = (1.0 if unscale is None else unscale[i]) * (1.0 if clip is None else clip.reshape(()))
+        grad = grad * factor
+        m = minifloat_decode(mean, "1-6-9").lerp(grad, 1 - beta1)
+        s = minifloat_decode(variance, "0-6-10") * beta2 + grad.square() * (1 - beta2)
+        s = torch.where(s < 5.0, s, torch.full_like(s, 5.0))  # so is NaN
+        update = (m / (1 - beta1**step)) / ((s / (1 - beta2**step)).sqrt() + eps)
+        keep = torch.zeros((), dtype=torch.bool, device=param.device) if skip is None else skip[i]
+        for old, new in (
+            (param, param * (1 - lr * decays[i]) - lr * update),
+            (mean, minifloat_encode(m, "1-6-9").to(torch.int16)),
+            (variance, minifloat_encode(s, "0-6-10").to(torch.int16)),
+        ):
+            old.copy_(torch.where(keep, old, new))
+
+
+def gradient_norm(
+    grads: Sequence[torch.Tensor], unscale: torch.Tensor | None = None, skip: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Norm of all gradients (float32) times unscale [n], [] float32, and [n] bool: skip, and what is not finite."""
+    squares = torch.stack([grad.double().square().sum() for grad in grads])
+    if unscale is not None:
+        squares = squares * unscale.double().square()
+    skipped = ~squares.isfinite() if skip is None else ~squares.isfinite() | skip
+    return torch.where(skipped, 0.0, squares).sum().sqrt().float(), skipped

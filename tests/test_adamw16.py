@@ -1,9 +1,10 @@
-"""The 16-bit formats of appendix D, and AdamW on moments stored in them."""
+"""The 16-bit formats of appendix D, AdamW on moments stored in them, and the norm of its gradients."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from conftest import DEVICES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,11 +21,15 @@ def bits(code: torch.Tensor) -> torch.Tensor:
     return code.to(torch.int32) & 0xFFFF
 
 
+def adamw16_one(param, grad, mean, variance, step, op=df.adamw16, **options):
+    op([param], [grad], [mean], [variance], step, **{**ADAMW, **options})
+
+
 def kernel_encode(x: torch.Tensor, format: str) -> torch.Tensor:
     """The kernel's encoder: with beta = 0 the new mean is the gradient, the new variance its square."""
-    mean = torch.zeros(x.shape, dtype=torch.int16)
+    mean = torch.zeros(x.shape, dtype=torch.int16, device=x.device)
     variance = mean.clone()
-    df.adamw16(torch.zeros_like(x), x, mean, variance, 1, 0.0, 0.0, 0.0, 1e-8, 0.0)
+    adamw16_one(torch.zeros_like(x), x, mean, variance, 1, beta1=0.0, beta2=0.0)
     return bits(mean if format == "1-6-9" else variance)
 
 
@@ -76,25 +81,44 @@ def test_rounding_and_saturation(format):
     assert negative.tolist() == ([-1 - step, -largest] if format == "1-6-9" else [0.0, 0.0])
 
 
-def test_kernel_codec_is_exact():
+def test_kernel_codec_is_exact(device):
     """Encoder and decoder of the kernel, on every code and every awkward float."""
-    x = awkward_floats()
+    x = awkward_floats().to(device)
     assert torch.equal(kernel_encode(x, "1-6-9"), minifloat_encode(x, "1-6-9"))
-    squares = torch.fmin(x * x, torch.tensor(5.0))  # NaN, too
+    squares = torch.fmin(x * x, torch.full_like(x, 5.0))  # NaN, too
     assert torch.equal(kernel_encode(x, "0-6-10"), minifloat_encode(squares, "0-6-10"))
 
-    mean, variance = EVERY_CODE.to(torch.int16), EVERY_CODE.to(torch.int16)
-    grad = minifloat_decode(EVERY_CODE, "1-6-9")  # a gradient equal to the mean leaves the mean alone
-    df.adamw16(torch.zeros(65536), grad, mean, variance, 1, 0.0, 0.9, 0.5, 1e-8, 0.0)
-    assert torch.equal(bits(mean), torch.where(EVERY_CODE == 0x8000, 0, EVERY_CODE))
-    halved = (minifloat_decode(EVERY_CODE, "0-6-10") * 0.5 + grad.square() * 0.5).clamp(max=5.0)
+    codes = EVERY_CODE.to(device)
+    mean, variance = codes.to(torch.int16), codes.to(torch.int16)
+    grad = minifloat_decode(codes, "1-6-9")  # a gradient equal to the mean leaves the mean alone
+    adamw16_one(torch.zeros_like(grad), grad, mean, variance, 1, beta1=0.9, beta2=0.5)
+    assert torch.equal(bits(mean), torch.where(codes == 0x8000, 0, codes))
+    halved = (minifloat_decode(codes, "0-6-10") * 0.5 + grad.square() * 0.5).clamp(max=5.0)
     assert torch.equal(bits(variance), minifloat_encode(halved, "0-6-10"))
 
 
-def start(shape, seed=0):
+def start(shape, seed=0, device="cpu"):
+    """A generator on the CPU, a parameter and its moments."""
     generator = torch.Generator().manual_seed(seed)
-    param = torch.randn(shape, generator=generator)
-    return generator, param, torch.zeros(shape, dtype=torch.int16), torch.zeros(shape, dtype=torch.int16)
+    param = torch.randn(shape, generator=generator).to(device)
+    moments = torch.zeros(2, *param.shape, dtype=torch.int16, device=device)
+    return generator, param, *moments.unbind()
+
+
+def start_many(shapes, device, seed=0):
+    """Parameters, gradients, means and variances in the midst of training."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(size):
+        return [torch.randn(shape, generator=generator).mul(size).to(device) for shape in shapes]
+
+    means = [minifloat_encode(x, "1-6-9").to(torch.int16) for x in normal(0.1)]
+    variances = [minifloat_encode(x.square(), "0-6-10").to(torch.int16) for x in normal(0.1)]
+    return normal(1), normal(1), means, variances
+
+
+def copies(lists):
+    return [[tensor.clone() for tensor in tensors] for tensors in lists]
 
 
 def assert_same_state(ours, theirs):
@@ -103,71 +127,149 @@ def assert_same_state(ours, theirs):
     for mine, wanted in zip(ours[1:], theirs[1:], strict=True):
         distance = (bits(mine) - bits(wanted)).abs()
         assert (distance <= 1).all()
-        assert (distance > 0).sum() <= 0.01 * distance.numel()
+        assert (distance > 0).sum() <= 0.01 * distance.numel() + 1
 
 
-def test_several_steps_match_the_reference():
-    generator, *ours = start((50, 77))
+def test_several_steps_match_the_reference(device):
+    generator, *ours = start((50, 77), device=device)
     for step in range(1, 9):
-        grad = torch.randn(50, 77, generator=generator) * 10.0 ** (step - 5)
+        grad = torch.randn(50, 77, generator=generator).to(device) * 10.0 ** (step - 5)
         theirs = [tensor.clone() for tensor in ours]
-        df.adamw16(ours[0], grad, *ours[1:], step, **ADAMW)
-        df.reference.adamw16(theirs[0], grad, *theirs[1:], step, **ADAMW)
+        adamw16_one(ours[0], grad, *ours[1:], step)
+        adamw16_one(theirs[0], grad, *theirs[1:], step, df.reference.adamw16)
         assert_same_state(ours, theirs)
 
 
-def test_follows_torch_adamw():
+def test_follows_torch_adamw(device):
     """Within the formats' precision this is AdamW: a bowl is descended alike."""
-    _, param, mean, variance = start(1000)
+    _, param, mean, variance = start(1000, device=device)
     param.clamp_(-2, 2)  # squares above 5 are clipped, which torch does not do
     twin = param.clone().requires_grad_()
     hyper = {"lr": 1e-2, "weight_decay": 0.01, "eps": 1e-8}
     torch_adamw = torch.optim.AdamW([twin], betas=(0.9, 0.96), **hyper)
     for step in range(1, 41):
-        df.adamw16(param, param.clone(), mean, variance, step, beta1=0.9, beta2=0.96, **hyper)
+        adamw16_one(param, param.clone(), mean, variance, step, **hyper)
         twin.grad = twin.detach().clone()
         torch_adamw.step()
     assert (param - twin).abs().max() < 2e-3  # of a way of 0.4
 
 
-def test_variance_is_clipped():
-    _, param, mean, variance = start(3)
-    df.adamw16(param, torch.full((3,), 1e3), mean, variance, 1, **ADAMW)
+def test_variance_is_clipped(device):
+    _, param, mean, variance = start(3, device=device)
+    adamw16_one(param, torch.full_like(param, 1e3), mean, variance, 1)
     assert minifloat_decode(variance, "0-6-10").tolist() == [5.0] * 3
     assert minifloat_decode(mean, "1-6-9").tolist() == [LARGEST["1-6-9"]] * 3
+
+
+SHAPES = [(3,), (0, 4), (7, 300), (), (2048,), (33, 65), (1,), (5, 0)]
+
+
+def test_many_parameters_at_once(device):
+    """Every one as if it were alone, with its own options; what changes from step to step comes as tensors, too."""
+    ours = start_many(SHAPES, device)
+    together = copies(ours)
+    n = len(SHAPES)
+    unscale = torch.tensor([2.0**-i for i in range(n)], device=device)
+    weight_decay = torch.linspace(0, 0.5, n, device=device)
+    clip = torch.tensor(0.75, device=device)
+    skip = torch.tensor([i == 2 for i in range(n)], device=device)
+    options = {**ADAMW, "lr": torch.tensor(4.5e-4, device=device)}
+    df.adamw16(*together, torch.tensor(3, device=device), **{**options, "weight_decay": weight_decay}, unscale=unscale,
+               clip=clip, skip=skip)  # fmt: skip
+    for i in range(n):
+        param, grad, mean, variance = (tensors[i].clone() for tensors in ours)
+        if i != 2:
+            factor = unscale[i] * clip
+            adamw16_one(param, grad * factor, mean, variance, 3, weight_decay=weight_decay[i : i + 1])
+        for alone, joint in zip((param, mean, variance), (together[0], *together[2:]), strict=True):
+            assert torch.equal(alone, joint[i])
+        assert torch.equal(grad, together[1][i])
+
+    theirs = copies(ours)
+    df.reference.adamw16(*theirs, 3, **{**options, "weight_decay": weight_decay}, unscale=unscale, clip=clip, skip=skip)
+    for i in range(n):
+        assert_same_state(*([tensors[i] for tensors in (x[0], *x[2:])] for x in (together, theirs)))
+
+
+def test_more_parameters_than_fit_one_launch(device):
+    ours = start_many([(3,)] * 1600, device)
+    theirs = copies(ours)
+    skip = torch.arange(1600, device=device) % 7 == 0
+    df.adamw16(*ours, 2, **ADAMW, skip=skip)
+    for i in range(0, 1600, 99):
+        if not skip[i]:
+            adamw16_one(*(tensors[i] for tensors in theirs), 2)
+        assert torch.equal(ours[0][i], theirs[0][i])
+
+
+def test_a_nonfinite_gradient_that_is_skipped_leaves_no_trace(device):
+    ours = start_many(SHAPES[2:4], device)
+    before = copies(ours)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        ours[1][0][5, 100] = bad
+        norm, skip = df.gradient_norm(ours[1])
+        assert skip.tolist() == [True, False]
+        assert norm.item() == pytest.approx(ours[1][1].abs().item(), rel=1e-6)
+        df.adamw16(*ours, 2, **ADAMW, clip=(0.5 / norm).clamp(max=1), skip=skip)
+    for i in (0, 2, 3):
+        assert torch.equal(ours[i][0], before[i][0])
+        assert not torch.equal(ours[i][1], before[i][1])
+
+
+def test_gradient_norm(device):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [*SHAPES, (70_001,), (3, 4, 5, 6)]
+    grads = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    grads[0][0] = 1e25  # its square is no float
+    unscale = torch.tensor([1e-24, *[0.5**i for i in range(1, len(shapes))]], device=device)
+    skip = torch.tensor([i == 4 for i in range(len(shapes))], device=device)
+    norm, skipped = df.gradient_norm(grads, unscale, skip)
+    wanted, wanted_skipped = df.reference.gradient_norm(grads, unscale, skip)
+    torch.testing.assert_close(norm, wanted, rtol=1e-6, atol=0)
+    assert norm.shape == () and norm.device.type == device.type
+    assert torch.equal(skipped, skip) and torch.equal(wanted_skipped, skip)
+    again, _ = df.gradient_norm([grad.clone() for grad in grads], unscale, skip)
+    assert torch.equal(norm, again)
+
+    views = [grads[8][1:], grads[8][1:].view(10, 7000).T, grads[9].contiguous(memory_format=torch.channels_last)]
+    norm, skipped = df.gradient_norm(views)
+    torch.testing.assert_close(norm, df.reference.gradient_norm(views)[0], rtol=1e-6, atol=0)
+    assert not skipped.any()
+    assert df.gradient_norm([grads[1]])[0] == 0
 
 
 @settings(max_examples=30, deadline=None)
 @given(shape=st.lists(st.integers(0, 9), max_size=4), seed=st.integers(0, 100))
 def test_odd_shapes(shape, seed):
-    generator, *ours = start(shape, seed)
-    theirs = [tensor.clone() for tensor in ours]
-    grad = torch.randn(shape, generator=generator)
-    df.adamw16(ours[0], grad, *ours[1:], 1, **ADAMW)
-    df.reference.adamw16(theirs[0], grad, *theirs[1:], 1, **ADAMW)
-    assert_same_state(ours, theirs)
+    for device in DEVICES:
+        generator, *ours = start(shape, seed, device)
+        theirs = [tensor.clone() for tensor in ours]
+        grad = torch.randn(shape, generator=generator).to(device)
+        adamw16_one(ours[0], grad, *ours[1:], 1)
+        adamw16_one(theirs[0], grad, *theirs[1:], 1, df.reference.adamw16)
+        assert_same_state(ours, theirs)
 
 
-def test_layouts_and_neighbours():
+def test_layouts_and_neighbours(device):
     """channels_last parameters, gradients of another layout, and nothing written beyond the tensor."""
-    generator, *plain = start((6, 5, 3, 3))
-    grad = torch.randn(6, 5, 3, 3, generator=generator)
+    generator, *plain = start((6, 5, 3, 3), device=device)
+    grad = torch.randn(6, 5, 3, 3, generator=generator).to(device)
     last = [tensor.contiguous(memory_format=torch.channels_last) for tensor in plain]
-    storage = torch.full((plain[0].numel() + 20,), float("nan"))
-    inside = storage[10:-10].view(6, 5, 3, 3).copy_(plain[0])
-    df.adamw16(inside, grad, plain[1].clone(), plain[2].clone(), 1, **ADAMW)
-    assert storage.isnan().sum() == 20
-    df.adamw16(last[0], grad, *last[1:], 1, **ADAMW)
-    df.adamw16(plain[0], grad, *plain[1:], 1, **ADAMW)
+    storage = torch.full((plain[0].numel() + 21,), float("nan"), device=device)
+    inside = storage[11:-10].view(6, 5, 3, 3).copy_(plain[0])  # at no multiple of 16 bytes
+    adamw16_one(inside, grad, plain[1].clone(), plain[2].clone(), 1)
+    assert storage.isnan().sum() == 21
+    adamw16_one(last[0], grad, *last[1:], 1)
+    adamw16_one(plain[0], grad, *plain[1:], 1)
     for a, b in zip(plain, last, strict=True):
         assert torch.equal(a, b)
     assert torch.equal(inside, plain[0])
 
 
-def test_bitwise_the_same_on_any_number_of_threads_and_anywhere():
+def test_bitwise_the_same_on_any_number_of_threads_and_anywhere(device):
     """Also at the end, where elements do not fill a register."""
-    generator, *first = start(70_003)
-    grad = torch.randn(70_003, generator=generator)
+    generator, *first = start(70_003, device=device)
+    grad = torch.randn(70_003, generator=generator).to(device)
     threads = torch.get_num_threads()
     results = []
     try:
@@ -175,41 +277,70 @@ def test_bitwise_the_same_on_any_number_of_threads_and_anywhere():
             torch.set_num_threads(n)
             state = [tensor.clone() for tensor in first]
             for step in (1, 2):
-                df.adamw16(state[0], grad, *state[1:], step, **ADAMW)
-            results.append(state)
+                adamw16_one(state[0], grad, *state[1:], step)
+            results.append([*state, *df.gradient_norm([grad, first[0]])])
     finally:
         torch.set_num_threads(threads)
     tail = [tensor[-3:].clone() for tensor in first]
     for step in (1, 2):
-        df.adamw16(tail[0], grad[-3:], *tail[1:], step, **ADAMW)
-    for i in range(3):
+        adamw16_one(tail[0], grad[-3:], *tail[1:], step)
+    for i in range(5):
         assert torch.equal(results[0][i], results[1][i])
         assert torch.equal(results[1][i], results[2][i])
+    for i in range(3):
         assert torch.equal(results[0][i][-3:], tail[i])
 
 
-def test_opcheck():
-    generator, param, mean, variance = start((4, 5))
-    grad = torch.randn(4, 5, generator=generator)
-    torch.library.opcheck(torch.ops.dalle_fast.adamw16.default, (param, grad, mean, variance, 3, *ADAMW.values()))
+def test_opcheck(device):
+    lists = start_many([(4, 5), (3,)], device)
+    step, lr = torch.tensor(3, device=device), torch.tensor(1e-3, device=device)
+    decay, skip = torch.zeros(2, device=device), torch.zeros(2, dtype=torch.bool, device=device)
+    arguments = (*lists, step, lr, 0.9, 0.96, 1e-8, decay, None, lr, skip)
+    torch.library.opcheck(torch.ops.dalle_fast.adamw16.default, arguments)
+    torch.library.opcheck(torch.ops.dalle_fast.gradient_norm.default, (lists[1], decay, skip))
+
+
+def test_nothing_to_do():
+    df.adamw16([], [], [], [], 1, **ADAMW)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"param": torch.zeros(4).half()}, TypeError, "param: expected torch.float32, got torch.float16"),
-        ({"param": torch.zeros(8)[::2]}, ValueError, r"param: expected contiguous .* got strides \(2,\)"),
-        ({"grad": torch.zeros(3)}, ValueError, r"grad: expected \[4\], got \[3\]"),
-        ({"mean": torch.zeros(4)}, TypeError, "mean: expected torch.int16, got torch.float32"),
-        ({"variance": torch.zeros(8).short()[::2]}, ValueError, "variance: expected the strides of param"),
+        ({"params": [torch.zeros(4).half()]}, TypeError, r"params\[0\]: expected torch.float32, got torch.float16"),
+        ({"params": [torch.zeros(8)[::2]]}, ValueError, r"params\[0\]: expected contiguous .* got strides \(2,\)"),
+        ({"grads": [torch.zeros(3)]}, ValueError, r"grads\[0\]: expected \[4\], got \[3\]"),
+        ({"grads": []}, ValueError, "grads: expected 1 tensors, as many as params, got 0"),
+        ({"grads": [torch.zeros(4, device="meta")]}, ValueError, r"grads\[0\]: expected cpu, got meta"),
+        ({"means": [torch.zeros(4)]}, TypeError, r"means\[0\]: expected torch.int16, got torch.float32"),
+        ({"variances": [torch.zeros(8).short()[::2]]}, ValueError, r"variances\[0\]: expected the strides of params"),
         ({"step": 0}, ValueError, "step: expected at least 1, got 0"),
+        ({"step": torch.ones(1)}, TypeError, "step: expected torch.int64, got torch.float32"),
         ({"lr": float("nan")}, ValueError, "lr: expected a number of at least 0, got nan"),
         ({"beta1": 1.0}, ValueError, r"beta1: expected a number in \[0, 1\), got 1.0"),
         ({"eps": -1.0}, ValueError, "eps: expected a number of at least 0, got -1.0"),
+        ({"weight_decay": torch.zeros(2)}, ValueError, "weight_decay: expected 1 elements, got 2"),
+        ({"unscale": torch.zeros(2)}, ValueError, "unscale: expected 1 elements, got 2"),
+        ({"clip": torch.zeros(1).double()}, TypeError, "clip: expected torch.float32, got torch.float64"),
+        ({"skip": torch.zeros(1)}, TypeError, "skip: expected torch.bool, got torch.float32"),
     ],
 )
 def test_bad_input(change, error, message):
-    moments = {name: torch.zeros(4, dtype=torch.int16) for name in ("mean", "variance")}
-    arguments = {"param": torch.zeros(4), "grad": torch.zeros(4), **moments, "step": 1, **ADAMW, **change}
+    moments = {name: [torch.zeros(4, dtype=torch.int16)] for name in ("means", "variances")}
+    arguments = {"params": [torch.zeros(4)], "grads": [torch.zeros(4)], **moments, "step": 1, **ADAMW, **change}
     with pytest.raises(error, match=message):
         df.adamw16(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([],), ValueError, "grads: expected at least one tensor, got none"),
+        (([torch.zeros(2).half()],), TypeError, r"grads\[0\]: expected torch.float32, got torch.float16"),
+        (([torch.zeros(2)], torch.zeros(3)), ValueError, "unscale: expected 1 elements, got 3"),
+        (([torch.zeros(2)], None, torch.zeros(1)), TypeError, "skip: expected torch.bool, got torch.float32"),
+    ],
+)
+def test_bad_gradients(arguments, error, message):
+    with pytest.raises(error, match=message):
+        df.gradient_norm(*arguments)

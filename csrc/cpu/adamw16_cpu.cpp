@@ -3,10 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
 
 #include "adamw16.h"
-#include "minifloat.h"
 #include "simd.h"
 
 #ifdef DF_X86
@@ -18,26 +16,11 @@ namespace {
 
 constexpr int64_t kBlock = 16;              // elements, of every instruction set's registers a multiple
 constexpr int64_t kGrain = 16384 / kBlock;  // blocks worth a thread
-constexpr float kMaxVariance = 5.0f;        // appendix D
-
-// The update is step * mean / (sqrt(variance) + eps), with the corrections of both moments in step and eps.
-struct Rates {
-  float step, eps;
-};
 
 // Parameters by value: the compiler sees that the stores cannot change them.
 namespace portable {
-void update(AdamW16 p, Rates rates, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    const float grad = p.grad[i];
-    float mean = minifloat_decode<Minifloat::k1_6_9>(p.mean[i]);
-    mean += p.mean_rate * (grad - mean);
-    float variance = minifloat_decode<Minifloat::k0_6_10>(p.variance[i]) * p.beta2 + grad * grad * p.variance_rate;
-    variance = variance < kMaxVariance ? variance : kMaxVariance;
-    p.param[i] = p.param[i] * p.decay - mean * rates.step / (std::sqrt(variance) + rates.eps);
-    p.mean[i] = minifloat_encode<Minifloat::k1_6_9>(mean);
-    p.variance[i] = minifloat_encode<Minifloat::k0_6_10>(variance);
-  }
+void update(AdamW16Tensor p, AdamW16Rates rates, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) adamw16_element(rates, p.grad[i], p.param[i], p.mean[i], p.variance[i]);
 }
 }  // namespace portable
 
@@ -59,7 +42,7 @@ namespace avx512 {
 }  // namespace avx512
 #endif
 
-void update(const AdamW16& p, const Rates& rates, int64_t begin, int64_t end) {
+void update(const AdamW16Tensor& p, const AdamW16Rates& rates, int64_t begin, int64_t end) {
 #ifdef DF_X86
   if (simd_level() == Simd::kAvx512) return avx512::update(p, rates, begin, end);
   if (simd_level() == Simd::kAvx2) return avx2::update(p, rates, begin, end);
@@ -67,31 +50,70 @@ void update(const AdamW16& p, const Rates& rates, int64_t begin, int64_t end) {
   portable::update(p, rates, begin, end);
 }
 
-}  // namespace
-
-void adamw16_cpu(const AdamW16& params) {
-  const float root = std::sqrt(params.variance_correction);
-  const Rates rates{params.lr / params.mean_correction * root, params.eps * root};
-  const int64_t whole = params.n / kBlock;
+void update_tensor(const AdamW16Tensor& p, const AdamW16Rates& rates) {
+  const int64_t whole = p.n / kBlock;
   torch::stable::parallel_for(0, whole, kGrain,
-                              [&](int64_t begin, int64_t end) { update(params, rates, begin * kBlock, end * kBlock); });
-  const int64_t first = whole * kBlock, rest = params.n - first;
+                              [&](int64_t begin, int64_t end) { update(p, rates, begin * kBlock, end * kBlock); });
+  const int64_t first = whole * kBlock, rest = p.n - first;
   if (rest == 0) return;
   float param[kBlock] = {}, grad[kBlock] = {};
   uint16_t mean[kBlock] = {}, variance[kBlock] = {};
-  std::copy_n(params.param + first, rest, param);
-  std::copy_n(params.grad + first, rest, grad);
-  std::copy_n(params.mean + first, rest, mean);
-  std::copy_n(params.variance + first, rest, variance);
-  AdamW16 padded = params;
-  padded.param = param;
-  padded.grad = grad;
-  padded.mean = mean;
-  padded.variance = variance;
-  update(padded, rates, 0, kBlock);
-  std::copy_n(param, rest, params.param + first);
-  std::copy_n(mean, rest, params.mean + first);
-  std::copy_n(variance, rest, params.variance + first);
+  std::copy_n(p.param + first, rest, param);
+  std::copy_n(p.grad + first, rest, grad);
+  std::copy_n(p.mean + first, rest, mean);
+  std::copy_n(p.variance + first, rest, variance);
+  update({kBlock, param, grad, mean, variance}, rates, 0, kBlock);
+  std::copy_n(param, rest, p.param + first);
+  std::copy_n(mean, rest, p.mean + first);
+  std::copy_n(variance, rest, p.variance + first);
+}
+
+// In 16 sums side by side: one alone would wait for each addition.
+double sum_of_squares(const float* x, int64_t n) {
+  return simd([=]() DF_INLINE_LAMBDA {
+    constexpr int kSums = 16;
+    double sums[kSums] = {};
+    const int64_t whole = n / kSums * kSums;
+    for (int64_t i = 0; i < whole; i += kSums) {
+      for (int j = 0; j < kSums; ++j) sums[j] += static_cast<double>(x[i + j]) * x[i + j];
+    }
+    for (int64_t i = whole; i < n; ++i) sums[i - whole] += static_cast<double>(x[i]) * x[i];
+    double sum = 0;
+    for (double part : sums) sum += part;
+    return sum;
+  });
+}
+
+}  // namespace
+
+void adamw16_cpu(const AdamW16& params) {
+  AdamW16Rates rates = adamw16_rates(params);
+  for (int64_t i = 0; i < params.tensors; ++i) {
+    if (params.skip != nullptr && params.skip[i]) continue;
+    adamw16_set_tensor(rates, params, i);
+    update_tensor(params.tensor[i], rates);
+  }
+}
+
+void gradient_norm_cpu(const GradientNorm& params) {
+  double* sums = params.sums;
+  double total = 0;
+  for (int64_t i = 0; i < params.tensors; ++i) {
+    const GradientTensor& tensor = params.tensor[i];
+    const int64_t chunks = norm_chunks(tensor.n);
+    torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const int64_t first = chunk * kNormChunk;
+        sums[chunk] = sum_of_squares(tensor.grad + first, std::min(kNormChunk, tensor.n - first));
+      }
+    });
+    double sum = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += sums[chunk];
+    double square;
+    params.skipped[i] = !gradient_norm_counts(params, i, sum, square);
+    total += square;
+  }
+  *params.norm = static_cast<float>(std::sqrt(total));
 }
 
 }  // namespace dalle_fast

@@ -59,22 +59,24 @@ DF_TARGET DF_ALWAYS_INLINE Integers encode_variance(Words bits) {
   return code > 0 ? code : 0;
 }
 
-DF_TARGET inline void update(AdamW16 p, Rates rates, int64_t begin, int64_t end) {
+DF_TARGET inline void update(AdamW16Tensor p, AdamW16Rates rates, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; block += kBlock) {
     Integers means[kParts], variances[kParts];
     for (int part = 0; part < kParts; ++part) {
       const int64_t i = block + part * DF_LANES;
-      const Floats grad = *reinterpret_cast<const Floats*>(p.grad + i);
+      const Floats grad = *reinterpret_cast<const Floats*>(p.grad + i) * rates.factor;
       Floats mean = decode_mean(load_codes(p.mean + i));
-      mean += p.mean_rate * (grad - mean);
+      mean += rates.mean_rate * (grad - mean);
       means[part] = encode_mean(mean);
-      const Floats variance = decode_variance(load_codes(p.variance + i)) * p.beta2 + grad * grad * p.variance_rate;
+      const Floats variance =
+          decode_variance(load_codes(p.variance + i)) * rates.beta2 + grad * grad * rates.variance_rate;
       // As bits, so that NaN of either sign is above the limit.
       const Words clipped =
           minimum(reinterpret_cast<Words>(variance), reinterpret_cast<Words>(Floats{} + kMaxVariance));
       variances[part] = encode_variance(clipped);
       Floats* param = reinterpret_cast<Floats*>(p.param + i);
-      *param = *param * p.decay - mean * rates.step / (square_root(reinterpret_cast<Floats>(clipped)) + rates.eps);
+      *param =
+          *param * rates.decay - mean * rates.step_size / (square_root(reinterpret_cast<Floats>(clipped)) + rates.eps);
     }
     store_codes(means, p.mean + block);
     store_codes(variances, p.variance + block);

@@ -1,38 +1,110 @@
-// Bound by memory: one pass, 12 bytes a parameter in and 8 out. Elementwise, a thread a parameter.
+// Bound by memory: one pass, 12 bytes a parameter in and 8 out. All tensors are one row of chunks, over which as many
+// blocks go as run at once; a thread updates eight neighbours, 16 bytes at a time where the addresses allow it.
+#include <algorithm>
+
 #include "adamw16.h"
+#include "cuda/chunks.h"
 #include "cuda/device.h"
-#include "minifloat.h"
 
 namespace dalle_fast {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr float kMaxVariance = 5.0f;  // appendix D
+constexpr int kEach = 8;    // elements of a thread
+constexpr int kMost = 784;  // tensors of a launch: the arguments of a kernel are 32,764 bytes at most
 
-__global__ void __launch_bounds__(kThreads) adamw16_kernel(AdamW16 p, float step, float eps) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < p.n; i += stride) {
-    const float grad = p.grad[i];
-    float mean = minifloat_decode<Minifloat::k1_6_9>(p.mean[i]);
-    mean += p.mean_rate * (grad - mean);
-    float variance = minifloat_decode<Minifloat::k0_6_10>(p.variance[i]) * p.beta2 + grad * grad * p.variance_rate;
-    variance = variance < kMaxVariance ? variance : kMaxVariance;
-    p.param[i] = p.param[i] * p.decay - mean * step / (sqrtf(variance) + eps);
-    p.mean[i] = minifloat_encode<Minifloat::k1_6_9>(mean);
-    p.variance[i] = minifloat_encode<Minifloat::k0_6_10>(variance);
+struct Table {
+  Chunks<kMost, kThreads * kEach> chunks;
+  float* param[kMost];
+  const float* grad[kMost];
+  uint16_t* mean[kMost];
+  uint16_t* variance[kMost];
+};
+
+// Eight elements; those from `n` on are never touched in memory.
+template <typename T>
+struct alignas(16) Eight {
+  T x[kEach];
+};
+
+template <typename T>
+DF_DEVICE Eight<T> load(const T* from, int n) {
+  Eight<T> to = {};
+  if (n >= kEach && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+    constexpr int kWords = sizeof(to) / sizeof(uint4);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) reinterpret_cast<uint4*>(to.x)[i] = reinterpret_cast<const uint4*>(from)[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (i < n) to.x[i] = from[i];
+    }
+  }
+  return to;
+}
+
+template <typename T>
+DF_DEVICE void store(const Eight<T>& from, T* to, int n) {
+  if (n >= kEach && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+    constexpr int kWords = sizeof(from) / sizeof(uint4);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from.x)[i];
+  } else {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (i < n) to[i] = from.x[i];
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) adamw16_kernel(const __grid_constant__ Table table, AdamW16 all) {
+  __shared__ AdamW16Rates of_step;
+  if (threadIdx.x == 0) of_step = adamw16_rates(all);
+  __syncthreads();
+  AdamW16Rates rates = of_step;
+  for (uint32_t chunk = blockIdx.x; chunk < table.chunks.total(); chunk += gridDim.x) {
+    const int tensor = table.chunks.tensor_of(chunk);
+    if (all.skip != nullptr && all.skip[tensor]) continue;
+    const int n = table.chunks.size_of(chunk, tensor) - static_cast<int>(threadIdx.x) * kEach;
+    if (n <= 0) continue;
+    const int64_t begin = table.chunks.begin_of(chunk, tensor) + threadIdx.x * kEach;
+    const Eight<float> grad = load(table.grad[tensor] + begin, n);
+    Eight<float> param = load(table.param[tensor] + begin, n);
+    Eight<uint16_t> mean = load(table.mean[tensor] + begin, n), variance = load(table.variance[tensor] + begin, n);
+    adamw16_set_tensor(rates, all, tensor);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) adamw16_element(rates, grad.x[i], param.x[i], mean.x[i], variance.x[i]);
+    store(param, table.param[tensor] + begin, n);
+    store(mean, table.mean[tensor] + begin, n);
+    store(variance, table.variance[tensor] + begin, n);
   }
 }
 
 }  // namespace
 
 cudaError_t launch_adamw16(const AdamW16& params, cudaStream_t stream) {
-  if (params.n == 0) return cudaSuccess;
   int blocks;
-  const cudaError_t error = resident_blocks(adamw16_kernel, kThreads, 0, &blocks);
-  if (error != cudaSuccess) return error;
-  const float root = sqrtf(params.variance_correction);
-  return launch(adamw16_kernel, blocks, kThreads, 0, stream, params, params.lr / params.mean_correction * root,
-                params.eps * root);
+  cudaError_t error = resident_blocks(adamw16_kernel, kThreads, 0, &blocks);
+  AdamW16 part = params;
+  for (int64_t begin = 0; begin < params.tensors && error == cudaSuccess; begin += kMost) {
+    Table table = {};
+    for (int64_t i = begin; i < std::min(begin + kMost, params.tensors); ++i) {
+      const int row = table.chunks.tensors;
+      const AdamW16Tensor& tensor = params.tensor[i];
+      table.param[row] = tensor.param;
+      table.grad[row] = tensor.grad;
+      table.mean[row] = tensor.mean;
+      table.variance[row] = tensor.variance;
+      table.chunks.add(tensor.n);
+    }
+    const uint32_t chunks = table.chunks.total();
+    if (chunks == 0) continue;
+    part.weight_decay = params.weight_decay + begin;
+    part.unscale = params.unscale == nullptr ? nullptr : params.unscale + begin;
+    part.skip = params.skip == nullptr ? nullptr : params.skip + begin;
+    error = launch(adamw16_kernel, std::min<uint32_t>(chunks, blocks), kThreads, 0, stream, table, part);
+  }
+  return error;
 }
 
 }  // namespace dalle_fast

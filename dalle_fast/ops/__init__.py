@@ -1,7 +1,7 @@
 """The ops: public function, fake and gradient of each; the kernels are in ``csrc/``."""
 
 from ._library import Backend, backend
-from .adamw16 import adamw16
+from .adamw16 import adamw16, gradient_norm
 from .attention import sparse_attention
 from .decode import decode_attention
 from .gumbel import gumbel_quantize, gumbel_softmax
@@ -15,6 +15,7 @@ __all__ = [
     "adamw16",
     "backend",
     "decode_attention",
+    "gradient_norm",
     "gumbel_quantize",
     "gumbel_softmax",
     "pack_linear",
