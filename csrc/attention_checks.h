@@ -22,10 +22,13 @@ inline DType dtype_of(const Tensor& x) {
       return DType::kFloat32;
     case ScalarType::Double:
       return DType::kFloat64;
-    default:
-      STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, "dtype: expected float32, float64 or bfloat16, got ",
-                      torch::headeronly::toString(x.scalar_type()));
+    case ScalarType::BFloat16:
       return DType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half,
+                      "dtype: expected float32, float64, bfloat16 or float16, got ",
+                      torch::headeronly::toString(x.scalar_type()));
+      return DType::kFloat16;
   }
 }
 

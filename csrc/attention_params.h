@@ -5,9 +5,13 @@
 
 #include "mask.h"
 
+#ifdef DALLE_FAST_CUDA
+#include "cuda/runtime.h"
+#endif
+
 namespace dalle_fast {
 
-enum class DType : int { kFloat32, kFloat64, kBFloat16 };
+enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 // A tensor [B, H, N, D], or of fewer dimensions: then the leading strides are 0.
 struct View {
@@ -23,6 +27,13 @@ struct AttentionShape {
   double scale;  // of the scores
 };
 
+// Whether CUDA's tensor cores take the shape; then the views' channels must lie side by side and their rows be aligned
+// to 16 bytes.
+inline bool on_tensor_cores(const AttentionShape& shape) {
+  const bool half = shape.dtype == DType::kBFloat16 || shape.dtype == DType::kFloat16;
+  return half && shape.channels % 8 == 0 && shape.channels <= 128;
+}
+
 struct SparseAttentionForward {
   AttentionShape shape;
   View q, k, v, out;
@@ -34,6 +45,7 @@ struct SparseAttentionBackward {
   View dout, q, k, v, out;
   const void* lse;  // as the forward wrote it
   View dq, dk, dv;
+  void* delta = nullptr;  // [B, H, N] as lse, scratch of the CUDA kernels
 };
 
 // `shape.batch` counts candidates. The views q, k, v, out are [C, H, D] (token stride 0).
@@ -50,5 +62,10 @@ struct DecodeAttention {
 void sparse_attention_forward_cpu(const SparseAttentionForward& params);
 void sparse_attention_backward_cpu(const SparseAttentionBackward& params);
 void decode_attention_cpu(const DecodeAttention& params);
+
+#ifdef DALLE_FAST_CUDA
+cudaError_t launch_sparse_attention_forward(const SparseAttentionForward& params, cudaStream_t stream);
+cudaError_t launch_sparse_attention_backward(const SparseAttentionBackward& params, cudaStream_t stream);
+#endif
 
 }  // namespace dalle_fast

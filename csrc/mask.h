@@ -8,7 +8,7 @@
 //   keep(q, k)             whether q sees k
 //   first_key, last_key    the window of q: it sees nothing outside; both grow with q
 //   last_query(k)          no later query sees k; grows with k
-//   runs, run(q, i)        the keys of q as `runs` ascending ranges, each possibly empty
+//   runs, run(q, i)        the keys of q as `runs` ascending ranges, each possibly empty; both ends grow with q
 //   token, position        own order -> raster, and back
 //   cache_len, cache_slot  decoding: slots needed, and the slot of a position; what is still visible never collides
 #pragma once
@@ -109,8 +109,11 @@ struct ConvMask : RasterMask {
 };
 
 // Calls f with the mask of that kind: the one place where a kind becomes a type.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable  // f is for the side that calls
+#endif
 template <class F>
-auto with_mask(MaskKind kind, const Grid& grid, F&& f) {
+DF_HOST_DEVICE auto with_mask(MaskKind kind, const Grid& grid, F&& f) {
   switch (kind) {
     case MaskKind::kRow:
       return f(RowMask{{grid}});

@@ -28,6 +28,17 @@ Tensor new_heads(const Tensor& like) {
   return torch::stable::transpose(with_huge_pages(x), 1, 2);
 }
 
+// x, or a copy of it whose rows the kernel of its device takes: those on tensor cores load 16 bytes at a time.
+Tensor with_fitting_rows(const Tensor& x, const AttentionShape& shape) {
+  if (!on_cuda(x) || !on_tensor_cores(shape)) return x;
+  constexpr int64_t kElements = 8;  // in 16 bytes
+  bool fits = x.stride(3) == 1 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
+  for (int d = 0; d < 3; ++d) fits = fits && x.stride(d) % kElements == 0;
+  if (fits) return x;
+  Tensor copy = new_heads(x);
+  return torch::stable::copy_(copy, x);
+}
+
 std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t kind,
                                             int64_t text_len, int64_t height, int64_t width, int64_t kernel,
                                             double scale) {
@@ -35,7 +46,11 @@ std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, co
   const AttentionShape shape = checked_shape(q, k, v, kind, grid, scale);
   Tensor out = new_heads(q);
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, accumulate_type(q));
-  sparse_attention_forward_cpu({shape, view_of(q), view_of(k), view_of(v), view_of(out), lse.mutable_data_ptr()});
+  const Tensor fit_q = with_fitting_rows(q, shape), fit_k = with_fitting_rows(k, shape);
+  const Tensor fit_v = with_fitting_rows(v, shape);
+  const SparseAttentionForward params{shape,          view_of(fit_q), view_of(fit_k),
+                                      view_of(fit_v), view_of(out),   lse.mutable_data_ptr()};
+  DF_RUN(sparse_attention_forward, q, params);
   return {out, lse};
 }
 
@@ -51,15 +66,22 @@ std::tuple<Tensor, Tensor, Tensor> sparse_attention_backward(const Tensor& dout,
                       lse.is_contiguous() && lse.device() == q.device(),
                   "lse: expected what the forward returned");
   Tensor dq = new_heads(q), dk = new_heads(q), dv = new_heads(q);
-  sparse_attention_backward_cpu({shape, view_of(dout), view_of(q), view_of(k), view_of(v), view_of(out),
-                                 lse.const_data_ptr(), view_of(dq), view_of(dk), view_of(dv)});
+  const Tensor fit_dout = with_fitting_rows(dout, shape), fit_out = with_fitting_rows(out, shape);
+  const Tensor fit_q = with_fitting_rows(q, shape), fit_k = with_fitting_rows(k, shape);
+  const Tensor fit_v = with_fitting_rows(v, shape);
+  SparseAttentionBackward params{shape,          view_of(fit_dout), view_of(fit_q),       view_of(fit_k),
+                                 view_of(fit_v), view_of(fit_out),  lse.const_data_ptr(), view_of(dq),
+                                 view_of(dk),    view_of(dv)};
+  const Tensor delta = on_cuda(q) ? torch::stable::empty_like(lse) : lse;
+  params.delta = delta.data_ptr();
+  DF_RUN(sparse_attention_backward, q, params);
   return {dq, dk, dv};
 }
 
 }  // namespace
 }  // namespace dalle_fast
 
-STABLE_TORCH_LIBRARY_IMPL(dalle_fast, CPU, m) {
+DF_REGISTER(m) {
   m.impl("sparse_attention", TORCH_BOX(&dalle_fast::sparse_attention));
   m.impl("sparse_attention_backward", TORCH_BOX(&dalle_fast::sparse_attention_backward));
 }

@@ -16,6 +16,7 @@ from dalle_fast.ops.attention import mask_args
 SMALL = {kind: AttentionMask(kind, text_len=5, height=4, width=3, kernel=3) for kind in KINDS}
 # More than one tile of text and of image queries, none of them full.
 LARGE = {kind: AttentionMask(kind, text_len=37, height=9, width=13, kernel=5) for kind in KINDS}
+HALVES = [torch.bfloat16, torch.float16]
 # Rows so long that a neighbourhood's rows do not touch.
 WIDE = {kind: AttentionMask(kind, text_len=21, height=5, width=40, kernel=7) for kind in KINDS}
 
@@ -72,18 +73,41 @@ def test_odd_sizes(kind, text_len, grid, radius, sizes, seed):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind):
-    tensors = [x.requires_grad_() for x in qkv(SMALL[kind], 1, 2, 3, dtype=torch.float64)]
-    assert torch.autograd.gradcheck(lambda q, k, v: df.sparse_attention(q, k, v, SMALL[kind]), tensors)
+    mask = AttentionMask(kind, text_len=3, height=3, width=2, kernel=3)
+    tensors = [x.requires_grad_() for x in qkv(mask, 1, 2, 2, dtype=torch.float64)]
+    assert torch.autograd.gradcheck(lambda q, k, v: df.sparse_attention(q, k, v, mask), tensors)
 
 
+def assert_no_worse_than_torch(tensors, mask):
+    """In 16 bits; small results may be off by one rounding of the largest."""
+    dtype = tensors[0].dtype
+    exact = run(reference, [x.double() for x in tensors], mask)
+    theirs = run(reference, tensors, mask)
+    for result, eager, wanted in zip(run(df, tensors, mask), theirs, exact, strict=True):
+        assert result.dtype == dtype
+        assert error(result, wanted) <= max(HALF * error(eager, wanted), torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_is_no_worse_than_torch(kind):
-    tensors = qkv(LARGE[kind], dtype=torch.bfloat16)
-    exact = run(reference, [x.double() for x in tensors], LARGE[kind])
-    theirs = run(reference, tensors, LARGE[kind])
-    for result, eager, wanted in zip(run(df, tensors, LARGE[kind]), theirs, exact, strict=True):
-        assert result.dtype == torch.bfloat16
-        assert error(result, wanted) <= HALF * error(eager, wanted)
+@pytest.mark.parametrize("channels", [16, 64, 128])
+def test_16_bits_are_no_worse_than_torch(kind, channels, dtype):
+    assert_no_worse_than_torch(qkv(LARGE[kind], 1, 2, channels, dtype=dtype), LARGE[kind])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    text_len=st.integers(0, 140),
+    grid=st.tuples(st.integers(1, 14), st.integers(1, 14)),
+    radius=st.integers(0, 6),
+    sizes=st.tuples(st.integers(1, 2), st.integers(1, 2), st.sampled_from([8, 24, 32, 40, 5, 136])),
+    dtype=st.sampled_from(HALVES),
+    seed=st.integers(0, 1000),
+)
+def test_odd_sizes_in_16_bits(kind, text_len, grid, radius, sizes, dtype, seed):
+    mask = AttentionMask(kind, text_len, *grid, kernel=2 * radius + 1)
+    assert_no_worse_than_torch(qkv(mask, *sizes, seed=seed, dtype=dtype), mask)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,12 +122,17 @@ def test_opcheck(kind):
     torch.library.opcheck(torch.ops.dalle_fast.sparse_attention_backward, backward)
 
 
-def test_log_sum_exp():
-    mask = SMALL["column"]
-    q, k, v = qkv(mask, dtype=torch.float64)
-    _, lse = torch.ops.dalle_fast.sparse_attention(q, k, v, *mask_args(mask), 0.25)
-    scores = (q @ k.mT * 0.25).masked_fill(~mask.dense(), float("-inf"))
-    torch.testing.assert_close(lse, scores.logsumexp(-1))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
+@pytest.mark.parametrize("scale", [0.25, -0.5])
+@pytest.mark.parametrize("masks", [LARGE, WIDE], ids=["large", "wide"])
+def test_log_sum_exp(masks, scale, dtype):
+    """Of the inputs in any dtype, it is as precise as a float32."""
+    for mask in masks.values():
+        q, k, v = qkv(mask, 1, 2, dtype=dtype)
+        _, lse = torch.ops.dalle_fast.sparse_attention(q, k, v, *mask_args(mask), scale)
+        assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        scores = (q.double() @ k.double().mT * scale).masked_fill(~mask.dense(), float("-inf"))
+        assert error(lse, scores.logsumexp(-1)) <= (1e-12 if dtype == torch.float64 else FORWARD)
 
 
 LAYOUTS = {
@@ -114,12 +143,25 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["column", "conv"])
-def test_any_strides(layout, kind):
-    tensors = [LAYOUTS[layout](x) for x in qkv(SMALL[kind])]
+def test_any_strides(layout, kind, dtype):
+    tensors = [LAYOUTS[layout](x) for x in qkv(SMALL[kind], dtype=dtype)]
     assert not tensors[0].is_contiguous()
-    assert_matches_float64(tensors, SMALL[kind])
+    dense = [x.contiguous() for x in tensors]
+    for result, wanted in zip(run(df, tensors, SMALL[kind]), run(df, dense, SMALL[kind]), strict=True):
+        assert torch.equal(result, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_packed_projection(dtype):
+    """q, k and v as views of one [B, N, 3, H, D]."""
+    mask = LARGE["column"]
+    packed = normal(2, mask.seq_len, 3, 2, 32, dtype=dtype)
+    views = [x.transpose(1, 2) for x in packed.unbind(2)]
+    for result, wanted in zip(run(df, views, mask), run(df, [x.contiguous() for x in views], mask), strict=True):
+        assert torch.equal(result, wanted)
 
 
 def surrounded(x, pad):
@@ -129,20 +171,23 @@ def surrounded(x, pad):
     return inside.copy_(x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("channels", [3, 16])
-def test_reads_nothing_outside_its_inputs(kind, channels):
+@pytest.mark.parametrize(("channels", "pad"), [(3, 2), (16, 2), (16, 8)])
+def test_reads_nothing_outside_its_inputs(kind, channels, pad, dtype):
     mask = SMALL[kind]
-    tensors = qkv(mask, channels=channels)
-    for result, wanted in zip(run(df, [surrounded(x, 2) for x in tensors], mask), run(df, tensors, mask), strict=True):
+    tensors = qkv(mask, channels=channels, dtype=dtype)
+    views = [surrounded(x, pad) for x in tensors]
+    for result, wanted in zip(run(df, views, mask), run(df, tensors, mask), strict=True):
         assert torch.equal(result, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_hidden_has_no_influence(kind):
+def test_what_is_hidden_has_no_influence(kind, dtype):
     """A change of key and value j changes exactly the rows that see j."""
     mask = SMALL[kind]
-    q, k, v = qkv(mask, 1, 1)
+    q, k, v = qkv(mask, 1, 1, dtype=dtype)
     before = df.sparse_attention(q, k, v, mask)
     for token in range(mask.seq_len):
         k2, v2 = k.clone(), v.clone()
@@ -152,9 +197,10 @@ def test_what_is_hidden_has_no_influence(kind):
         assert torch.equal(changed, mask.dense()[:, token])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("kind", KINDS)
-def test_same_bits_every_run_and_any_number_of_threads(kind):
-    tensors = qkv(LARGE[kind], 1, 1)
+def test_same_bits_every_run_and_any_number_of_threads(kind, dtype):
+    tensors = qkv(LARGE[kind], 1, 1, dtype=dtype)
     first = run(df, tensors, LARGE[kind])
     threads = torch.get_num_threads()
     try:
@@ -166,12 +212,14 @@ def test_same_bits_every_run_and_any_number_of_threads(kind):
         torch.set_num_threads(threads)
 
 
-def test_large_scores_stay_finite():
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_large_scores_stay_finite(dtype):
     """Scores in the ten thousands: the exponentials neither overflow nor all vanish."""
     mask = SMALL["row"]
-    tensors = [100 * x for x in qkv(mask)]
+    tensors = [100 * x for x in qkv(mask, dtype=dtype)]
     out, *gradients = run(df, tensors, mask)
-    assert error(out, reference.sparse_attention(*(x.double() for x in tensors), mask)) <= FORWARD
+    wanted = reference.sparse_attention(*(x.double() for x in tensors), mask)
+    assert error(out, wanted) <= (FORWARD if dtype == torch.float32 else torch.finfo(dtype).eps)
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
@@ -202,7 +250,7 @@ GOOD = torch.zeros(2, 3, MASK.seq_len, 8)
         (GOOD, GOOD[:, :2], GOOD, MASK, ValueError, r"k: expected the shape of q, .* got \[2, 2, 17, 8\]"),
         (GOOD, GOOD, GOOD[..., :7], MASK, ValueError, r"v: expected the shape of q, .* got \[2, 3, 17, 7\]"),
         (GOOD[:, :, 1:], GOOD[:, :, 1:], GOOD[:, :, 1:], MASK, ValueError, "q: expected N = 17 tokens, .* got 16"),
-        (GOOD.half(), GOOD, GOOD, MASK, TypeError, "q: expected torch.float32 or .* got torch.float16"),
+        (GOOD.int(), GOOD, GOOD, MASK, TypeError, "q: expected torch.float32 or .* got torch.int32"),
         (GOOD, GOOD.double(), GOOD, MASK, TypeError, "k: expected the dtype of q, torch.float32, got torch.float64"),
         (GOOD, GOOD, None, MASK, TypeError, "v: expected a tensor, got NoneType"),
         (GOOD, GOOD, GOOD, "row", TypeError, "mask: expected an AttentionMask, got str"),

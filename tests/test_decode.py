@@ -70,12 +70,13 @@ def test_matches_the_reference(mask):
         assert torch.equal(cache, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mask", MASKS[::4], ids=str)
-def test_bfloat16_is_no_worse_than_torch(mask):
-    tensors = stream(mask, dtype=torch.bfloat16)
+def test_16_bits_are_no_worse_than_torch(mask, dtype):
+    tensors = stream(mask, dtype=dtype)
     exact = decode_all(reference, mask, *(x.double() for x in tensors))[0]
     ours, theirs = (decode_all(module, mask, *tensors)[0] for module in (df, reference))
-    assert ours.dtype == torch.bfloat16
+    assert ours.dtype == dtype
     assert error(ours, exact) <= HALF * error(theirs, exact)
 
 
@@ -108,7 +109,7 @@ def test_any_number_of_candidates(kind, channels):
         assert error(df.decode_attention(*arguments), exact) <= FORWARD
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("channels", [64, 5])
 def test_a_candidate_does_not_depend_on_how_many_there_are(dtype, channels):
     arguments = step(AttentionMask("conv", 70, 5, 6, 3), 20, 43, channels=channels, dtype=dtype)
@@ -118,7 +119,7 @@ def test_a_candidate_does_not_depend_on_how_many_there_are(dtype, channels):
         assert torch.equal(df.decode_attention(*first), many[:few])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("candidates", [1, 20])
 def test_any_layout_of_the_text(dtype, candidates):
     """As projected, [P, T, H, D]; and keys turned, [P, H, D, T]."""
@@ -130,7 +131,7 @@ def test_any_layout_of_the_text(dtype, candidates):
         assert torch.equal(df.decode_attention(*copied(arguments[:3]), *turned, *copied(arguments[5:])), wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_same_bits_on_any_number_of_threads(dtype):
     arguments = step(AttentionMask("conv", 70, 5, 6, 3), 20, 43, dtype=dtype)
     threads = torch.get_num_threads()

@@ -6,7 +6,7 @@
 
 #include <cstring>
 
-#include "format.h"
+#include "resblock.h"
 #include "simd.h"
 
 namespace dalle_fast {

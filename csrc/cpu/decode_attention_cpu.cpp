@@ -5,6 +5,7 @@
 // a time.
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <type_traits>
@@ -245,6 +246,8 @@ void decode_attention_cpu(const DecodeAttention& params) {
       return Decoder<double, double>(params, slot, window).run();
     case DType::kBFloat16:
       return Decoder<c10::BFloat16, float>(params, slot, window).run();
+    case DType::kFloat16:
+      return Decoder<c10::Half, float>(params, slot, window).run();
   }
 }
 

@@ -8,6 +8,7 @@
 // Nothing is shared between tasks and every sum has a fixed order: results do not depend on the number of threads.
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
@@ -268,6 +269,8 @@ void sparse_attention_forward_cpu(const SparseAttentionForward& params) {
         return forward<double, double>(params, mask);
       case DType::kBFloat16:
         return forward<c10::BFloat16, float>(params, mask);
+      case DType::kFloat16:
+        return forward<c10::Half, float>(params, mask);
     }
   });
 }
@@ -281,6 +284,8 @@ void sparse_attention_backward_cpu(const SparseAttentionBackward& params) {
         return backward<double, double>(params, mask);
       case DType::kBFloat16:
         return backward<c10::BFloat16, float>(params, mask);
+      case DType::kFloat16:
+        return backward<c10::Half, float>(params, mask);
     }
   });
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..mask import AttentionMask
 from ._library import kernels_loaded, reference_op
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float | None = None) -> Tensor:
@@ -19,7 +19,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale
     Differentiable once with respect to q, k and v. Results are the same bits on every run.
 
     Args:
-        q, k, v: [B, H, N, D] of one dtype (float32, bfloat16 or float64; sums are float32 or float64), any strides.
+        q, k, v: [B, H, N, D] of one dtype (float32, bfloat16, float16 or float64; sums are float32 or float64), any strides.
         mask: its ``seq_len`` is N.
         scale: factor on q @ k^T; D^-0.5 by default.
 

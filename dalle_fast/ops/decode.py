@@ -31,7 +31,7 @@ def decode_attention(
     however many candidates there are.
 
     Args:
-        q, k, v: [C, H, D], the new token of each candidate; float32, bfloat16 or float64, one dtype throughout.
+        q, k, v: [C, H, D], the new token of each candidate; float32, bfloat16, float16 or float64, one dtype throughout.
         text_k, text_v: [P, H, text_len, D], each prompt shared by C / P consecutive candidates, which read it once.
         cache_k, cache_v: [C, H, mask.cache_len, D], written in place. Like the text, of any strides; contiguous is
             the fastest, since a step reads them from end to end.

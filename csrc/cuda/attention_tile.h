@@ -1,0 +1,293 @@
+// What the sparse attention kernels on tensor cores share.
+//
+// A block of threads owns a tile of 64 tokens of one head, queries or keys, a strip of 16 for each of its 4 warps. It
+// meets the other side in blocks of 32 tokens, whose rows of two tensors pass through a ring in shared memory: while
+// one is multiplied, the next ones arrive. Tiles and blocks are text or image, never both, and a warp skips a block of
+// which its strip sees nothing.
+//
+// A row in shared memory is kChannels wide, its channels past the tensor's are 0. Chunks of 16 bytes are permuted by
+// the row's number, so that the eight rows of one load_blocks lie in different banks.
+#pragma once
+
+#include "attention_params.h"
+#include "cuda/device.h"
+#include "cuda/mma.h"
+#include "cuda/stream_mask.h"
+
+namespace dalle_fast {
+
+constexpr int kStrip = 16, kTileWarps = 4, kTile = kTileWarps * kStrip, kBlock = kTile / 2;
+constexpr int kThreads = kTileWarps * 32;
+constexpr int kStages = 3;
+constexpr int kChunk = 8;  // channels that one thread copies
+
+// Scores are in units of log 2: the hardware's exponential is that of 2.
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+
+DF_DEVICE float exp2_approximate(float x) {
+#ifdef DALLE_FAST_CUDA_ON_CPU
+  return exp2f(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// Tokens first ... end - 1 of a head.
+struct Tile {
+  int head;  // b H + h
+  int first, end;
+  bool text;
+};
+
+DF_HOST_DEVICE inline int tiles_of(int tokens) { return (tokens + kTile - 1) / kTile; }
+
+// The tile `index` of a part of the stream.
+DF_DEVICE Tile tile_of(const Grid& grid, int head, int index, bool text) {
+  const int begin = text ? 0 : grid.text_len, end = text ? grid.text_len : grid.seq_len();
+  const int first = begin + index * kTile;
+  return {head, first, min(first + kTile, end), text};
+}
+
+// Tiles of queries: a block of threads for each, those of a head with the most keys first.
+inline int query_tiles(const AttentionShape& shape) {
+  return shape.batch * shape.heads * (tiles_of(shape.grid.text_len) + tiles_of(shape.grid.image_len()));
+}
+
+DF_DEVICE Tile query_tile(const Grid& grid, int block) {
+  const int text_tiles = tiles_of(grid.text_len), tiles = text_tiles + tiles_of(grid.image_len());
+  const int index = tiles - 1 - block % tiles;
+  const bool text = index < text_tiles;
+  return tile_of(grid, block / tiles, text ? index : index - text_tiles, text);
+}
+
+// What a tile of queries, or of keys, meets on the other side, a block after the other: text first.
+template <bool kQueries>
+class Blocks {
+ public:
+  DF_DEVICE Blocks(const StreamMask& mask, const Tile& tile) : mask_(mask), tile_(tile) {
+    const Grid& grid = mask.grid;
+    if (kQueries) {
+      text_ = {0, min(tile.end, grid.text_len)};
+      if (!tile.text) image_ = mask.keys_of(tile.first, tile.end - 1);
+    } else if (tile.text) {
+      text_ = {tile.first, grid.text_len};
+      image_ = {grid.text_len, grid.seq_len()};
+    } else {
+      image_ = mask.queries_of(tile.first, tile.end - 1);
+    }
+  }
+
+  // The first token of the next block, or -1.
+  DF_DEVICE int next() {
+    if (text_.begin < text_.end) return take(text_);
+    while (image_.begin < image_.end) {
+      const int first = take(image_), last = min(first + kBlock, image_.end) - 1, last_owned = tile_.end - 1;
+      if (tile_.text) return first;
+      if (kQueries ? mask_.meet(tile_.first, last_owned, first, last)
+                   : mask_.meet(first, last, tile_.first, last_owned)) {
+        return first;
+      }
+    }
+    return -1;
+  }
+
+  // Where the tokens of a block end, at the latest.
+  DF_DEVICE int end(int first) const { return mask_.is_text(first) ? text_.end : image_.end; }
+
+ private:
+  DF_DEVICE static int take(KeyRange& rest) {
+    const int first = rest.begin;
+    rest.begin += kBlock;
+    return first;
+  }
+
+  const StreamMask& mask_;
+  const Tile& tile_;
+  KeyRange text_ = {0, 0}, image_ = {0, 0};
+};
+
+// One head of a tensor in global memory; its channels lie side by side, its rows are aligned to 16 bytes.
+template <typename T>
+struct TokenRows {
+  T* data;
+  int64_t stride;  // elements from token to token
+  int channels;
+
+  DF_DEVICE TokenRows(const View& view, const AttentionShape& shape, int head)
+      : data(static_cast<T*>(view.data) + head / shape.heads * view.batch + head % shape.heads * view.head),
+        stride(view.token),
+        channels(shape.channels) {}
+};
+
+// Rows in shared memory.
+template <typename T, int kChannels>
+struct SharedRows {
+  static constexpr int kChunks = kChannels / kChunk;
+  static_assert(kChunks == 4 || kChunks % 8 == 0);
+
+  T* data;
+
+  DF_DEVICE T* at(int row, int chunk) const {
+    const int permutation = kChunks == 4 ? row >> 1 & 3 : row & 7;
+    return data + (row * kChunks + (chunk ^ permutation)) * kChunk;
+  }
+
+  // Starts to load kRows tokens from `first` on; those from `end` on become 0.
+  template <int kRows>
+  DF_DEVICE void load(const TokenRows<const T>& from, const StreamMask& mask, int first, int end) const {
+    const int chunk = threadIdx.x % kChunks;
+    for (int row = threadIdx.x / kChunks; row < kRows; row += kThreads / kChunks) {
+      const bool inside = first + row < end && chunk * kChunk < from.channels;
+      const int64_t offset = inside ? mask.token(first + row) * from.stride + chunk * kChunk : 0;
+      copy_async<16>(at(row, chunk), from.data + offset, inside);
+    }
+  }
+
+  // kStrip rows from `row` on, 16 channels or all of them, as the left side of products.
+  DF_DEVICE void strip(int row, int d, uint32_t (&a)[4]) const {
+    const int lane = threadIdx.x % 32;
+    load_blocks(a, at(row + lane % 16, 2 * d + lane / 16));
+  }
+  DF_DEVICE void strip(int row, uint32_t (&a)[kChannels / 16][4]) const {
+    for (int d = 0; d < kChannels / 16; ++d) strip(row, d, a[d]);
+  }
+
+  // c = a . rows^T, for kBlock rows
+  DF_DEVICE void score(const uint32_t (&a)[kChannels / 16][4], float (&c)[kBlock / 8][4]) const {
+    clear(c);
+    for (int d = 0; d < kChannels / 16; ++d) score(d, a[d], c);
+  }
+
+  // The same with a strip of `from`, which starts at `row`.
+  DF_DEVICE void score(const SharedRows& from, int row, float (&c)[kBlock / 8][4]) const {
+    clear(c);
+#pragma unroll 1  // or all of the strip would be in registers, after all
+    for (int d = 0; d < kChannels / 16; ++d) {
+      uint32_t a[4];
+      from.strip(row, d, a);
+      score(d, a, c);
+    }
+  }
+
+  // c += weights . rows, for kBlock rows; the weights are rounded to T.
+  DF_DEVICE void weigh(const float (&weights)[kBlock / 8][4], float (&c)[kChannels / 8][4]) const {
+    const int lane = threadIdx.x % 32;
+    for (int k = 0; k < kBlock / 16; ++k) {
+      const float (&left)[4] = weights[2 * k], (&right)[4] = weights[2 * k + 1];
+      const uint32_t a[4] = {pack<T>(left[0], left[1]), pack<T>(left[2], left[3]), pack<T>(right[0], right[1]),
+                             pack<T>(right[2], right[3])};
+      for (int d = 0; d < kChannels / 16; ++d) {
+        uint32_t b[4];
+        load_blocks_transposed(b, at(16 * k + lane % 16, 2 * d + lane / 16));
+        mma<T>(c[2 * d], a, b[0], b[1]);
+        mma<T>(c[2 * d + 1], a, b[2], b[3]);
+      }
+    }
+  }
+
+  // Writes a strip, by way of shared memory, where the rows from `row` on belong to the warp.
+  DF_DEVICE void store(int row, const float (&c)[kChannels / 8][4], const float (&scale)[2], const TokenRows<T>& to,
+                       const StreamMask& mask, int first, int end) const {
+    const int lane = threadIdx.x % 32;
+    for (int n = 0; n < kChannels / 8; ++n) {
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t pair = pack<T>(c[n][2 * i] * scale[i], c[n][2 * i + 1] * scale[i]);
+        reinterpret_cast<uint32_t*>(at(row + lane / 4 + 8 * i, n))[lane % 4] = pair;
+      }
+    }
+    __syncwarp();
+    const int chunk = lane % kChunks;
+    if (chunk * kChunk >= to.channels) return;
+    for (int i = lane / kChunks; i < min(kStrip, end - first); i += 32 / kChunks) {
+      T* out = to.data + mask.token(first + i) * to.stride + chunk * kChunk;
+      *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(at(row + i, chunk));
+    }
+  }
+
+ private:
+  DF_DEVICE static void clear(float (&c)[kBlock / 8][4]) {
+    for (int n = 0; n < kBlock / 8; ++n) {
+      for (float& x : c[n]) x = 0;
+    }
+  }
+
+  // c += a . rows^T, for 16 channels
+  DF_DEVICE void score(int d, const uint32_t (&a)[4], float (&c)[kBlock / 8][4]) const {
+    const int lane = threadIdx.x % 32;
+    for (int n = 0; n < kBlock / 8; n += 2) {
+      uint32_t b[4];
+      load_blocks(b, at(8 * n + lane / 16 * 8 + lane % 8, 2 * d + lane / 8 % 2));
+      mma<T>(c[n], a, b[0], b[1]);
+      mma<T>(c[n + 1], a, b[2], b[3]);
+    }
+  }
+};
+
+// Shared memory: kStages slots, each for a tile of one tensor or for a block of two.
+template <typename T, int kChannels>
+struct Ring {
+  using Rows = SharedRows<T, kChannels>;
+  static constexpr size_t kTileBytes = kTile * kChannels * sizeof(T), kBytes = kStages * kTileBytes;
+
+  T* data;
+
+  DF_DEVICE Rows tile(int slot) const { return {data + slot * kTile * kChannels}; }
+  DF_DEVICE Rows first(int slot) const { return tile(slot); }
+  DF_DEVICE Rows second(int slot) const { return {data + (slot * kTile + kBlock) * kChannels}; }
+};
+
+// Which pairs of a strip, the rows, and a block, the columns, see each other.
+class StripMask {
+ public:
+  bool any, all;
+
+  // A strip of queries: `seen` are the keys of row lane % 16.
+  DF_DEVICE static StripMask of_queries(uint32_t seen) {
+    StripMask mask(seen, 0xFFFFFFFFu);
+    const int g = threadIdx.x % 32 / 4;
+    for (int i = 0; i < 2; ++i) mask.rows_[i] = __shfl_sync(kAllLanes, seen, g + 8 * i);
+    return mask;
+  }
+
+  // A strip of keys: `seen` are those that the query of column `lane` sees.
+  DF_DEVICE static StripMask of_keys(uint32_t seen) {
+    constexpr uint32_t kRows = (1u << kStrip) - 1;
+    StripMask mask(seen & kRows, kRows);
+    if (mask.all || !mask.any) return mask;
+    const int g = threadIdx.x % 32 / 4;
+    for (int n = 0; n < kBlock / 8; ++n) {
+      for (int i = 0; i < 2; ++i) {
+        const int column = column_of(n, i);
+        const uint32_t keys = __shfl_sync(kAllLanes, seen, column) >> g;
+        mask.rows_[0] |= (keys & 1) << column;
+        mask.rows_[1] |= (keys >> 8 & 1) << column;
+      }
+    }
+    return mask;
+  }
+
+  // Element i of the lane in block n of 8 columns.
+  DF_DEVICE static int column_of(int n, int i) { return 8 * n + threadIdx.x % 4 * 2 + i % 2; }
+  DF_DEVICE bool keep(int n, int i) const { return all || (rows_[i / 2] >> column_of(n, i) & 1) != 0; }
+
+ private:
+  DF_DEVICE StripMask(uint32_t seen, uint32_t everything)
+      : any(__any_sync(kAllLanes, seen != 0)), all(__all_sync(kAllLanes, seen == everything)) {}
+
+  uint32_t rows_[2] = {0, 0};  // g and g + 8, a bit for each column
+};
+
+// Calls f(element type, kChannels), both wrapped, for the instance of a kernel that takes the shape.
+template <typename F>
+cudaError_t with_tile_kernel(const AttentionShape& shape, const F& f) {
+  const auto with_channels = [&](auto element) {
+    if (shape.channels <= 32) return f(element, std::integral_constant<int, 32>());
+    if (shape.channels <= 64) return f(element, std::integral_constant<int, 64>());
+    return f(element, std::integral_constant<int, 128>());
+  };
+  return shape.dtype == DType::kFloat16 ? with_channels(Half()) : with_channels(BFloat16());
+}
+
+}  // namespace dalle_fast

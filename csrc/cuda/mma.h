@@ -1,0 +1,175 @@
+// Products of small matrices of 16-bit elements by the tensor cores, and the copies that feed them: one instruction
+// each, in PTX on a GPU and spelled out in the emulation.
+//
+// A lane is 4 g + t. It holds, as pairs of neighbouring columns or (for b) rows, the lower index in the lower half:
+//   a [16, 16]: a[0] (g, 2t), a[1] (g + 8, 2t), a[2] (g, 2t + 8), a[3] (g + 8, 2t + 8)
+//   b [16, 8]:  b0 (2t, g), b1 (2t + 8, g)
+//   c [16, 8]:  c[0], c[1] (g, 2t), c[2], c[3] (g + 8, 2t), in float32
+// So pairs of two neighbouring c are an a: a product's result can be the next one's left side without leaving its
+// lanes.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "cuda/device.h"
+#include "cuda/half.h"
+
+namespace dalle_fast {
+
+#ifdef DALLE_FAST_CUDA_ON_CPU
+
+// Two elements of type T as one word.
+template <typename T>
+uint32_t pack(float low, float high) {
+  const T pair[2] = {narrow<T>(low), narrow<T>(high)};
+  uint32_t bits;
+  std::memcpy(&bits, pair, sizeof(bits));
+  return bits;
+}
+
+template <typename T>
+float2 unpack(uint32_t bits) {
+  T pair[2];
+  std::memcpy(pair, &bits, sizeof(bits));
+  return {widen(pair[0]), widen(pair[1])};
+}
+
+// c += a b
+template <typename T>
+void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Operands {
+    uint32_t a[4], b[2];
+  };
+  const Operands* lanes = warp_gather(Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  const int g = cuda_on_cpu::lane() / 4, t = cuda_on_cpu::lane() % 4;
+  for (int k = 0; k < 16; k += 2) {
+    const int lane = k % 8 / 2, half = k / 8;
+    const float2 top = unpack<T>(lanes[4 * g + lane].a[2 * half]);
+    const float2 bottom = unpack<T>(lanes[4 * g + lane].a[2 * half + 1]);
+    for (int n = 0; n < 2; ++n) {
+      const float2 column = unpack<T>(lanes[4 * (2 * t + n) + lane].b[half]);
+      c[n] += top.x * column.x + top.y * column.y;
+      c[2 + n] += bottom.x * column.x + bottom.y * column.y;
+    }
+  }
+}
+
+// Four 8 x 8 blocks, of which lane 8 i + j gives the address of row j of block i, in shared memory: 16 bytes, aligned
+// so. Of each the lane gets (g, 2t) and (g, 2t + 1); transposed, (2t, g) and (2t + 1, g).
+inline void load_blocks(uint32_t (&blocks)[4], const void* row) {
+  const void* const* rows = warp_gather(row);
+  const int g = cuda_on_cpu::lane() / 4, t = cuda_on_cpu::lane() % 4;
+  for (int i = 0; i < 4; ++i) std::memcpy(&blocks[i], static_cast<const uint32_t*>(rows[8 * i + g]) + t, 4);
+}
+
+inline void load_blocks_transposed(uint32_t (&blocks)[4], const void* row) {
+  const void* const* rows = warp_gather(row);
+  const int g = cuda_on_cpu::lane() / 4, t = cuda_on_cpu::lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    uint16_t pair[2];
+    for (int j = 0; j < 2; ++j) pair[j] = static_cast<const uint16_t*>(rows[8 * i + 2 * t + j])[g];
+    std::memcpy(&blocks[i], pair, 4);
+  }
+}
+
+// Starts to copy kBytes (4 or 16, aligned so) to shared memory; where `inside` is false nothing is read, zeros come.
+template <int kBytes>
+void copy_async(void* shared, const void* global, bool inside) {
+  if (reinterpret_cast<uintptr_t>(shared) % kBytes != 0 || reinterpret_cast<uintptr_t>(global) % kBytes != 0) {
+    cuda_on_cpu::fail("a copy that is not aligned");
+  }
+  if (inside) {
+    std::memcpy(shared, global, kBytes);
+  } else {
+    std::memset(shared, 0, kBytes);
+  }
+}
+
+inline void commit_copies() {}
+template <int kGroups>
+void wait_copies() {}
+
+#else
+
+DF_DEVICE uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+template <typename T>
+DF_DEVICE uint32_t pack(float low, float high) {
+  uint32_t bits;
+  if constexpr (std::is_same_v<T, Half>) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  }
+  return bits;
+}
+
+template <typename T>
+DF_DEVICE float2 unpack(uint32_t bits) {
+  if constexpr (std::is_same_v<T, Half>) {
+    float2 pair;
+    asm("{.reg .f16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high;}"
+        : "=f"(pair.x), "=f"(pair.y)
+        : "r"(bits));
+    return pair;
+  } else {
+    return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xFFFF0000u));
+  }
+}
+
+template <typename T>
+DF_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, Half>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+DF_DEVICE void load_blocks(uint32_t (&blocks)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(blocks[0]), "=r"(blocks[1]), "=r"(blocks[2]), "=r"(blocks[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+DF_DEVICE void load_blocks_transposed(uint32_t (&blocks)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(blocks[0]), "=r"(blocks[1]), "=r"(blocks[2]), "=r"(blocks[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+template <int kBytes>
+DF_DEVICE void copy_async(void* shared, const void* global, bool inside) {
+  static_assert(kBytes == 4 || kBytes == 16);
+  const int bytes = inside ? kBytes : 0;
+  if constexpr (kBytes == 16) {  // past the first-level cache
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global),
+                 "n"(kBytes), "r"(bytes)
+                 : "memory");
+  }
+}
+
+// Copies since the last commit are one group; wait until all but the last kGroups groups of this thread are done.
+DF_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroups>
+DF_DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+#endif
+
+}  // namespace dalle_fast

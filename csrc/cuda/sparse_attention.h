@@ -1,0 +1,17 @@
+// The kernels of sparse attention on CUDA. Those on tensor cores need what on_tensor_cores says of the shape, rows
+// aligned to 16 bytes and channels side by side; the plain ones take everything.
+#pragma once
+
+#include "attention_params.h"
+
+namespace dalle_fast {
+
+cudaError_t launch_tile_forward(const SparseAttentionForward& params, cudaStream_t stream);
+cudaError_t launch_tile_dq(const SparseAttentionBackward& params, cudaStream_t stream);   // and delta
+cudaError_t launch_tile_dkv(const SparseAttentionBackward& params, cudaStream_t stream);  // from delta
+
+cudaError_t launch_plain_forward(const SparseAttentionForward& params, cudaStream_t stream);
+cudaError_t launch_plain_dq(const SparseAttentionBackward& params, cudaStream_t stream);
+cudaError_t launch_plain_dkv(const SparseAttentionBackward& params, cudaStream_t stream);
+
+}  // namespace dalle_fast

@@ -1,0 +1,135 @@
+// The gradients of k and v. A block of threads owns 64 keys of a head and meets the queries that see them, 32 at a
+// time, with everything transposed: a row of weights belongs to a key. Both gradients stay in registers; so do
+// keys and values, except that 128 channels of them stay in shared memory.
+//
+// A key of the text meets all later text and the whole image, twenty times as many queries as a key of the image: the
+// text's tiles of all heads come first.
+#include "cuda/attention_tile.h"
+#include "cuda/sparse_attention.h"
+
+namespace dalle_fast {
+namespace {
+
+DF_DEVICE Tile key_tile(const AttentionShape& shape, int block) {
+  const Grid& grid = shape.grid;
+  const int text_tiles = tiles_of(grid.text_len), image_tiles = tiles_of(grid.image_len());
+  const int text_blocks = shape.batch * shape.heads * text_tiles;
+  if (block < text_blocks) return tile_of(grid, block / text_tiles, block % text_tiles, true);
+  return tile_of(grid, (block - text_blocks) / image_tiles, (block - text_blocks) % image_tiles, false);
+}
+
+template <typename T, int kChannels>
+struct SharedMemory {
+  using R = Ring<T, kChannels>;
+  static constexpr bool kKeeps = kChannels == 128;  // keys and values
+  static constexpr int kOwn = kKeeps ? kStages : 0;
+  static constexpr size_t kStats = (kKeeps ? kStages + 2 : kStages) * R::kTileBytes;
+  static constexpr size_t kBytes = kStats + kStages * 2 * kBlock * sizeof(float);
+
+  unsigned char* data;
+
+  DF_DEVICE R ring() const { return {reinterpret_cast<T*>(data)}; }
+  DF_DEVICE typename R::Rows keys() const { return ring().tile(kOwn); }  // where they are loaded, and may stay
+  DF_DEVICE typename R::Rows values() const { return ring().tile(kOwn + 1); }
+  // Log-sum-exp and delta of the queries of a block.
+  DF_DEVICE float* stats(int slot) const { return reinterpret_cast<float*>(data + kStats) + slot * 2 * kBlock; }
+};
+
+template <typename T, int kChannels>
+__global__ void __launch_bounds__(kThreads, kChannels == 32 ? 4 : 2) dkv_kernel(SparseAttentionBackward p) {
+  DF_SHARED(bytes);
+  const SharedMemory<T, kChannels> shared{bytes};
+  const Ring<T, kChannels> ring = shared.ring();
+
+  const AttentionShape& shape = p.shape;
+  const StreamMask mask{shape.kind, shape.grid};
+  const Tile tile = key_tile(shape, blockIdx.x);
+  const TokenRows<const T> q(p.q, shape, tile.head), dout(p.dout, shape, tile.head);
+
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * kStrip, first = tile.first + row;
+  const bool idle = first >= tile.end;
+  const TokenRows<const T> k(p.k, shape, tile.head), v(p.v, shape, tile.head);
+  shared.keys().template load<kTile>(k, mask, tile.first, tile.end);
+  shared.values().template load<kTile>(v, mask, tile.first, tile.end);
+  commit_copies();
+  wait_copies<0>();
+  __syncthreads();
+  uint32_t keys[kChannels / 16][4], values[kChannels / 16][4];
+  shared.keys().strip(row, keys);
+  shared.values().strip(row, values);
+  __syncthreads();
+
+  const int64_t rows = int64_t{tile.head} * mask.grid.seq_len();
+  Blocks<false> blocks(mask, tile);
+  const auto load = [&](int slot) {
+    const int block = blocks.next(), end = blocks.end(block);
+    if (block >= 0) {
+      ring.first(slot).template load<kBlock>(q, mask, block, end);
+      ring.second(slot).template load<kBlock>(dout, mask, block, end);
+      if (threadIdx.x < 2 * kBlock) {
+        const int query = block + threadIdx.x % kBlock;
+        const bool inside = query < end;
+        const float* from = static_cast<const float*>(threadIdx.x < kBlock ? p.lse : p.delta) + rows;
+        copy_async<4>(shared.stats(slot) + threadIdx.x, from + (inside ? mask.token(query) : 0), inside);
+      }
+    }
+    commit_copies();
+    return block;
+  };
+  int pending[kStages - 1];
+#pragma unroll
+  for (int slot = 0; slot < kStages - 1; ++slot) pending[slot] = load(slot);
+
+  const float to_log2 = static_cast<float>(shape.scale) * kLog2E;
+  float dk[kChannels / 8][4] = {}, dv[kChannels / 8][4] = {};
+  for (int slot = 0; pending[0] >= 0; slot = (slot + 1) % kStages) {
+    const int block = pending[0];
+    wait_copies<kStages - 2>();
+    __syncthreads();  // the block is there, and nobody reads the one before it
+#pragma unroll
+    for (int i = 0; i < kStages - 2; ++i) pending[i] = pending[i + 1];
+    pending[kStages - 2] = load((slot + kStages - 1) % kStages);
+    if (idle) continue;
+    const int query = block + lane;
+    const StripMask strip = StripMask::of_keys(query < blocks.end(block) ? mask.keep(query, first) : 0);
+    if (!strip.any) continue;
+
+    float weights[kBlock / 8][4], dscores[kBlock / 8][4];
+    if (shared.kKeeps) {
+      ring.first(slot).score(shared.keys(), row, weights);
+      ring.second(slot).score(shared.values(), row, dscores);
+    } else {
+      ring.first(slot).score(keys, weights);
+      ring.second(slot).score(values, dscores);
+    }
+    const float *lse = shared.stats(slot), *delta = lse + kBlock;
+    for (int n = 0; n < kBlock / 8; ++n) {
+      for (int i = 0; i < 4; ++i) {
+        const int column = StripMask::column_of(n, i);
+        weights[n][i] = strip.keep(n, i) ? exp2_approximate(weights[n][i] * to_log2 - lse[column] * kLog2E) : 0.0f;
+        dscores[n][i] = weights[n][i] * (dscores[n][i] - delta[column]);
+      }
+    }
+    ring.second(slot).weigh(weights, dv);
+    ring.first(slot).weigh(dscores, dk);
+  }
+
+  __syncthreads();  // the first slots now hold the results, a strip for each warp
+  if (idle) return;
+  const float scale = static_cast<float>(shape.scale);
+  ring.tile(0).store(row, dk, {scale, scale}, TokenRows<T>(p.dk, shape, tile.head), mask, first, tile.end);
+  ring.tile(1).store(row, dv, {1.0f, 1.0f}, TokenRows<T>(p.dv, shape, tile.head), mask, first, tile.end);
+}
+
+}  // namespace
+
+cudaError_t launch_tile_dkv(const SparseAttentionBackward& params, cudaStream_t stream) {
+  return with_tile_kernel(params.shape, [&](auto element, auto channels) {
+    using T = decltype(element);
+    constexpr int kChannels = decltype(channels)::value;
+    return launch(dkv_kernel<T, kChannels>, query_tiles(params.shape), kThreads, SharedMemory<T, kChannels>::kBytes,
+                  stream, params);
+  });
+}
+
+}  // namespace dalle_fast

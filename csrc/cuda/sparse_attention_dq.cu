@@ -1,0 +1,120 @@
+// The gradient of q. A block of threads owns 64 queries of a head, makes the weights of their keys again from the
+// log-sum-exp, 32 keys at a time, and keeps the gradient in registers. It also leaves delta = sum of dout out for the
+// kernel that comes next (sparse_attention_dkv.cu).
+#include "cuda/attention_tile.h"
+#include "cuda/sparse_attention.h"
+
+namespace dalle_fast {
+namespace {
+
+// Sums of the products of two strips, row by row.
+template <typename T, int kSteps>
+DF_DEVICE void dot_rows(const uint32_t (&a)[kSteps][4], const uint32_t (&b)[kSteps][4], float (&sum)[2]) {
+  sum[0] = sum[1] = 0;
+  for (int d = 0; d < kSteps; ++d) {
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = unpack<T>(a[d][i]), y = unpack<T>(b[d][i]);
+      sum[i % 2] += x.x * y.x + x.y * y.y;
+    }
+  }
+  for (int lanes = 1; lanes < 4; lanes *= 2) {
+    for (float& x : sum) x += __shfl_xor_sync(kAllLanes, x, lanes);
+  }
+}
+
+template <typename T, int kChannels>
+__global__ void __launch_bounds__(kThreads) dq_kernel(SparseAttentionBackward p) {
+  DF_SHARED(shared);
+  const Ring<T, kChannels> ring{reinterpret_cast<T*>(shared)};
+
+  const AttentionShape& shape = p.shape;
+  const StreamMask mask{shape.kind, shape.grid};
+  const Tile tile = query_tile(mask.grid, blockIdx.x);
+  const TokenRows<const T> k(p.k, shape, tile.head), v(p.v, shape, tile.head);
+
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * kStrip, first = tile.first + row;
+  const bool idle = first >= tile.end;
+  const View own[kStages] = {p.q, p.dout, p.out};
+  for (int i = 0; i < kStages; ++i) {
+    ring.tile(i).template load<kTile>(TokenRows<const T>(own[i], shape, tile.head), mask, tile.first, tile.end);
+  }
+  commit_copies();
+  wait_copies<0>();
+  __syncthreads();
+  uint32_t queries[kChannels / 16][4], dout[kChannels / 16][4];
+  float delta[2], lse[2] = {};
+  ring.tile(0).strip(row, queries);
+  ring.tile(1).strip(row, dout);
+  {
+    uint32_t out[kChannels / 16][4];
+    ring.tile(2).strip(row, out);
+    dot_rows<T>(dout, out, delta);
+  }
+  const int64_t rows = int64_t{tile.head} * mask.grid.seq_len();
+  for (int i = 0; i < 2; ++i) {
+    const int query = first + lane / 4 + 8 * i;
+    if (query >= tile.end) continue;
+    const int64_t at = rows + mask.token(query);
+    lse[i] = static_cast<const float*>(p.lse)[at] * kLog2E;
+    if (lane % 4 == 0) static_cast<float*>(p.delta)[at] = delta[i];
+  }
+  __syncthreads();
+
+  Blocks<true> blocks(mask, tile);
+  const auto load = [&](int slot) {
+    const int block = blocks.next(), end = blocks.end(block);
+    if (block >= 0) {
+      ring.first(slot).template load<kBlock>(k, mask, block, end);
+      ring.second(slot).template load<kBlock>(v, mask, block, end);
+    }
+    commit_copies();
+    return block;
+  };
+  int pending[kStages - 1];
+#pragma unroll
+  for (int slot = 0; slot < kStages - 1; ++slot) pending[slot] = load(slot);
+
+  const float to_log2 = static_cast<float>(shape.scale) * kLog2E;
+  float dq[kChannels / 8][4] = {};
+  for (int slot = 0; pending[0] >= 0; slot = (slot + 1) % kStages) {
+    const int block = pending[0];
+    wait_copies<kStages - 2>();
+    __syncthreads();  // the block is there, and nobody reads the one before it
+#pragma unroll
+    for (int i = 0; i < kStages - 2; ++i) pending[i] = pending[i + 1];
+    pending[kStages - 2] = load((slot + kStages - 1) % kStages);
+    if (idle) continue;
+    const int query = min(first + lane % kStrip, tile.end - 1);
+    const StripMask strip = StripMask::of_queries(mask.keep(query, block));
+    if (!strip.any) continue;
+
+    float scores[kBlock / 8][4], dweights[kBlock / 8][4];
+    ring.first(slot).score(queries, scores);
+    ring.second(slot).score(dout, dweights);
+    for (int n = 0; n < kBlock / 8; ++n) {
+      for (int i = 0; i < 4; ++i) {
+        const float weight = strip.keep(n, i) ? exp2_approximate(scores[n][i] * to_log2 - lse[i / 2]) : 0.0f;
+        scores[n][i] = weight * (dweights[n][i] - delta[i / 2]);
+      }
+    }
+    ring.first(slot).weigh(scores, dq);
+  }
+
+  __syncthreads();  // the first slot now holds the result, a strip for each warp
+  if (idle) return;
+  const float scale = static_cast<float>(shape.scale);
+  ring.tile(0).store(row, dq, {scale, scale}, TokenRows<T>(p.dq, shape, tile.head), mask, first, tile.end);
+}
+
+}  // namespace
+
+cudaError_t launch_tile_dq(const SparseAttentionBackward& params, cudaStream_t stream) {
+  return with_tile_kernel(params.shape, [&](auto element, auto channels) {
+    using T = decltype(element);
+    constexpr int kChannels = decltype(channels)::value;
+    return launch(dq_kernel<T, kChannels>, query_tiles(params.shape), kThreads, Ring<T, kChannels>::kBytes, stream,
+                  params);
+  });
+}
+
+}  // namespace dalle_fast

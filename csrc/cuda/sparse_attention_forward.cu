@@ -1,0 +1,113 @@
+// A block of threads owns 64 queries of a head and meets their keys and values, 32 at a time, in one pass with an
+// online softmax. Queries, scores and the output stay in registers.
+#include "cuda/attention_tile.h"
+#include "cuda/sparse_attention.h"
+
+namespace dalle_fast {
+namespace {
+
+template <typename T, int kChannels>
+__global__ void __launch_bounds__(kThreads, kChannels == 32 ? 5 : 2) forward_kernel(SparseAttentionForward p) {
+  DF_SHARED(shared);
+  const Ring<T, kChannels> ring{reinterpret_cast<T*>(shared)};
+
+  const AttentionShape& shape = p.shape;
+  const StreamMask mask{shape.kind, shape.grid};
+  const Tile tile = query_tile(mask.grid, blockIdx.x);
+  const TokenRows<const T> q(p.q, shape, tile.head), k(p.k, shape, tile.head), v(p.v, shape, tile.head);
+
+  Blocks<true> blocks(mask, tile);
+  const auto load = [&](int slot) {
+    const int block = blocks.next(), end = blocks.end(block);
+    if (block >= 0) {
+      ring.first(slot).template load<kBlock>(k, mask, block, end);
+      ring.second(slot).template load<kBlock>(v, mask, block, end);
+    }
+    commit_copies();
+    return block;
+  };
+
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * kStrip, first = tile.first + row;
+  const bool idle = first >= tile.end;
+  // The queries pass through the slot that is needed last.
+  ring.tile(kStages - 1).template load<kTile>(q, mask, tile.first, tile.end);
+  int pending[kStages - 1];
+#pragma unroll
+  for (int slot = 0; slot < kStages - 1; ++slot) pending[slot] = load(slot);
+  wait_copies<kStages - 2>();
+  __syncthreads();
+  uint32_t queries[kChannels / 16][4];
+  ring.tile(kStages - 1).strip(row, queries);
+
+  const float to_log2 = static_cast<float>(shape.scale) * kLog2E;
+  float out[kChannels / 8][4] = {};
+  float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+  for (int slot = 0; pending[0] >= 0; slot = (slot + 1) % kStages) {
+    const int block = pending[0];
+    wait_copies<kStages - 2>();
+    __syncthreads();  // the block is there, and nobody reads the one before it
+#pragma unroll
+    for (int i = 0; i < kStages - 2; ++i) pending[i] = pending[i + 1];
+    pending[kStages - 2] = load((slot + kStages - 1) % kStages);
+    if (idle) continue;
+    const int query = min(first + lane % kStrip, tile.end - 1);
+    const StripMask strip = StripMask::of_queries(mask.keep(query, block));
+    if (!strip.any) continue;
+
+    float scores[kBlock / 8][4];
+    ring.first(slot).score(queries, scores);
+    float most[2] = {maximum[0], maximum[1]};
+    for (int n = 0; n < kBlock / 8; ++n) {
+      for (int i = 0; i < 4; ++i) {
+        scores[n][i] = strip.keep(n, i) ? scores[n][i] * to_log2 : -INFINITY;
+        most[i / 2] = fmaxf(most[i / 2], scores[n][i]);
+      }
+    }
+    float shift[2];
+    for (int i = 0; i < 2; ++i) {
+      for (int lanes = 1; lanes < 4; lanes *= 2) most[i] = fmaxf(most[i], __shfl_xor_sync(kAllLanes, most[i], lanes));
+      shift[i] = most[i] == -INFINITY ? 0.0f : most[i];  // nothing seen so far
+      const float correction = exp2_approximate(maximum[i] - shift[i]);
+      maximum[i] = most[i];
+      sum[i] *= correction;
+      for (int n = 0; n < kChannels / 8; ++n) {
+        out[n][2 * i] *= correction;
+        out[n][2 * i + 1] *= correction;
+      }
+    }
+    for (int n = 0; n < kBlock / 8; ++n) {
+      for (int i = 0; i < 4; ++i) {
+        scores[n][i] = exp2_approximate(scores[n][i] - shift[i / 2]);
+        sum[i / 2] += scores[n][i];
+      }
+    }
+    ring.second(slot).weigh(scores, out);
+  }
+
+  __syncthreads();  // the first slot now holds the output, a strip for each warp
+  if (idle) return;
+  float inverse[2];
+  for (int i = 0; i < 2; ++i) {
+    for (int lanes = 1; lanes < 4; lanes *= 2) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], lanes);
+    inverse[i] = 1.0f / sum[i];
+    const int query = first + lane / 4 + 8 * i;
+    if (lane % 4 == 0 && query < tile.end) {
+      float* lse = static_cast<float*>(p.lse) + int64_t{tile.head} * mask.grid.seq_len();
+      lse[mask.token(query)] = maximum[i] * kLn2 + logf(sum[i]);
+    }
+  }
+  ring.tile(0).store(row, out, inverse, TokenRows<T>(p.out, shape, tile.head), mask, first, tile.end);
+}
+
+}  // namespace
+
+cudaError_t launch_tile_forward(const SparseAttentionForward& params, cudaStream_t stream) {
+  return with_tile_kernel(params.shape, [&](auto element, auto channels) {
+    using T = decltype(element);
+    constexpr int kChannels = decltype(channels)::value;
+    return launch(forward_kernel<T, kChannels>, query_tiles(params.shape), kThreads, Ring<T, kChannels>::kBytes, stream,
+                  params);
+  });
+}
+
+}  // namespace dalle_fast
