@@ -44,14 +44,16 @@ STABLE_TORCH_LIBRARY(dalle_fast, m) {
 
   // Resblocks
   m.def(
-      "residual_layer_norm(Tensor x, Tensor branch, Tensor weight, Tensor bias, float eps, ScalarType dtype) "
-      "-> (Tensor total, Tensor normed, Tensor mean, Tensor rstd)");
+      "residual_layer_norm(Tensor x, Tensor? branch, Tensor weight, Tensor bias, float eps, ScalarType dtype, "
+      "Tensor? scale_in, Tensor? scale_out, Tensor? nonfinite) -> (Tensor total, Tensor normed, Tensor mean, "
+      "Tensor rstd)");
   m.def(
-      "residual_layer_norm_backward(Tensor grad_total, Tensor grad_normed, Tensor total, Tensor weight, Tensor mean, "
-      "Tensor rstd, ScalarType branch_dtype) -> (Tensor grad_x, Tensor grad_branch, Tensor grad_weight, Tensor "
-      "grad_bias)");
+      "residual_layer_norm_backward(Tensor? grad_total, Tensor grad_normed, Tensor total, Tensor weight, Tensor mean, "
+      "Tensor rstd, ScalarType branch_dtype, Tensor? scale_in, Tensor? scale_out, Tensor(a!)? nonfinite) "
+      "-> (Tensor grad_x, Tensor grad_branch, Tensor grad_weight, Tensor grad_bias)");
   m.def("scale_gradient(Tensor grad, Tensor scale, ScalarType dtype) -> Tensor");
   m.def("unscale_gradient(Tensor grad, Tensor scale) -> Tensor");
+  m.def("update_scales(Tensor(a!) scale, Tensor(b!) since_division, Tensor(c!) nonfinite, int replicas) -> ()");
 
   // Linear layers of sampling
   m.def("pack_linear(Tensor weight, ScalarType dtype) -> (Tensor panels, Tensor scales)");

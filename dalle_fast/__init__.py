@@ -24,6 +24,8 @@ _HOMES = {
     "residual_layer_norm": "ops",
     "scale_gradient": "ops",
     "unscale_gradient": "ops",
+    "initial_scales": "ops",
+    "update_scales": "ops",
     "PackedWeight": "ops",
     "pack_linear": "ops",
     "packed_linear": "ops",

@@ -6,6 +6,7 @@ Written from the paper and independent of the kernels. Nothing here is meant to 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -227,20 +228,57 @@ def gumbel_quantize(
 # ---------------------------------------------------------------------------------------------- resblocks
 
 
+class _EnterStream(torch.autograd.Function):
+    """A resblock's output in the stream's dtype; its gradient enters the resblock times the scale (figure 4)."""
+
+    @staticmethod
+    def forward(ctx: Any, branch: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:
+        ctx.dtype, ctx.scale = branch.dtype, scale
+        return branch.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grad.to(ctx.dtype) if ctx.scale is None else scale_gradient(grad, ctx.scale, ctx.dtype), None, None
+
+
+class _LeaveStream(torch.autograd.Function):
+    """A resblock's input in its own dtype; its gradient leaves the resblock filtered and unscaled (figure 4)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, normed: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None, nonfinite: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.dtype, ctx.scale, ctx.nonfinite = normed.dtype, scale, nonfinite
+        return normed.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        grad = grad.to(ctx.dtype)
+        if ctx.scale is not None:
+            ctx.nonfinite.masked_fill_(~grad.isfinite().all(), 1)
+            grad = unscale_gradient(grad, ctx.scale)
+        return grad, None, None, None
+
+
 def residual_layer_norm(
     x: torch.Tensor,
-    branch: torch.Tensor,
+    branch: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor,
     eps: float = 1e-5,
     dtype: torch.dtype | None = None,
+    scale_in: torch.Tensor | None = None,
+    scale_out: torch.Tensor | None = None,
+    nonfinite: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add a resblock's output to the residual stream and normalise the sum for the next one (section 2.4).
 
     x [..., D] fp32 stream, branch [..., D] any dtype -> (x + branch in x's dtype, its LayerNorm in ``dtype``).
+    scale_in, scale_out: gradient scales of the resblocks behind and in front; nonfinite: int32, set to 1 on Inf or NaN.
     """
-    total = x + branch.to(x.dtype)
-    return total, F.layer_norm(total, total.shape[-1:], weight, bias, eps).to(dtype or x.dtype)
+    total = x if branch is None else x + _EnterStream.apply(branch, x.dtype, scale_out)
+    normed = F.layer_norm(total, total.shape[-1:], weight, bias, eps)
+    return total, _LeaveStream.apply(normed, dtype or x.dtype, scale_in, nonfinite)
 
 
 def scale_gradient(grad: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -250,8 +288,26 @@ def scale_gradient(grad: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) 
 
 def unscale_gradient(grad: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The gradient that leaves a resblock: Inf and NaN become 0, then divided by the scale, in fp32 (figure 4)."""
-    grad = grad.float()
+    grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
     return torch.where(grad.isfinite(), grad, torch.zeros_like(grad)) / scale
+
+
+def update_scales(
+    scale: torch.Tensor, since_division: torch.Tensor, nonfinite: torch.Tensor, replicas: int = 1
+) -> None:
+    """The gradient scales after an update, in place (appendix D); all [n]. Clears ``nonfinite``.
+
+    since_division counts all updates, up to 125: were skipped ones left out, a scale that is far too large would never
+    be divided a second time.
+    """
+    since_division.add_(1).clamp_(max=125)
+    finite = nonfinite == 0
+    divide = ~finite & (since_division >= 125)
+    divided = torch.where(divide, scale / torch.full_like(scale, 2.0).sqrt(), scale)
+    scale.copy_(torch.where(finite, scale * 2 ** (1 / 1000), divided))
+    scale.clamp_(replicas * 2.0**7, replicas * 2.0**24)
+    since_division.masked_fill_(divide, 0)
+    nonfinite.zero_()
 
 
 # ---------------------------------------------------------------------------------------------- linear layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,24 +14,29 @@ from dalle_fast import reference
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def inputs(*shape, dtype=torch.float32, branch_dtype=None, seed=0):
+def inputs(*shape, dtype=torch.float32, branch_dtype=None, seed=0, device="cpu"):
     """x, branch, weight, bias; a mean well away from 0 makes a careless variance show."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size):
-        return torch.randn(size, generator=generator).to(dtype)
+        return torch.randn(size, generator=generator).to(device, dtype)
 
     width = shape[-1]
     return 3 + normal(*shape), normal(*shape).to(branch_dtype or dtype), 1 + normal(width), normal(width)
 
 
-def run(module, x, branch, weight, bias, dtype=None):
+def run(module, x, branch, weight, bias, dtype=None, upstream=None, **scaling):
     """Outputs and gradients, for fixed upstream gradients."""
     leaves = [tensor.detach().requires_grad_() for tensor in (x, branch, weight, bias)]
-    total, normed = module.residual_layer_norm(*leaves, dtype=dtype)
-    generator = torch.Generator().manual_seed(5)
-    upstream = [torch.randn(x.shape, generator=generator).to(out.dtype) for out in (total, normed)]
+    total, normed = module.residual_layer_norm(*leaves, dtype=dtype, **scaling)
+    if upstream is None:
+        generator = torch.Generator().manual_seed(5)
+        upstream = [torch.randn(x.shape, generator=generator).to(out) for out in (total, normed)]
     return [total, normed, *torch.autograd.grad([total, normed], leaves, upstream)]
+
+
+def new_flag(device="cpu"):
+    return torch.zeros((), dtype=torch.int32, device=device)
 
 
 def error(result, exact):
@@ -39,8 +45,8 @@ def error(result, exact):
 
 @settings(max_examples=40, deadline=None)
 @given(shape=st.lists(st.integers(1, 7), max_size=2), width=st.integers(4, 300), seed=st.integers(0, 1000))
-def test_matches_float64(shape, width, seed):
-    tensors = inputs(*shape, width, seed=seed)
+def test_matches_float64(shape, width, seed, device):
+    tensors = inputs(*shape, width, seed=seed, device=device)
     exact = run(reference, *(tensor.double() for tensor in tensors))
     theirs = run(reference, *tensors)
     for result, eager, wanted in zip(run(df, *tensors), theirs, exact, strict=True):
@@ -51,9 +57,9 @@ def test_matches_float64(shape, width, seed):
 
 @pytest.mark.parametrize("branch_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_half_precision(branch_dtype, dtype):
+def test_half_precision(branch_dtype, dtype, device):
     """The sum is float32 arithmetic; a half result is the float32 one, rounded: at most twice torch's own error."""
-    tensors = inputs(40, 96, branch_dtype=branch_dtype)
+    tensors = inputs(40, 96, branch_dtype=branch_dtype, device=device)
     exact = run(reference, *(tensor.double() for tensor in tensors))
     eager = run(reference, *tensors, dtype=dtype)
     results = run(df, *tensors, dtype=dtype)
@@ -65,32 +71,36 @@ def test_half_precision(branch_dtype, dtype):
         assert error(result, wanted) <= max(1e-5, 2 * error(theirs, wanted))
 
 
-def test_gradcheck():
-    tensors = [tensor.requires_grad_() for tensor in inputs(3, 2, 5, dtype=torch.float64)]
+def test_gradcheck(device):
+    tensors = [tensor.requires_grad_() for tensor in inputs(3, 2, 5, dtype=torch.float64, device=device)]
     assert torch.autograd.gradcheck(df.residual_layer_norm, tensors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_opcheck(dtype):
-    x, branch, weight, bias = inputs(3, 2, 20, branch_dtype=dtype)
+def test_opcheck(dtype, device):
+    x, branch, weight, bias = inputs(3, 2, 20, branch_dtype=dtype, device=device)
     leaves = [tensor.requires_grad_() for tensor in (x, branch, weight, bias)]
     op = torch.ops.dalle_fast.residual_layer_norm.default
-    torch.library.opcheck(op, (*leaves, 1e-5, dtype))
+    scale = torch.tensor(8.0, device=device)
+    for scaling in ((None, None, None), (scale, scale, new_flag(device))):
+        torch.library.opcheck(op, (*leaves, 1e-5, dtype, *scaling))
+    torch.library.opcheck(op, (x, None, weight, bias, 1e-5, dtype, scale, None, new_flag(device)))
     with torch.no_grad():
-        total, normed, mean, rstd = op(*leaves, 1e-5, dtype)
+        total, normed, mean, rstd = op(*leaves, 1e-5, dtype, None, None, None)
         backward = torch.ops.dalle_fast.residual_layer_norm_backward.default
-        torch.library.opcheck(backward, (total, normed, total, weight.detach(), mean, rstd, dtype))
-        scale = torch.tensor(8.0)
+        for grad_total, *scaling in ((total, None, None, None), (None, scale, scale, new_flag(device))):
+            torch.library.opcheck(backward, (grad_total, normed, total, weight.detach(), mean, rstd, dtype, *scaling))
         torch.library.opcheck(torch.ops.dalle_fast.scale_gradient.default, (total, scale, dtype))
         torch.library.opcheck(torch.ops.dalle_fast.unscale_gradient.default, (normed, scale))
+    torch.library.opcheck(torch.ops.dalle_fast.update_scales.default, (*df.initial_scales(5, device=device), 1))
 
 
-def test_strided_and_surrounded_by_nan():
-    x, branch, weight, bias = inputs(6, 33)
+def test_strided_and_surrounded_by_nan(device):
+    x, branch, weight, bias = inputs(6, 33, device=device)
     expected = run(df, x, branch, weight, bias)
     views = []
     for plain in (x, branch, weight[None], bias[None]):
-        padded = torch.full((plain.shape[1] + 2, 2 * plain.shape[0] + 2), float("nan"))
+        padded = torch.full((plain.shape[1] + 2, 2 * plain.shape[0] + 2), float("nan"), device=device)
         view = padded[1:-1, 1:-1:2].t()
         view.copy_(plain)
         views.append(view)
@@ -98,8 +108,30 @@ def test_strided_and_surrounded_by_nan():
         assert torch.equal(result, wanted)
 
 
-def test_nan_stays_in_its_row():
-    x, branch, weight, bias = inputs(5, 40)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [1, 3, 2052, 8192, 8196])
+def test_widths(width, dtype, device):
+    """Powers of two and not, whole vectors and not, and wider than any block of threads holds."""
+    tensors = inputs(3, width, dtype=dtype, device=device)
+    exact = run(reference, *(tensor.double() for tensor in tensors))
+    eager = run(reference, *tensors)
+    for result, theirs, wanted in zip(run(df, *tensors), eager, exact, strict=True):
+        assert error(result, wanted) <= max(1e-5, 2 * error(theirs, wanted))
+
+
+def test_odd_addresses(device):
+    """Contiguous, but no row starts where vectors do."""
+    tensors = inputs(5, 64, device=device)
+    moved = []
+    for tensor in tensors:
+        room = torch.full((tensor.numel() + 2,), float("nan"), device=device)
+        moved.append(room[1:-1].view(tensor.shape).copy_(tensor))
+    for result, wanted in zip(run(df, *moved), run(df, *tensors), strict=True):
+        assert error(result, wanted.double()) <= 1e-6
+
+
+def test_nan_stays_in_its_row(device):
+    x, branch, weight, bias = inputs(5, 40, device=device)
     branch[2, 3] = float("nan")
     total, normed = df.residual_layer_norm(x, branch, weight, bias)
     assert total.isnan().sum() == 1
@@ -107,14 +139,16 @@ def test_nan_stays_in_its_row():
     assert normed[[0, 1, 3, 4]].isfinite().all()
 
 
-def test_bitwise_repeatable_on_any_number_of_threads():
-    tensors = inputs(2000, 100)
+def test_bitwise_repeatable_on_any_number_of_threads(device):
+    tensors = inputs(1000, 100, device=device)
+    scale_in, scale_out = torch.tensor([3.0, 5.0], device=device)
+    scaling = {"scale_in": scale_in, "scale_out": scale_out, "nonfinite": new_flag(device)}
     threads = torch.get_num_threads()
     results = []
     try:
         for n in (1, 2, 2):
             torch.set_num_threads(n)
-            results.append(run(df, *tensors))
+            results.append([*run(df, *tensors), *run(df, *tensors, **scaling)])
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -122,9 +156,9 @@ def test_bitwise_repeatable_on_any_number_of_threads():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradient_scaling(dtype):
-    grad = torch.randn(37, 251, generator=torch.Generator().manual_seed(0))
-    scale = torch.tensor(2.0**13 * 1.0007)
+def test_gradient_scaling(dtype, device):
+    grad = torch.randn(37, 251, generator=torch.Generator().manual_seed(0)).to(device)
+    scale = torch.tensor(2.0**13 * 1.0007, device=device)
     scaled = df.scale_gradient(grad, scale, dtype)
     assert scaled.dtype == dtype
     assert torch.equal(scaled, reference.scale_gradient(grad, scale, dtype))
@@ -136,10 +170,166 @@ def test_gradient_scaling(dtype):
     assert df.scale_gradient(grad[:0], scale, dtype).shape == (0, 251)
 
 
-def test_float16_overflow_is_filtered():
-    scaled = df.scale_gradient(torch.tensor([1.0, 100.0]), torch.tensor(2.0**13), torch.float16)
+def test_float16_overflow_is_filtered(device):
+    scale = torch.tensor(2.0**13, device=device)
+    scaled = df.scale_gradient(torch.tensor([1.0, 100.0], device=device), scale, torch.float16)
     assert scaled.isinf().tolist() == [False, True]
-    assert df.unscale_gradient(scaled, torch.tensor(2.0**13)).tolist() == [1.0, 0.0]
+    assert df.unscale_gradient(scaled, scale).tolist() == [1.0, 0.0]
+
+
+def test_unscaled_without_branch(device):
+    """In front of the first resblock: the stream is the sum."""
+    x, _, weight, bias = (tensor.requires_grad_() for tensor in inputs(6, 5, 36, device=device))
+    total, normed = df.residual_layer_norm(x, None, weight, bias)
+    assert torch.equal(total, x)
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(x.shape, generator=generator).to(device) for _ in range(2)]
+    results = [normed, *torch.autograd.grad([total, normed], [x, weight, bias], upstream)]
+    leaves = [tensor.detach().double().requires_grad_() for tensor in (x, weight, bias)]
+    exact = reference.residual_layer_norm(leaves[0], None, *leaves[1:])
+    wanted = [exact[1], *torch.autograd.grad(exact, leaves, [grad.double() for grad in upstream])]
+    for result, value in zip(results, wanted, strict=True):
+        assert error(result, value) <= 1e-5
+
+
+@pytest.mark.parametrize("branch_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [33, 96])
+def test_scaled_backward(width, dtype, branch_dtype, device):
+    """Filter, unscale, LayerNorm, sum, scale and cast at once, against the float64 composition of the steps."""
+    tensors = inputs(40, width, branch_dtype=branch_dtype, device=device)
+    generator = torch.Generator().manual_seed(2)
+    upstream = [torch.randn(tensors[0].shape, generator=generator).to(device) for _ in range(2)]
+    upstream[1] = (upstream[1] * 700).to(dtype)
+    for place, value in zip(((3, 5), (3, 6), (39, 32)), (np.nan, np.inf, -np.inf), strict=True):
+        upstream[1][place] = value
+    scale_in, scale_out = torch.tensor([[700.0], [2.0**9 * 1.0007]], device=device)
+    scales = {"scale_in": scale_in, "scale_out": scale_out}
+    flags = [new_flag(device) for _ in range(3)]
+    results = run(df, *tensors, dtype, upstream, nonfinite=flags[0], **scales)
+    eager = run(reference, *tensors, dtype, upstream, nonfinite=flags[1], **scales)
+    exact = run(
+        reference,
+        *(tensor.double() for tensor in tensors),
+        upstream=[grad.double() for grad in upstream],
+        nonfinite=flags[2],
+        **scales,
+    )
+    assert flags == [1, 1, 1]
+    assert [result.dtype for result in results] == [result.dtype for result in eager]
+    for result, theirs, wanted in zip(results, eager, exact, strict=True):
+        assert error(result, wanted) <= max(1e-5, 2 * error(theirs, wanted))
+    # The filter alone sets the flag, and never clears it.
+    finite = [grad.nan_to_num(0, 0, 0) for grad in upstream]
+    for flag, wanted in ((new_flag(device), 0), (new_flag(device) + 1, 1)):
+        run(df, *tensors, dtype, finite, nonfinite=flag, **scales)
+        assert flag == wanted
+
+
+def resblocks(x, weights, norms, scale, nonfinite, spoil=None, cut=None):
+    """A stream through float16 resblocks, as a model would write it.
+
+    The gradient that leaves resblock ``spoil`` is infinite, that of ``cut`` does not reach the stream.
+    """
+    n = len(weights)
+    total, normed = df.residual_layer_norm(
+        x, None, *norms[0], dtype=torch.float16, scale_in=scale[0], nonfinite=nonfinite[0]
+    )
+    for i, weight in enumerate(weights):
+        if i == spoil:
+            normed.register_hook(lambda grad: grad + torch.inf)
+        branch = (normed.detach() if i == cut else normed) @ weight.half()
+        leave = {"dtype": torch.float16, "scale_in": scale[i + 1], "nonfinite": nonfinite[i + 1]} if i + 1 < n else {}
+        total, normed = df.residual_layer_norm(total, branch, *norms[i + 1], scale_out=scale[i], **leave)
+    return normed
+
+
+def resblock_gradients(device, **faults):
+    """Gradients of the stream and of all parameters, without their scales; and which resblocks were not finite."""
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*size):
+        return torch.randn(size, generator=generator).to(device).requires_grad_()
+
+    n, width = 4, 40
+    x, weights = leaf(3, 7, width), [leaf(width, width) for _ in range(n)]
+    norms = [(leaf(width), leaf(width)) for _ in range(n + 1)]
+    scale, _, nonfinite = df.initial_scales(n, device=device)
+    scale *= torch.tensor([1.0, 0.5, 3.0, 0.3], device=device)
+    loss = (resblocks(x, weights, norms, scale, nonfinite, **faults) / 300).square().mean()
+    vectors = [vector for norm in norms for vector in norm]
+    stream, *grads = torch.autograd.grad(loss, [x, *weights, *vectors])
+    grads[:n] = [grad / scale[i] for i, grad in enumerate(grads[:n])]
+
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, *weights, *vectors)]
+    total = exact[0]
+    for i, weight in enumerate(exact[1 : n + 1]):
+        total = total + torch.layer_norm(total, (width,), *exact[n + 1 + 2 * i : n + 3 + 2 * i]) @ weight
+    loss = (torch.layer_norm(total, (width,), *exact[-2:]) / 300).square().mean()
+    return [stream, *grads], torch.autograd.grad(loss, exact), nonfinite.tolist()
+
+
+def test_resblocks(device):
+    """Gradients far below what float16 can hold come through it, each resblock with a scale of its own."""
+    grads, exact, nonfinite = resblock_gradients(device)
+    assert nonfinite == [0, 0, 0, 0]
+    for grad, wanted in zip(grads, exact, strict=True):
+        assert (grad.double() - wanted).norm() / wanted.norm() < 1e-2
+
+
+def test_infinite_gradient_stays_in_its_resblock(device):
+    spoiled, _, nonfinite = resblock_gradients(device, spoil=2)
+    assert nonfinite == [0, 0, 1, 0]
+    cut, _, _ = resblock_gradients(device, cut=2)
+    assert all(torch.equal(grad, wanted) for grad, wanted in zip(spoiled, cut, strict=True))
+
+
+def simulate_scales(trace, scale, replicas):
+    """Appendix D for one resblock, step by step. Yields its scale after each update, and whether it was divided."""
+    smallest, largest = np.float32(replicas * 2**7), np.float32(replicas * 2**24)
+    last_division = -(10**9)
+    for step, nonfinite in enumerate(trace):
+        divide = bool(nonfinite) and step - last_division >= 125
+        if divide:
+            scale = scale / np.float32(np.sqrt(2))
+            last_division = step
+        elif not nonfinite:
+            scale = scale * np.float32(2 ** (1 / 1000))
+        scale = min(max(scale, smallest), largest)
+        yield scale, divide
+
+
+@pytest.mark.parametrize("module", [df, reference], ids=["df", "reference"])
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_update_scales(module, replicas, device):
+    """A thousand steps of many resblocks, from never to always infinite, from one limit to the other."""
+    steps, n = 1000, 128
+    generator = np.random.default_rng(0)
+    chance = np.concatenate([[0, 1], generator.uniform(size=n - 2) ** 4])
+    traces = generator.uniform(size=(steps, n)) < chance
+    scale, since_division, nonfinite = df.initial_scales(n, replicas, device)
+    scale[::2] *= torch.logspace(-6, 10.9, n // 2, base=2).to(device)  # 2^13 at first
+    simulated = [list(simulate_scales(traces[:, i], np.float32(scale[i].item()), replicas)) for i in range(n)]
+    divisions, reached = 0, set()
+    for step in range(steps):
+        nonfinite.copy_(torch.from_numpy(traces[step]))
+        module.update_scales(scale, since_division, nonfinite, replicas)
+        assert scale.tolist() == [float(resblock[step][0]) for resblock in simulated]
+        divided = [resblock[step][1] for resblock in simulated]
+        assert (since_division == 0).tolist() == divided
+        divisions += sum(divided)
+        reached |= {scale.min().item(), scale.max().item()}
+        assert not nonfinite.any()
+    assert divisions > n
+    assert {replicas * 2.0**7, replicas * 2.0**24} <= reached
+
+
+def test_initial_scales(device):
+    scale, since_division, nonfinite = df.initial_scales(3, replicas=4, device=device)
+    assert scale.tolist() == [4 * 2.0**13] * 3
+    assert nonfinite.tolist() == [0] * 3
+    df.update_scales(scale, since_division, nonfinite + 1, replicas=4)
+    assert scale.tolist() == pytest.approx([4 * 2.0**12.5] * 3)  # the first division need not wait
 
 
 @pytest.mark.parametrize(
@@ -162,9 +352,54 @@ def test_bad_input(change, error, message):
         df.residual_layer_norm(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"nonfinite": None}, ValueError, "scale_in, nonfinite: expected both or neither"),
+        ({"scale_in": None}, ValueError, "scale_in, nonfinite: expected both or neither"),
+        ({"branch": None}, ValueError, "scale_out: expected None without a branch"),
+        ({"scale_in": torch.ones(2)}, ValueError, r"scale_in: expected one element, got \[2\]"),
+        (
+            {"scale_out": torch.tensor(1.0).half()},
+            TypeError,
+            "scale_out: expected torch.float32 on cpu, got torch.float16",
+        ),
+        ({"nonfinite": torch.tensor(0.0)}, TypeError, "nonfinite: expected torch.int32 on cpu, got torch.float32"),
+    ],
+)
+def test_bad_scaling(change, error, message):
+    x, scale = torch.zeros(2, 4), torch.tensor(1.0)
+    scaling = {"scale_in": scale, "scale_out": scale, "nonfinite": new_flag(), "branch": x, **change}
+    with pytest.raises(error, match=message):
+        df.residual_layer_norm(x, weight=torch.ones(4), bias=torch.zeros(4), **scaling)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"scale": torch.ones(2, 2)}, ValueError, r"scale: expected \[n\], got \[2, 2\]"),
+        ({"scale": torch.ones(4).double()}, TypeError, "scale: expected torch.float32 on cpu, got torch.float64"),
+        (
+            {"since_division": torch.ones(4)},
+            TypeError,
+            "since_division: expected torch.int32 on cpu, got torch.float32",
+        ),
+        ({"nonfinite": torch.ones(3).int()}, ValueError, r"nonfinite: expected \[4\], got \[3\]"),
+        ({"scale": torch.ones(8)[::2]}, ValueError, r"scale: expected contiguous memory, got strides \(2,\)"),
+        ({"replicas": 0}, ValueError, "replicas: expected at least 1, got 0"),
+    ],
+)
+def test_bad_state(change, error, message):
+    names = ("scale", "since_division", "nonfinite")
+    with pytest.raises(error, match=message):
+        df.update_scales(**{**dict(zip(names, df.initial_scales(4), strict=True)), **change})
+    with pytest.raises(ValueError, match="n: expected at least 1, got 0"):
+        df.initial_scales(0)
+
+
 def test_bad_scale():
     grad = torch.zeros(3)
-    with pytest.raises(TypeError, match=r"scale: expected float32, got torch.float64"):
+    with pytest.raises(TypeError, match=r"scale: expected torch.float32 on cpu, got torch.float64"):
         df.scale_gradient(grad, torch.tensor(1.0).double(), torch.float16)
     with pytest.raises(ValueError, match=r"scale: expected one element, got \[3\]"):
         df.unscale_gradient(grad, torch.ones(3))

@@ -1,11 +1,16 @@
 """The prior: what it may see, what it costs, and that sampling with caches is the same model."""
 
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import dalle_fast as df
 from dalle_fast.config import PRESETS, DALLEConfig
-from dalle_fast.models import DALLE
+from dalle_fast.models import DALLE, transformer
+from dalle_fast.models.repeat import repeat
 from dalle_fast.models.transformer import Layer, guide
 
 SMALL = DALLEConfig(
@@ -185,6 +190,50 @@ def test_same_generator_state_same_codes_and_inputs_stay_untouched():
         a, b = (model.generate(text, 3, torch.Generator().manual_seed(7), **options) for _ in range(2))
         assert torch.equal(a, b)
     assert torch.equal(text, text_before) and torch.equal(codes, codes_before)
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance": 3.0, "image_prompt": True}, {"top_k": 5, "top_p": 0.9}], ids=str)
+def test_a_step_of_sampling_never_waits_for_the_device(monkeypatch, options):
+    """Which is what a CUDA graph needs: here its tensors have no values, and to read one is an error."""
+    ran = []
+
+    def without_values(step, times, **_):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            step()
+            ran.append(times)
+            with pytest.raises(DataDependentOutputException):
+                codes[0, 0, 0].item()
+
+    text, codes = small_batch(2)
+    if "image_prompt" in options:
+        options = options | {"image_prompt": (codes[0], torch.arange(16).view(4, 4) < 4)}
+    monkeypatch.setattr(transformer, "repeat", without_values)
+    small_model().generate(text, 3, **options)
+    assert ran == [SMALL.image_len - 1]
+
+
+@pytest.mark.parametrize("times", [0, 1, 2, 5])
+def test_a_recorded_step_runs_as_often_as_a_called_one(monkeypatch, times):
+    ran, recording = [], []
+
+    @contextmanager
+    def graph(_, stream):
+        recording.append(stream)
+        yield
+        recording.pop()
+
+    stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: ran.append("synchronized"))
+    fakes = {
+        "Stream": lambda device: stream,
+        "current_stream": lambda device: None,
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: ran.append("step")),
+        "graph": graph,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    repeat(lambda: None if recording else ran.append("step"), times, graph_on=torch.device("cuda"))
+    assert ran == ["step"] * times + ["synchronized"]
 
 
 def test_guidance_of_one_is_no_guidance_and_more_of_it_moves_the_logits():

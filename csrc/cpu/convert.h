@@ -6,7 +6,7 @@
 
 #include <cstring>
 
-#include "resblock.h"
+#include "format.h"
 #include "simd.h"
 
 namespace dalle_fast {

@@ -1,6 +1,7 @@
 // One thread takes whole rows: a row is read from memory once and stays in the cache for the two passes of its mean and
 // variance. The gradients of weight and bias are sums over rows: each of a fixed number of row blocks writes its own
-// partial sum, and the partials are added in order, so that the result does not depend on the number of threads.
+// partial sum, and the partials are added in order, so that the result does not depend on the number of threads. What
+// is Inf or NaN in a scaled gradient becomes 0 before it reaches any sum.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 
 #include "convert.h"
 #include "resblock.h"
+#include "scale_state.h"
 #include "simd.h"
 
 namespace dalle_fast {
@@ -40,21 +42,33 @@ DF_ALWAYS_INLINE T sum_of_squares(const T* row, int64_t n, T mean) {
 }
 
 template <typename T>
+DF_ALWAYS_INLINE bool is_finite(T x) {
+  return std::fabs(x) <= std::numeric_limits<T>::max();
+}
+
+template <typename T>
 DF_ALWAYS_INLINE void forward_rows_body(const ResidualLayerNorm<T>& p, int64_t begin, int64_t end) {
   const int64_t width = p.width;
   for (int64_t row = begin; row < end; ++row) {
     const T* x = p.x + row * width;
-    T* total = p.total + row * width;
+    const T* total = x;
     T sum = 0;
-    with_element(p.branch_format, [&](auto element) DF_INLINE_LAMBDA {
-      using E = decltype(element);
-      const auto* branch = static_cast<const typename E::Stored*>(p.branch) + row * width;
+    if (p.branch != nullptr) {
+      T* out = p.total + row * width;
+      with_element(p.branch_format, [&](auto element) DF_INLINE_LAMBDA {
+        using E = decltype(element);
+        const auto* branch = static_cast<const typename E::Stored*>(p.branch) + row * width;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < width; ++i) {
-        total[i] = x[i] + E::load(branch[i]);
-        sum += total[i];
-      }
-    });
+        for (int64_t i = 0; i < width; ++i) {
+          out[i] = x[i] + E::load(branch[i]);
+          sum += out[i];
+        }
+      });
+      total = out;
+    } else {
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < width; ++i) sum += x[i];
+    }
     const T mean = sum / width;
     const T rstd = 1 / std::sqrt(sum_of_squares(total, width, mean) / width + static_cast<T>(p.eps));
     with_element(p.normed_format, [&](auto element) DF_INLINE_LAMBDA {
@@ -76,24 +90,42 @@ void forward_rows(const ResidualLayerNorm<double>& p, int64_t begin, int64_t end
   simd([=]() DF_INLINE_LAMBDA { forward_rows_body(p, begin, end); });
 }
 
-// grad_weight and grad_bias: this block's partial sums, zero on entry. grad: [width], room for the gradient of a row
-// before weight and bias.
+// What a block of rows adds up and works with.
 template <typename T>
-DF_ALWAYS_INLINE void backward_rows_body(const ResidualLayerNormBackward<T>& p, int64_t begin, int64_t end, T* grad,
-                                         T* grad_weight, T* grad_bias) {
+struct BlockGradients {
+  T *weight, *bias;    // [width], zero at first
+  int32_t* nonfinite;  // zero at first
+  T* normal_grad;      // [width], room for a row's gradient before weight and bias
+  const T* zeros;      // [width]
+};
+
+template <bool filter, typename T>
+DF_ALWAYS_INLINE void backward_rows_body(const ResidualLayerNormBackward<T>& p, int64_t begin, int64_t end,
+                                         const BlockGradients<T>& block) {
   const int64_t width = p.width;
+  const T unscale = p.scale_in == nullptr ? T(1) : 1 / static_cast<T>(*p.scale_in);
+  const T scale_out = p.scale_out == nullptr ? T(1) : static_cast<T>(*p.scale_out);
+  T *grad_weight = block.weight, *grad_bias = block.bias, *grad = block.normal_grad;
+  int32_t nonfinite = 0;
   for (int64_t row = begin; row < end; ++row) {
     const T* total = p.total + row * width;
-    const T* grad_total = p.grad_total + row * width;
+    const T* grad_total = p.grad_total == nullptr ? block.zeros : p.grad_total + row * width;
     T* grad_x = p.grad_x + row * width;
     const T mean = p.mean[row], rstd = p.rstd[row];
     T grad_sum = 0, product_sum = 0;
     with_element(p.normed_format, [&](auto element) DF_INLINE_LAMBDA {
       using E = decltype(element);
       const auto* grad_normed = static_cast<const typename E::Stored*>(p.grad_normed) + row * width;
-#pragma omp simd reduction(+ : grad_sum, product_sum)
+#pragma omp simd reduction(+ : grad_sum, product_sum) reduction(| : nonfinite)
       for (int64_t i = 0; i < width; ++i) {
-        const T value = E::load(grad_normed[i]), normal = (total[i] - mean) * rstd;
+        T value = E::load(grad_normed[i]);
+        if constexpr (filter) {
+          const bool finite = is_finite(value);
+          nonfinite |= finite ? 0 : 1;
+          value = finite ? value : T(0);
+        }
+        value *= unscale;
+        const T normal = (total[i] - mean) * rstd;
         grad_weight[i] += value * normal;
         grad_bias[i] += value;
         grad[i] = value * p.weight[i];
@@ -112,22 +144,20 @@ DF_ALWAYS_INLINE void backward_rows_body(const ResidualLayerNormBackward<T>& p, 
       using E = decltype(element);
       auto* grad_branch = static_cast<typename E::Stored*>(p.grad_branch) + row * width;
 #pragma omp simd
-      for (int64_t i = 0; i < width; ++i) grad_branch[i] = E::store(grad_x[i]);
+      for (int64_t i = 0; i < width; ++i) grad_branch[i] = E::store(grad_x[i] * scale_out);
     });
   }
+  *block.nonfinite |= nonfinite;
 }
 
-void backward_rows(const ResidualLayerNormBackward<float>& p, int64_t begin, int64_t end, float* grad,
-                   float* grad_weight, float* grad_bias) {
-  simd([=]() DF_INLINE_LAMBDA { backward_rows_body(p, begin, end, grad, grad_weight, grad_bias); });
+template <typename T>
+void backward_rows(const ResidualLayerNormBackward<T>& p, int64_t begin, int64_t end, const BlockGradients<T>& block) {
+  if (p.nonfinite != nullptr) {
+    simd([=]() DF_INLINE_LAMBDA { backward_rows_body<true>(p, begin, end, block); });
+  } else {
+    simd([=]() DF_INLINE_LAMBDA { backward_rows_body<false>(p, begin, end, block); });
+  }
 }
-
-void backward_rows(const ResidualLayerNormBackward<double>& p, int64_t begin, int64_t end, double* grad,
-                   double* grad_weight, double* grad_bias) {
-  simd([=]() DF_INLINE_LAMBDA { backward_rows_body(p, begin, end, grad, grad_weight, grad_bias); });
-}
-
-DF_ALWAYS_INLINE float finite_or_zero(float x) { return std::fabs(x) <= std::numeric_limits<float>::max() ? x : 0.0f; }
 
 }  // namespace
 
@@ -143,12 +173,14 @@ void residual_layer_norm_backward_cpu(const ResidualLayerNormBackward<T>& params
   const int64_t block_rows = std::max(row_grain(width), (params.rows + kMaxBlocks - 1) / kMaxBlocks);
   const int64_t blocks = (params.rows + block_rows - 1) / block_rows;
   std::vector<T> partials(blocks * 2 * width);  // [blocks, weight and bias, width]
+  std::vector<int32_t> nonfinite(blocks);
+  const std::vector<T> zeros(params.grad_total == nullptr ? width : 0);
   parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> grad(width);
+    std::vector<T> normal_grad(width);
     for (int64_t block = begin; block < end; ++block) {
       T* partial = partials.data() + block * 2 * width;
-      backward_rows(params, block * block_rows, std::min(params.rows, (block + 1) * block_rows), grad.data(), partial,
-                    partial + width);
+      backward_rows(params, block * block_rows, std::min(params.rows, (block + 1) * block_rows),
+                    BlockGradients<T>{partial, partial + width, &nonfinite[block], normal_grad.data(), zeros.data()});
     }
   });
   std::fill_n(params.grad_weight, width, T(0));
@@ -159,6 +191,7 @@ void residual_layer_norm_backward_cpu(const ResidualLayerNormBackward<T>& params
       params.grad_weight[i] += partial[i];
       params.grad_bias[i] += partial[width + i];
     }
+    if (nonfinite[block] != 0) *params.nonfinite = 1;
   }
 }
 
@@ -167,30 +200,45 @@ template void residual_layer_norm_cpu(const ResidualLayerNorm<double>&);
 template void residual_layer_norm_backward_cpu(const ResidualLayerNormBackward<float>&);
 template void residual_layer_norm_backward_cpu(const ResidualLayerNormBackward<double>&);
 
-void scale_gradient_cpu(const float* in, float scale, int64_t n, void* out, Format out_format) {
-  parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
-    simd([=]() DF_INLINE_LAMBDA {
-      with_element(out_format, [&](auto element) DF_INLINE_LAMBDA {
+void scale_gradient_cpu(const GradientScaling& params) {
+  parallel_for(0, params.n, kGrain, [&](int64_t begin, int64_t end) {
+    simd([=, scale = *params.scale]() DF_INLINE_LAMBDA {
+      with_element(params.out_format, [&](auto element) DF_INLINE_LAMBDA {
         using E = decltype(element);
-        auto* to = static_cast<typename E::Stored*>(out);
+        const auto* in = static_cast<const float*>(params.in);
+        auto* out = static_cast<typename E::Stored*>(params.out);
 #pragma omp simd
-        for (int64_t i = begin; i < end; ++i) to[i] = E::store(in[i] * scale);
+        for (int64_t i = begin; i < end; ++i) out[i] = E::store(in[i] * scale);
       });
     });
   });
 }
 
-void unscale_gradient_cpu(const void* in, Format in_format, float scale, int64_t n, float* out) {
-  parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
-    simd([=]() DF_INLINE_LAMBDA {
-      with_element(in_format, [&](auto element) DF_INLINE_LAMBDA {
+void unscale_gradient_cpu(const GradientScaling& params) {
+  parallel_for(0, params.n, kGrain, [&](int64_t begin, int64_t end) {
+    simd([=, scale = *params.scale]() DF_INLINE_LAMBDA {
+      with_element(params.in_format, [&](auto element) DF_INLINE_LAMBDA {
         using E = decltype(element);
-        const auto* from = static_cast<const typename E::Stored*>(in);
+        const auto* in = static_cast<const typename E::Stored*>(params.in);
+        auto* out = static_cast<float*>(params.out);
 #pragma omp simd
-        for (int64_t i = begin; i < end; ++i) out[i] = finite_or_zero(E::load(from[i])) / scale;
+        for (int64_t i = begin; i < end; ++i) {
+          const float x = E::load(in[i]);
+          out[i] = (is_finite(x) ? x : 0.0f) / scale;
+        }
       });
     });
   });
+}
+
+void update_scales_cpu(const ScaleUpdate& params) {
+  for (int64_t i = 0; i < params.n; ++i) {
+    const ScaleState next =
+        next_scale({params.scale[i], params.since_division[i]}, params.nonfinite[i] != 0, params.replicas);
+    params.scale[i] = next.scale;
+    params.since_division[i] = next.since_division;
+    params.nonfinite[i] = 0;
+  }
 }
 
 }  // namespace dalle_fast

@@ -16,7 +16,9 @@ from torch import nn
 from ..config import DALLEConfig
 from ..mask import AttentionMask, layer_masks
 from ..ops import PackedWeight, decode_attention, pack_linear, packed_linear, sample, sparse_attention
+from ..ops._library import reference_op
 from ..ops.sample import check_options
+from .repeat import repeat
 
 TEXT_WEIGHT = 1 / 8  # of the loss; the image has the rest
 MOST_PACKED_ROWS = 128  # beyond, an ordinary matrix product is as fast
@@ -278,32 +280,39 @@ class DALLE(nn.Module):
         if text_tokens.device.type == "cpu" and self.start.dtype == torch.float32:
             self.pack()
         logits, caches = self.prefill(text_tokens, n)
-        logits = logits.repeat_interleave(n, 0)
-        steps, codes = self.cfg.image_len, self.cfg.image_vocab
+        device, steps, vocab = logits.device, self.cfg.image_len, self.cfg.image_vocab
         seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else None)
-        seed, positions = seed.to(logits.device), torch.arange(steps, device=logits.device)
-        drawn: list[torch.Tensor] = []
-        for i in range(steps):
-            if keep[i]:
-                code = given[i].to(logits.device).expand(len(logits) // (1 + guided))
-            else:
-                # A candidate's noise depends on its place and the step, not on how many candidates there are.
-                shaped = guide(logits, guidance) if guided else logits
-                code = sample(shaped, seed, temperature, top_k, top_p, first=positions[i] * codes, pitch=steps * codes)
-            drawn.append(code)
-            if i + 1 < steps:
-                fed = code.clamp(min=0)
-                logits = self.decode(fed.repeat(2) if guided else fed, positions[i], caches)
-        result = torch.stack(drawn, 1)
-        if bool((result < 0).any()):  # the one wait for the device
-            raise RuntimeError("logits: expected no NaN and a finite largest value in every row of every step")
-        return result.view(-1, self.cfg.height, self.cfg.width)
+        seed, given, keep = seed.to(device), given.to(device), keep.to(device)
+        # What one step leaves to the next, besides the caches.
+        codes = torch.zeros(len(logits) * n // (1 + guided), steps, dtype=torch.int64, device=device)
+        position = torch.zeros(1, dtype=torch.int64, device=device)  # of the newest codes
 
-    def _check_prompt(self, prompt: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[torch.Tensor, list[bool]]:
-        """The codes and which of them stay, in raster order."""
+        def choose(logits: torch.Tensor) -> None:
+            """Write the codes at ``position``."""
+            # A candidate's noise depends on its place and the step, not on how many candidates there are.
+            shaped = guide(logits, guidance) if guided else logits
+            drawn = sample(shaped, seed, temperature, top_k, top_p, first=position * vocab, pitch=steps * vocab)
+            codes.index_copy_(1, position, torch.where(keep[position], given[position], drawn)[:, None])
+
+        def step() -> None:
+            """Feed the newest codes and choose the next ones; the host learns nothing of either."""
+            newest = codes.index_select(1, position)[:, 0].clamp(min=0)  # -1 marks a row that nothing can be drawn from
+            logits = self.decode(newest.repeat(2) if guided else newest, position[0], caches)
+            position.add_(1)
+            choose(logits)
+
+        choose(logits.repeat_interleave(n, 0))
+        waits = any(reference_op(op, device) for op in ("decode_attention", "sample"))  # references read on the host
+        repeat(step, steps - 1, graph_on=device if device.type == "cuda" and not waits else None)
+        if bool((codes < 0).any()):  # the one wait for the device
+            raise RuntimeError("logits: expected no NaN and a finite largest value in every row of every step")
+        return codes.view(-1, self.cfg.height, self.cfg.width)
+
+    def _check_prompt(self, prompt: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The codes and a bool map of those that stay, both [h * w]."""
         h, w = self.cfg.height, self.cfg.width
         if prompt is None:
-            return torch.zeros(h * w, dtype=torch.int64), [False] * (h * w)
+            return torch.zeros(h * w, dtype=torch.int64), torch.zeros(h * w, dtype=torch.bool)
         codes, keep = prompt
         self.check_codes(codes[None])
         if keep.shape != (h, w) or keep.dtype != torch.bool:
@@ -311,4 +320,4 @@ class DALLE(nn.Module):
         fresh = (~keep).nonzero()
         if len(fresh) == 0 or not bool((~keep[fresh[:, 0].min() :, fresh[:, 1].min() :]).all()):
             raise ValueError("image_prompt: expected what is drawn anew to be a rectangle with the bottom-right corner")
-        return codes.flatten(), keep.flatten().tolist()
+        return codes.flatten(), keep.flatten()

@@ -6,7 +6,7 @@ from .attention import sparse_attention
 from .decode import decode_attention
 from .gumbel import gumbel_quantize, gumbel_softmax
 from .linear import PackedWeight, pack_linear, packed_linear
-from .resblock import residual_layer_norm, scale_gradient, unscale_gradient
+from .resblock import initial_scales, residual_layer_norm, scale_gradient, unscale_gradient, update_scales
 from .sample import sample
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "gradient_norm",
     "gumbel_quantize",
     "gumbel_softmax",
+    "initial_scales",
     "pack_linear",
     "packed_linear",
     "residual_layer_norm",
@@ -25,4 +26,5 @@ __all__ = [
     "scale_gradient",
     "sparse_attention",
     "unscale_gradient",
+    "update_scales",
 ]

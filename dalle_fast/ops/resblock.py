@@ -1,4 +1,16 @@
-"""Around the 16-bit resblocks: residual sum with LayerNorm, and per-resblock gradient scaling (section 2.4)."""
+"""Around the 16-bit resblocks: residual sum with LayerNorm, and per-resblock gradient scaling (section 2.4).
+
+Each resblock has a gradient scale of its own: the factor on the gradients inside of it, so that they fit 16 bits. The
+state of n resblocks are three tensors [n] on the device of the model, which nothing in a step reads back:
+
+    scale            float32, from ``replicas * 2**7`` to ``replicas * 2**24``; starts at ``replicas * 2**13``
+    since_division   int32, updates since the scale was last divided
+    nonfinite        int32, not 0 if a gradient of the resblock was Inf or NaN in this step
+
+A step: the backward of ``residual_layer_norm`` reads ``scale`` and sets ``nonfinite``; whoever finds Inf or NaN in the
+gradients of a resblock's parameters, which are still times ``scale``, sets it too; replicas take the maximum of their
+``nonfinite``; the optimizer skips what it marks; ``update_scales`` adjusts ``scale`` and clears ``nonfinite``.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +21,44 @@ import torch
 from ._library import kernels_loaded, reference_op
 
 HALF = (torch.bfloat16, torch.float16)
+FIRST_SCALE = 2.0**13  # of one replica (appendix D)
+WINDOW = 125  # updates between two divisions of a scale
 
 
 def residual_layer_norm(
     x: torch.Tensor,
-    branch: torch.Tensor,
+    branch: torch.Tensor | None,
     weight: torch.Tensor,
     bias: torch.Tensor,
     eps: float = 1e-5,
     dtype: torch.dtype | None = None,
+    scale_in: torch.Tensor | None = None,
+    scale_out: torch.Tensor | None = None,
+    nonfinite: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add a resblock's output to the residual stream and normalise the sum for the next one (section 2.4).
 
+    With scales the backward is that of figure 4: the gradient of ``normed`` comes out of the next resblock times
+    ``scale_in``; its Inf and NaN become 0, it is divided by ``scale_in``, goes through the LayerNorm and is added to
+    the gradient of the stream. That, times ``scale_out``, is the gradient of ``branch``. A transformer of n resblocks:
+
+        total, normed = residual_layer_norm(x, None, ..., scale_in=scale[0], nonfinite=nonfinite[0])
+        for i in range(1, n):
+            branch = resblock[i - 1](normed)
+            total, normed = residual_layer_norm(
+                total, branch, ..., scale_in=scale[i], scale_out=scale[i - 1], nonfinite=nonfinite[i]
+            )
+        total, normed = residual_layer_norm(total, resblock[n - 1](normed), ..., scale_out=scale[n - 1])
+
     Args:
         x: [..., D], the stream, float32 (or float64).
-        branch: [..., D], the resblock's output: the dtype of x, bfloat16 or float16.
+        branch: [..., D], the resblock's output: the dtype of x, bfloat16 or float16. None in front of the first one.
         weight, bias: [D], the dtype of x.
         eps: added to the variance.
         dtype: of the normalised output: that of x (the default), bfloat16 or float16.
+        scale_in: float32, one element: gradient scale of the resblock that reads ``normed``. None: 1, nothing filtered.
+        scale_out: float32, one element: gradient scale of the resblock that made ``branch``. None: 1.
+        nonfinite: int32, one element, given with ``scale_in``: the backward sets it to 1 where it filters anything.
 
     Returns:
         total: x + branch, the dtype of x.
@@ -34,16 +66,16 @@ def residual_layer_norm(
 
     Raises:
         TypeError: an argument of another dtype or device.
-        ValueError: shapes that do not match, or nothing to normalise.
+        ValueError: shapes that do not match, nothing to normalise, or scales without what they belong to.
     """
     dtype = dtype or x.dtype
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x: expected float32 or float64, got {x.dtype}")
     if x.dim() == 0 or x.numel() == 0:
         raise ValueError(f"x: expected a non-empty [..., D], got {list(x.shape)}")
-    if branch.shape != x.shape:
+    if branch is not None and branch.shape != x.shape:
         raise ValueError(f"branch: expected {list(x.shape)}, got {list(branch.shape)}")
-    for name, value in (("branch", branch.dtype), ("dtype", dtype)):
+    for name, value in (("branch", x.dtype if branch is None else branch.dtype), ("dtype", dtype)):
         if value not in (x.dtype, *HALF):
             raise TypeError(f"{name}: expected {x.dtype}, bfloat16 or float16, got {value}")
     for name, vector in (("weight", weight), ("bias", bias)):
@@ -51,12 +83,31 @@ def residual_layer_norm(
             raise ValueError(f"{name}: expected {list(x.shape[-1:])}, got {list(vector.shape)}")
         if vector.dtype != x.dtype:
             raise TypeError(f"{name}: expected {x.dtype}, got {vector.dtype}")
+    if (scale_in is None) != (nonfinite is None):
+        raise ValueError("scale_in, nonfinite: expected both or neither")
+    if scale_out is not None and branch is None:
+        raise ValueError("scale_out: expected None without a branch")
+    for name, scalar, wanted in (
+        ("scale_in", scale_in, torch.float32),
+        ("scale_out", scale_out, torch.float32),
+        ("nonfinite", nonfinite, torch.int32),
+    ):
+        if scalar is not None:
+            _check_one_element(name, scalar, wanted, x.device)
     if reference := reference_op("residual_layer_norm", x.device):
-        return reference(x, branch, weight, bias, eps, dtype)
+        return reference(x, branch, weight, bias, eps, dtype, scale_in, scale_out, nonfinite)
+    branch = None if branch is None else branch.contiguous()
     total, normed, _, _ = torch.ops.dalle_fast.residual_layer_norm(
-        x.contiguous(), branch.contiguous(), weight.contiguous(), bias.contiguous(), eps, dtype
+        x.contiguous(), branch, weight.contiguous(), bias.contiguous(), eps, dtype, scale_in, scale_out, nonfinite
     )
-    return total, normed
+    return x if branch is None else total, normed
+
+
+def _check_one_element(name: str, x: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    if x.dtype != dtype or x.device != device:
+        raise TypeError(f"{name}: expected {dtype} on {device}, got {x.dtype} on {x.device}")
+    if x.numel() != 1:
+        raise ValueError(f"{name}: expected one element, got {list(x.shape)}")
 
 
 if kernels_loaded():
@@ -64,45 +115,59 @@ if kernels_loaded():
     @torch.library.register_fake("dalle_fast::residual_layer_norm")
     def _residual_layer_norm_fake(
         x: torch.Tensor,
-        branch: torch.Tensor,
+        branch: torch.Tensor | None,
         weight: torch.Tensor,
         bias: torch.Tensor,
         eps: float,
         dtype: torch.dtype,
+        scale_in: torch.Tensor | None,
+        scale_out: torch.Tensor | None,
+        nonfinite: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        total = x.new_empty((0,) if branch is None else x.shape)  # without a branch x serves
         rows = (*x.shape[:-1], 1)
-        return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype), x.new_empty(rows), x.new_empty(rows)
+        return total, x.new_empty(x.shape, dtype=dtype), x.new_empty(rows), x.new_empty(rows)
 
     @torch.library.register_fake("dalle_fast::residual_layer_norm_backward")
     def _residual_layer_norm_backward_fake(
-        grad_total: torch.Tensor,
+        grad_total: torch.Tensor | None,
         grad_normed: torch.Tensor,
         total: torch.Tensor,
         weight: torch.Tensor,
         mean: torch.Tensor,
         rstd: torch.Tensor,
         branch_dtype: torch.dtype,
+        scale_in: torch.Tensor | None,
+        scale_out: torch.Tensor | None,
+        nonfinite: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        branch_shape = (0,) if branch_dtype == total.dtype else total.shape  # the gradient of x serves both
-        grads = total.new_empty(total.shape), total.new_empty(branch_shape, dtype=branch_dtype)
+        shared = branch_dtype == total.dtype and scale_out is None  # the gradient of x serves both
+        grads = total.new_empty(total.shape), total.new_empty((0,) if shared else total.shape, dtype=branch_dtype)
         return *grads, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
     def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        _, branch, weight, _, _, _ = inputs
+        x, branch, weight, _, _, _, scale_in, scale_out, nonfinite = inputs
         total, _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
-        ctx.save_for_backward(total, weight, mean, rstd)
-        ctx.branch_dtype = branch.dtype
+        ctx.save_for_backward(x if branch is None else total, weight, mean, rstd, scale_in, scale_out)
+        ctx.branch_dtype = None if branch is None else branch.dtype
+        ctx.nonfinite = nonfinite  # not among the saved: the backward of other resblocks writes to its neighbours
 
     def _backward(
         ctx: Any, grad_total: torch.Tensor, grad_normed: torch.Tensor, *_: Any
     ) -> tuple[torch.Tensor | None, ...]:
+        total, weight, mean, rstd, scale_in, scale_out = ctx.saved_tensors
+        has_branch = ctx.branch_dtype is not None
         grad_x, grad_branch, grad_weight, grad_bias = torch.ops.dalle_fast.residual_layer_norm_backward(
-            grad_total.contiguous(), grad_normed.contiguous(), *ctx.saved_tensors, ctx.branch_dtype
+            grad_total.contiguous() if has_branch else None,
+            grad_normed.contiguous(),
+            *(total, weight, mean, rstd),
+            ctx.branch_dtype if has_branch else total.dtype,
+            *(scale_in, scale_out, ctx.nonfinite),
         )
-        if ctx.branch_dtype == grad_x.dtype:
+        if grad_branch.numel() == 0:
             grad_branch = grad_x
-        return grad_x, grad_branch, grad_weight, grad_bias, None, None
+        return grad_x, grad_branch if has_branch else None, grad_weight, grad_bias, *[None] * 5
 
     torch.library.register_autograd("dalle_fast::residual_layer_norm", _backward, setup_context=_setup_context)
 
@@ -119,7 +184,7 @@ def scale_gradient(grad: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) 
         TypeError: another dtype.
         ValueError: a scale of more than one element.
     """
-    _check_scale(scale)
+    _check_one_element("scale", scale, torch.float32, grad.device)
     if grad.dtype != torch.float32:
         raise TypeError(f"grad: expected float32, got {grad.dtype}")
     if dtype not in (torch.float32, *HALF):
@@ -140,7 +205,7 @@ def unscale_gradient(grad: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         TypeError: another dtype.
         ValueError: a scale of more than one element.
     """
-    _check_scale(scale)
+    _check_one_element("scale", scale, torch.float32, grad.device)
     if grad.dtype not in (torch.float32, *HALF):
         raise TypeError(f"grad: expected float32, bfloat16 or float16, got {grad.dtype}")
     if reference := reference_op("unscale_gradient", grad.device):
@@ -148,11 +213,59 @@ def unscale_gradient(grad: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return torch.ops.dalle_fast.unscale_gradient(grad.contiguous(), scale)
 
 
-def _check_scale(scale: torch.Tensor) -> None:
-    if scale.dtype != torch.float32:
-        raise TypeError(f"scale: expected float32, got {scale.dtype}")
-    if scale.numel() != 1:
-        raise ValueError(f"scale: expected one element, got {list(scale.shape)}")
+def initial_scales(
+    n: int, replicas: int = 1, device: torch.device | str | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``scale``, ``since_division``, ``nonfinite`` [n] of n resblocks before the first step.
+
+    Raises:
+        ValueError: n or replicas, the number of data-parallel replicas, is less than 1.
+    """
+    for name, value in (("n", n), ("replicas", replicas)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    scale = torch.full((n,), replicas * FIRST_SCALE, dtype=torch.float32, device=device)
+    since_division = torch.full((n,), WINDOW, dtype=torch.int32, device=device)
+    return scale, since_division, torch.zeros(n, dtype=torch.int32, device=device)
+
+
+@torch.no_grad()
+def update_scales(
+    scale: torch.Tensor, since_division: torch.Tensor, nonfinite: torch.Tensor, replicas: int = 1
+) -> None:
+    """After an update: adjust the gradient scale of every resblock and clear ``nonfinite`` (appendix D).
+
+    A resblock whose gradients were finite has its scale multiplied by 2^(1/1000), another has it divided by sqrt(2),
+    but not twice within 125 updates; an update that was skipped counts among these. Results stay within
+    ``replicas * 2**7`` and ``replicas * 2**24``.
+
+    Args:
+        scale: [n], float32; updated.
+        since_division: [n], int32; updated. No more than 125 is counted.
+        nonfinite: [n], int32: which resblocks had gradients that are not finite; set to 0.
+        replicas: number of data-parallel replicas, M in the paper.
+
+    Raises:
+        TypeError: a tensor of another dtype or device.
+        ValueError: a tensor of another shape or not contiguous, or replicas less than 1.
+    """
+    for name, tensor, dtype in (
+        ("scale", scale, torch.float32),
+        ("since_division", since_division, torch.int32),
+        ("nonfinite", nonfinite, torch.int32),
+    ):
+        if tensor.dtype != dtype or tensor.device != scale.device:
+            raise TypeError(f"{name}: expected {dtype} on {scale.device}, got {tensor.dtype} on {tensor.device}")
+        if tensor.dim() != 1 or tensor.shape != scale.shape:
+            expected = "[n]" if tensor is scale else list(scale.shape)
+            raise ValueError(f"{name}: expected {expected}, got {list(tensor.shape)}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected contiguous memory, got strides {tensor.stride()}")
+    if replicas < 1:
+        raise ValueError(f"replicas: expected at least 1, got {replicas}")
+    if reference := reference_op("update_scales", scale.device):
+        return reference(scale, since_division, nonfinite, replicas)
+    torch.ops.dalle_fast.update_scales(scale, since_division, nonfinite, replicas)
 
 
 if kernels_loaded():
@@ -164,3 +277,9 @@ if kernels_loaded():
     @torch.library.register_fake("dalle_fast::unscale_gradient")
     def _unscale_gradient_fake(grad: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         return grad.new_empty(grad.shape, dtype=torch.float32)
+
+    @torch.library.register_fake("dalle_fast::update_scales")
+    def _update_scales_fake(
+        scale: torch.Tensor, since_division: torch.Tensor, nonfinite: torch.Tensor, replicas: int
+    ) -> None:
+        return None

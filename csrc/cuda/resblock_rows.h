@@ -1,0 +1,140 @@
+// Rows of the residual stream in a block's hands, for residual_layer_norm and its backward.
+//
+// A block takes one row at a time; a persistent grid takes all. Each warp has a piece of the row, cut into kChunks
+// chunks of kVec neighbouring elements for each lane: what a block has in registers. Layout says whether that is the
+// whole row
+// (`Resident`: widths of whole chunks up to 8,192, float32, 16-byte aligned) or one strip of it after another, read
+// again in each pass (`Strips`: every width and type).
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+#include <limits>
+#include <type_traits>
+
+#include "cuda/device.h"
+#include "cuda/half.h"
+#include "format.h"
+
+namespace dalle_fast {
+
+constexpr int kMostThreads = 512;  // of a block: 128 registers each
+constexpr int kMostWarps = kMostThreads / kWarp;
+
+struct Resident {
+  static constexpr bool kResident = true;
+  static constexpr int kVec = 4, kChunks = 4;
+};
+
+struct Strips {
+  static constexpr bool kResident = false;
+  static constexpr int kVec = 1, kChunks = 4;
+};
+
+// What a thread has of a row or strip.
+template <typename T, typename Layout>
+using Piece = T[Layout::kChunks][Layout::kVec];
+
+template <typename Layout>
+constexpr int kThreadElements = Layout::kChunks * Layout::kVec;
+
+template <typename T>
+bool fits_resident(int64_t width, std::initializer_list<const void*> pointers) {
+  bool fits = sizeof(T) == 4 && width % Resident::kVec == 0 && width <= kMostThreads * kThreadElements<Resident>;
+  for (const void* pointer : pointers) fits = fits && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+  return fits;
+}
+
+// Threads of a block, whole warps.
+template <typename Layout>
+int row_threads(int64_t width) {
+  const int64_t warps = (width + kThreadElements<Layout> * kWarp - 1) / (kThreadElements<Layout> * kWarp);
+  return static_cast<int>(warps < kMostWarps ? warps : kMostWarps) * kWarp;
+}
+
+// Calls body(first element of the strip) once, or for every strip of a row.
+template <typename Layout, typename Body>
+DF_DEVICE void for_each_strip(int64_t width, const Body& body) {
+  if constexpr (Layout::kResident) {
+    body(0);
+  } else {
+    const int64_t step = static_cast<int64_t>(blockDim.x) * kThreadElements<Layout>;
+    for (int64_t first = 0; first < width; first += step) body(first);
+  }
+}
+
+// Calls body(c, first element of the row's chunk) for the thread's chunks of a strip.
+template <typename Layout, typename Body>
+DF_DEVICE void for_each_chunk(int64_t width, int64_t strip, const Body& body) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t mine = strip + warp * (kWarp * kThreadElements<Layout>)+lane * Layout::kVec;
+#pragma unroll
+  for (int c = 0; c < Layout::kChunks; ++c) {
+    const int64_t first = mine + c * kWarp * Layout::kVec;
+    if (first < width) body(c, first);
+  }
+}
+
+// What a chunk moves as: one instruction.
+template <typename S, int kVec>
+using Vector = std::conditional_t<kVec == 1, S, std::conditional_t<sizeof(S) * kVec == 16, uint4, uint2>>;
+
+template <typename S, typename T, int kVec>
+DF_DEVICE void load_chunk(const S* from, T (&to)[kVec]) {
+  const auto vector = *reinterpret_cast<const Vector<S, kVec>*>(from);
+  S chunk[kVec];
+  static_assert(sizeof(chunk) == sizeof(vector));
+  memcpy(chunk, &vector, sizeof(chunk));
+#pragma unroll
+  for (int v = 0; v < kVec; ++v) to[v] = widen(chunk[v]);
+}
+
+template <typename S, typename T, int kVec>
+DF_DEVICE void store_chunk(const T (&from)[kVec], S* to) {
+  S chunk[kVec];
+#pragma unroll
+  for (int v = 0; v < kVec; ++v) chunk[v] = narrow<S>(static_cast<Compute<S>>(from[v]));
+  if constexpr (kVec == 1) {
+    *to = chunk[0];
+  } else {
+    Vector<S, kVec> vector;
+    memcpy(&vector, chunk, sizeof(chunk));
+    __stcg(reinterpret_cast<Vector<S, kVec>*>(to), vector);  // compilers split an ordinary store
+  }
+}
+
+// Calls body with a value of the format's type; T is the stream's.
+template <typename T, typename Body>
+DF_DEVICE void with_format(Format format, const Body& body) {
+  if (format == Format::kBFloat16) return body(BFloat16{});
+  if (format == Format::kFloat16) return body(Half{});
+  body(T{});
+}
+
+template <typename T>
+DF_DEVICE bool is_finite(T x) {
+  return std::fabs(x) <= std::numeric_limits<T>::max();
+}
+
+// Replaces each x by its sum over the block, in an order that only blockDim decides. `parts` is shared memory that no
+// thread may still read from an earlier call: alternate between two.
+template <typename T, int kSums>
+DF_DEVICE void sum_over_block(T (&x)[kSums], T (*parts)[kMostWarps]) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+#pragma unroll
+  for (int s = 0; s < kSums; ++s) {
+#pragma unroll
+    for (int bits = kWarp / 2; bits > 0; bits /= 2) x[s] += __shfl_xor_sync(kAllLanes, x[s], bits);
+    if (lane == 0) parts[s][warp] = x[s];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int s = 0; s < kSums; ++s) {
+    x[s] = lane % kMostWarps < warps ? parts[s][lane % kMostWarps] : T(0);
+#pragma unroll
+    for (int bits = kMostWarps / 2; bits > 0; bits /= 2) x[s] += __shfl_xor_sync(kAllLanes, x[s], bits, kMostWarps);
+  }
+}
+
+}  // namespace dalle_fast

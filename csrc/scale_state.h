@@ -1,0 +1,33 @@
+// The gradient scale of a resblock from one update to the next (section 2.4, appendix D).
+#pragma once
+
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace dalle_fast {
+
+constexpr float kScaleGrowth = 1.0006933874625807f;   // 2^(1/1000): after an update without Inf and NaN
+constexpr float kScaleBackOff = 1.4142135623730951f;  // sqrt(2): divided by after one with them, but
+constexpr int32_t kScaleWindow = 125;                 // updates lie between two divisions at least
+constexpr float kSmallestScale = 128.0f;              // 2^7, for each data-parallel replica
+constexpr float kLargestScale = 16777216.0f;          // 2^24, likewise
+
+struct ScaleState {
+  float scale;
+  int32_t since_division;  // updates, skipped ones included; kScaleWindow stands for all that are longer ago
+};
+
+DF_HOST_DEVICE inline ScaleState next_scale(ScaleState state, bool nonfinite, float replicas) {
+  if (state.since_division < kScaleWindow) ++state.since_division;
+  if (!nonfinite) {
+    state.scale *= kScaleGrowth;
+  } else if (state.since_division >= kScaleWindow) {
+    state = {state.scale / kScaleBackOff, 0};
+  }
+  const float smallest = kSmallestScale * replicas, largest = kLargestScale * replicas;
+  state.scale = state.scale < smallest ? smallest : state.scale > largest ? largest : state.scale;
+  return state;
+}
+
+}  // namespace dalle_fast
