@@ -15,7 +15,7 @@ CXX_FILES := $(shell find csrc tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: build demo test lint bench bench-end-to-end format pretrained asan cuda-on-cpu
+.PHONY: build demo test lint bench bench-end-to-end format pretrained asan cuda-on-cpu gpu
 
 build: $(BUILD_STAMP)
 
@@ -41,6 +41,10 @@ cuda-on-cpu: build
 	DALLE_FAST_SANITIZE=1 DALLE_FAST_CUDA_ON_CPU=1 \
 	$(BIN)/python setup.py --quiet build --build-base build/cuda_on_cpu_asan --build-lib build/cuda_on_cpu_asan/lib
 	$(SANITIZED) OMP_NUM_THREADS=1 PYTHONPATH=build/cuda_on_cpu_asan/lib $(BIN)/pytest -n 2 $(CUDA_OP_TESTS)
+
+# What only a GPU can check; see benchmarks/gpu.py. It uses the installed torch, and no network.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 lint: build
 	$(BIN)/ruff check

@@ -1,4 +1,7 @@
-"""AdamW with 16-bit moments against torch's fused AdamW, whose moments are float32: one large parameter in place."""
+"""AdamW with 16-bit moments against torch's fused AdamW, whose moments are float32, in place.
+
+On a CPU one large parameter; on a GPU as many as a model has, with the norm of their gradients clipped.
+"""
 
 from __future__ import annotations
 
@@ -8,32 +11,76 @@ import dalle_fast as df
 from dalle_fast import reference
 
 N = 16 * 2**20
+TENSORS_CUDA, LIMIT = 64, 4.0
 ADAMW = {"lr": 1e-4, "beta1": 0.9, "beta2": 0.96, "eps": 1e-8, "weight_decay": 0.01}
 
 
-def test_adamw16(race):
-    generator = torch.Generator().manual_seed(0)
-    param, grad = torch.randn(N, generator=generator), torch.randn(N, generator=generator)
-    mean, variance = torch.zeros(N, dtype=torch.int16), torch.zeros(N, dtype=torch.int16)
+def make_tensors(tensors, n, device):
+    """Parameters, gradients, and moments of zero."""
+    generator = torch.Generator(device).manual_seed(0)
+    params, grads = ([torch.randn(n, generator=generator, device=device) for _ in range(tensors)] for _ in range(2))
+    means, variances = ([torch.zeros(n, dtype=torch.int16, device=device) for _ in params] for _ in range(2))
+    return params, grads, means, variances
 
-    part = slice(100_000)
-    theirs = [[tensor[part].clone()] for tensor in (param, grad, mean, variance)]
-    mine = [[tensor.clone()] for [tensor] in theirs]
+
+def check(tensors):
+    """Two updates of the beginning of each tensor."""
+    theirs, mine = ([[x[:100_000].clone() for x in group] for group in tensors] for _ in range(2))
     for step in (1, 2):
         reference.adamw16(*theirs, step, **ADAMW)
         df.adamw16(*mine, step, **ADAMW)
-    torch.testing.assert_close(mine[0][0], theirs[0][0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(mine[0], theirs[0], rtol=1e-6, atol=1e-7)
 
-    twin = param.clone().requires_grad_()
-    twin.grad = grad
+
+def make_peer(params, grads, **options):
+    """torch's optimizer, and copies of the parameters that it updates."""
+    twins = [param.clone().requires_grad_() for param in params]
+    for twin, grad in zip(twins, grads, strict=True):
+        twin.grad = grad.clone()
     betas = ADAMW["beta1"], ADAMW["beta2"]
-    fused = torch.optim.AdamW([twin], lr=ADAMW["lr"], betas=betas, weight_decay=ADAMW["weight_decay"], fused=True)
+    decay = ADAMW["weight_decay"]
+    return twins, torch.optim.AdamW(twins, lr=ADAMW["lr"], betas=betas, weight_decay=decay, fused=True, **options)
+
+
+def test_adamw16(race):
+    tensors = make_tensors(1, N, "cpu")
+    check(tensors)
+    _, fused = make_peer(*tensors[:2])
     race(
         "AdamW, 16M parameters",
-        lambda: df.adamw16([param], [grad], [mean], [variance], 3, **ADAMW),
+        lambda: df.adamw16(*tensors, 3, **ADAMW),
         peers={"torch.optim.AdamW fused": fused.step},
         expected=None,
         bytes=N * 20,
         targets={"torch.optim.AdamW fused": 1.25},
         rounds=20,
+    )
+
+
+def test_cuda_adamw16(race):
+    tensors = make_tensors(TENSORS_CUDA, N, "cuda")
+    check(tensors)
+    twins, fused = make_peer(*tensors[:2], capturable=True)
+    step = torch.ones((), dtype=torch.int64, device="cuda")
+    lr, decay = (
+        torch.full((), ADAMW["lr"], device="cuda"),
+        torch.full((TENSORS_CUDA,), ADAMW["weight_decay"], device="cuda"),
+    )
+    options = {**ADAMW, "lr": lr, "weight_decay": decay}
+
+    def ours():
+        norm, skip = df.gradient_norm(tensors[1])
+        df.adamw16(*tensors, step, **options, clip=(LIMIT / norm).clamp(max=1), skip=skip)
+
+    def theirs():
+        torch.nn.utils.clip_grad_norm_(twins, LIMIT)
+        fused.step()
+
+    race(
+        f"clip + AdamW, {TENSORS_CUDA} x 16M parameters",
+        ours,
+        peers={"clip + torch.optim.AdamW fused": theirs},
+        expected=None,
+        bytes=TENSORS_CUDA * N * 24,
+        targets={"clip + torch.optim.AdamW fused": 1.8},
     )

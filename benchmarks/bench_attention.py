@@ -23,16 +23,43 @@ TARGETS = {
     "conv": {CAUSAL: (3.3, 3.5)},
 }
 TARGETS_BFLOAT16 = {"row": {CAUSAL: (3.7, 25.0)}}
+# On a GPU, 16 bits, with the heads of the largest preset.
+SIZES_CUDA = {"12B": (8, 62, 256, 32)}
+TARGETS_CUDA = {
+    "row": {FLEX: (2.0, 2.5), CAUSAL: (3.0, 4.0)},
+    "column": {FLEX: (2.5, 3.0)},
+    "conv": {FLEX: (1.2, 1.2)},
+}
 
 
-def inputs(size, dtype, backward):
-    batch, heads, text_len, edge = SIZES[size]
+def inputs(size, dtype, backward, device="cpu"):
+    batch, heads, text_len, edge = (SIZES | SIZES_CUDA)[size]
     shape = (batch, heads, text_len + edge**2, CHANNELS)
-    generator = torch.Generator().manual_seed(0)
-    qkv = [torch.randn(shape, generator=generator).to(dtype).requires_grad_(backward) for _ in range(3)]
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal():
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    qkv = [normal().requires_grad_(backward) for _ in range(3)]
     # As a transformer merges heads: those of a token side by side.
-    upstream = torch.randn(shape, generator=generator).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
-    return qkv, upstream
+    return qkv, normal().transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def mask_mod(mask):
+    """The mask in the form that FlexAttention compiles."""
+    text_len, width, radius = mask.text_len, mask.width, mask.kernel // 2
+
+    def keep(b, h, q, k):
+        back = q - k
+        if mask.kind == "row":
+            seen = back <= width
+        elif mask.kind == "column":
+            seen = back % width == 0
+        else:
+            seen = ((back + radius) // width <= radius) & ((back + radius) % width <= 2 * radius)
+        return (q >= k) & ((k < text_len) | seen)
+
+    return keep
 
 
 def compare(race, name, mask, qkv, upstream, peers, targets, backward, **options):
@@ -73,7 +100,7 @@ def test_float32(race, size, kind, backward):
         DENSE: lambda: F.scaled_dot_product_attention(*qkv, attn_mask=dense),
     }
     if not backward:
-        blocks = create_block_mask(lambda b, h, q, k: dense[q, k], None, None, mask.seq_len, mask.seq_len, "cpu")
+        blocks = create_block_mask(mask_mod(mask), None, None, mask.seq_len, mask.seq_len, "cpu")
         flex = torch.compile(flex_attention, dynamic=False)
         peers[FLEX] = lambda: flex(*qkv, block_mask=blocks)
     targets = TARGETS[kind] if size == "release" else {}
@@ -99,6 +126,34 @@ def test_bfloat16(race, kind, backward):
         targets,
         backward,
         rounds=rounds,
+        rtol=2e-2,
+        atol=2e-2,
+    )
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_cuda(race, kind, dtype, backward):
+    _, _, text_len, edge = SIZES_CUDA["12B"]
+    mask = df.AttentionMask(kind, text_len, edge, edge)
+    qkv, upstream = inputs("12B", dtype, backward, "cuda")
+    blocks = create_block_mask(mask_mod(mask), None, None, mask.seq_len, mask.seq_len, "cuda")
+    flex = torch.compile(flex_attention, dynamic=False)
+    compare(
+        race,
+        f"12B {kind} {str(dtype).removeprefix('torch.')}",
+        mask,
+        qkv,
+        upstream,
+        {
+            FLEX: lambda: flex(*qkv, block_mask=blocks),
+            CAUSAL: lambda: F.scaled_dot_product_attention(*qkv, is_causal=True),
+        },
+        TARGETS_CUDA[kind],
+        backward,
+        rounds=10,
+        iterations=10,
         rtol=2e-2,
         atol=2e-2,
     )

@@ -1,7 +1,10 @@
-"""Whole models at 12 layers, d 512, 256 + 32 x 32 tokens: seconds for 64 pictures of one prompt, and a training step.
+"""Whole models: seconds for the pictures of one prompt, and a training step.
 
-Peers: the same weights on torch's own attention with a full cache, and dalle-pytorch 1.6.6 (`make bench-end-to-end`
-installs it; its feed-forward layers are gated and half as wide again, its output layer spans text and image).
+On a CPU at 12 layers, d 512, 256 + 32 x 32 tokens; on a GPU the preset of 1.2 billion parameters.
+
+Peers: the same weights on torch's own attention with a full cache, and on a CPU dalle-pytorch 1.6.6 (`make
+bench-end-to-end` installs it; its feed-forward layers are gated and half as wide again, its output layer spans text and
+image).
 """
 
 from __future__ import annotations
@@ -16,17 +19,22 @@ import torch
 import torch.nn.functional as F
 
 import dalle_fast as df
-from dalle_fast.config import DALLEConfig
+from dalle_fast.config import PRESETS, DALLEConfig
+from dalle_fast.models.repeat import repeat
 
 CONFIG = DALLEConfig(d_model=512, n_layer=12)
 PICTURES = 64
 STEPS = 32  # codes of each picture in the race with dalle-pytorch, which takes long for all 1,024
 BATCH = 2  # pairs of a training step
+CONFIG_CUDA = PRESETS["1.2B"].dalle
+PICTURES_CUDA, AT_ONCE = 512, 128  # all pictures; those whose full caches a GPU has room for
+BATCH_CUDA = 4
 
 
-def make_model() -> df.DALLE:
+def make_model(config: DALLEConfig = CONFIG, device: str = "cpu") -> df.DALLE:
     torch.manual_seed(0)
-    return df.DALLE(CONFIG).eval()
+    with torch.device(device):
+        return df.DALLE(config).eval()
 
 
 def make_text(n: int) -> torch.Tensor:
@@ -57,9 +65,16 @@ class TorchAttention(torch.nn.Module):
         """Text of all candidates; starts the cache of the whole stream."""
         q, k, v = self.ours.heads(x)
         room = (len(q), q.shape[1], len(self.dense), q.shape[3])
-        self.cache_k, self.cache_v = q.new_empty(room), q.new_empty(room)
+        self.cache_k, self.cache_v = q.new_zeros(room), q.new_zeros(room)
         self.cache_k[:, :, : q.shape[2]], self.cache_v[:, :, : q.shape[2]] = k, v
         return self.ours.merge(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+    def decode_anywhere(self, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """At an index [1] that only the device knows: attends to the whole cache, most of it masked."""
+        q, k, v = self.ours.heads(x)
+        self.cache_k.index_copy_(2, at, k)
+        self.cache_v.index_copy_(2, at, v)
+        return self.ours.merge(F.scaled_dot_product_attention(q, self.cache_k, self.cache_v, attn_mask=self.dense[at]))
 
     def decode(self, x: torch.Tensor, at: int) -> torch.Tensor:
         q, k, v = self.ours.heads(x)
@@ -91,6 +106,35 @@ def torch_generate(model: df.DALLE, text: torch.Tensor) -> torch.Tensor:
             x = x + layer.attn.decode(layer.attn_norm(x), model.cfg.text_len + i)
             x = x + layer.mlp(layer.mlp_norm(x))
     return torch.cat(drawn, 1)
+
+
+@torch.no_grad()
+def torch_generate_captured(model: df.DALLE, text: torch.Tensor) -> torch.Tensor:
+    """The same on a GPU, a step at a time from one CUDA graph."""
+    x = model.embed_text(text)
+    for layer in model.layers:
+        x = x + layer.attn.prefill(layer.attn_norm(x))
+        x = x + layer.mlp(layer.mlp_norm(x))
+    position = torch.zeros(1, dtype=torch.int64, device=x.device)
+    codes = torch.zeros(len(text), model.cfg.image_len, dtype=torch.int64, device=x.device)
+
+    def choose(x: torch.Tensor) -> None:
+        probabilities = model.to_image(model.norm(x[:, -1])).float().softmax(-1)
+        # The largest of p / e, with exponential e, is a draw from p; torch.multinomial would wait for the device.
+        drawn = (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1, keepdim=True)
+        codes.index_copy_(1, position, drawn)
+
+    def step() -> None:
+        x = model.embed_image(codes.index_select(1, position), position)
+        for layer in model.layers:
+            x = x + layer.attn.decode_anywhere(layer.attn_norm(x), model.cfg.text_len + position)
+            x = x + layer.mlp(layer.mlp_norm(x))
+        position.add_(1)
+        choose(x)
+
+    choose(x)
+    repeat(step, model.cfg.image_len - 1, graph_on=x.device)
+    return codes
 
 
 def dalle_pytorch_model(attn_types: tuple[str, ...], sampling: bool) -> torch.nn.Module | None:
@@ -131,12 +175,12 @@ DALLE_PYTORCH = {"full": ("full",), "axial": ("axial_row", "axial_col")}
 @torch.no_grad()
 def check_decoding(model: df.DALLE, text: torch.Tensor, atol: float) -> None:
     """Feeding codes one by one must give the logits of the whole stream."""
-    codes = make_codes(2)
+    codes = make_codes(2).to(text.device)
     _, expected = model(text.expand(2, -1), codes)
     logits, caches = model.prefill(text, 2)
     torch.testing.assert_close(logits.expand(2, -1), expected[:, 0], rtol=0, atol=atol)
     for i in range(2 * CONFIG.width):
-        logits = model.decode(codes.flatten(1)[:, i], torch.tensor(i), caches)
+        logits = model.decode(codes.flatten(1)[:, i], torch.tensor(i, device=text.device), caches)
         torch.testing.assert_close(logits, expected[:, i + 1], rtol=0, atol=atol)
 
 
@@ -193,21 +237,23 @@ def test_steps(race):
     race(f"first {STEPS} codes of {PICTURES} pictures", ours, peers, expected=None, rounds=1, warm=False)
 
 
+def trainer(model, loss):
+    """A function that makes one update of the model."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step():
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    return step
+
+
 def test_training(race):
     model = make_model().train()
     text, codes = make_text(BATCH), make_codes(BATCH)
-
-    def trainer(model, loss):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-        def step():
-            optimizer.zero_grad()
-            value = loss()
-            value.backward()
-            optimizer.step()
-            return value.detach()
-
-        return step
 
     peer = on_torch_attention(model)
     peers = {"torch SDPA, mask tensor": trainer(peer, lambda: peer.loss(text, codes))}
@@ -224,4 +270,54 @@ def test_training(race):
         expected=expected,
         targets={"torch SDPA, mask tensor": 1.25},
         rounds=2,
+    )
+
+
+def test_cuda_sampling(race):
+    """The peer makes as many pictures at once as its caches allow, until it has them all."""
+    model, text = make_model(CONFIG_CUDA, "cuda").to(torch.bfloat16), make_text(1).cuda()
+    check_decoding(model, text, atol=0.1)
+    peer = on_torch_attention(model)
+
+    def torch_pictures():
+        for _ in range(PICTURES_CUDA // AT_ONCE):
+            torch_generate_captured(peer, text.expand(AT_ONCE, -1))
+
+    race(
+        f"{PICTURES_CUDA} pictures, 1.2B, bfloat16",
+        lambda: model.generate(text, PICTURES_CUDA),
+        {f"torch SDPA, full cache, CUDA graphs, {AT_ONCE} at once": torch_pictures},
+        expected=None,
+        rounds=1,
+        warm=False,
+        capture=False,
+    )
+
+
+def test_cuda_training(race):
+    """GFLOP/s are those of the model (6 a parameter and token, and attention), so that their share is the MFU."""
+    model = make_model(CONFIG_CUDA, "cuda").train()
+    text, codes = make_text(BATCH_CUDA).cuda(), make_codes(BATCH_CUDA).cuda()
+    peer = on_torch_attention(model)
+
+    def loss(model):
+        with torch.autocast("cuda", torch.bfloat16):
+            return model.loss(text, codes)
+
+    with torch.no_grad():
+        expected = loss(peer)
+    cfg = model.cfg
+    blocks = sum(parameter.numel() for parameter in model.layers.parameters()) * (cfg.text_len + cfg.image_len)
+    heads = model.to_text.weight.numel() * cfg.text_len + model.to_image.weight.numel() * cfg.image_len
+    pairs = sum(int(layer.attn.mask.dense().sum()) for layer in model.layers)
+    race(
+        f"training step, 1.2B, batch {BATCH_CUDA}",
+        trainer(model, lambda: loss(model)),
+        {"torch SDPA, mask tensor": trainer(peer, lambda: loss(peer))},
+        expected=expected,
+        flops=BATCH_CUDA * (6 * (blocks + heads) + 12 * pairs * cfg.d_model),
+        rounds=3,
+        capture=False,
+        rtol=1e-2,
+        atol=1e-2,
     )

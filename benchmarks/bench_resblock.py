@@ -7,20 +7,23 @@ import torch.nn.functional as F
 
 import dalle_fast as df
 
-ROWS, WIDTH = 10240, 1024
+ROWS, WIDTH, WIDTH_CUDA = 10240, 1024, 3968
 TARGETS = {"reused": 5.0, "fresh": 3.0}
 
 
-def inputs():
+def inputs(width=WIDTH, device="cpu"):
     """x, branch in bfloat16, weight, bias."""
-    generator = torch.Generator().manual_seed(0)
-    x, branch = (torch.randn(ROWS, WIDTH, generator=generator) for _ in range(2))
-    return [x, branch.bfloat16(), *(torch.randn(WIDTH, generator=generator) for _ in range(2))]
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device=device)
+
+    return [normal(ROWS, width), normal(ROWS, width).bfloat16(), normal(width), normal(width)]
 
 
 def eager(x, branch, weight, bias):
     total = x + branch.float()
-    return total, F.layer_norm(total, (WIDTH,), weight, bias).to(torch.bfloat16)
+    return total, F.layer_norm(total, weight.shape, weight, bias).to(torch.bfloat16)
 
 
 def ours(x, branch, weight, bias):
@@ -40,14 +43,20 @@ def test_forward(race, memory):
     )
 
 
-def test_forward_and_backward(race, memory):
-    leaves = [tensor.requires_grad_() for tensor in inputs()]
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(ROWS, WIDTH, generator=generator).to(dtype) for dtype in (torch.float32, torch.bfloat16)]
+def make_step(leaves):
+    """A function that takes the gradients of a forward with respect to the leaves."""
+    shape, device = leaves[0].shape, leaves[0].device
+    generator = torch.Generator(device).manual_seed(1)
+    upstream = [torch.randn(shape, generator=generator, device=device).to(x.dtype) for x in leaves[:2]]
 
     def step(forward):
         return torch.autograd.grad(forward(*leaves), leaves, upstream)
 
+    return step
+
+
+def test_forward_and_backward(race, memory):
+    step = make_step([tensor.requires_grad_() for tensor in inputs()])
     race(
         f"residual layer norm + backward, {memory}",
         lambda: step(ours),
@@ -56,4 +65,33 @@ def test_forward_and_backward(race, memory):
         bytes=ROWS * WIDTH * 28,
         rtol=1e-2,
         atol=2e-3,
+    )
+
+
+def test_cuda_forward(race):
+    tensors = inputs(WIDTH_CUDA, "cuda")
+    compiled = torch.compile(eager)
+    race(
+        f"residual layer norm, width {WIDTH_CUDA}",
+        lambda: ours(*tensors),
+        peers={"eager": lambda: eager(*tensors), "torch.compile": lambda: compiled(*tensors)},
+        expected=lambda: eager(*tensors),
+        bytes=ROWS * WIDTH_CUDA * 12,
+        rtol=1e-2,
+        iterations=10,
+    )
+
+
+def test_cuda_forward_and_backward(race):
+    step = make_step([tensor.requires_grad_() for tensor in inputs(WIDTH_CUDA, "cuda")])
+    compiled = torch.compile(eager)
+    race(
+        f"residual layer norm + backward, width {WIDTH_CUDA}",
+        lambda: step(ours),
+        peers={"eager": lambda: step(eager), "torch.compile": lambda: step(compiled)},
+        expected=lambda: step(eager),
+        bytes=ROWS * WIDTH_CUDA * 28,
+        iterations=10,
+        rtol=1e-2,
+        atol=2e-2,  # sums over 10,240 rows
     )

@@ -35,3 +35,19 @@ def test_sample(race, name, dtype):
         bytes=logits.nbytes,
         targets={"topk/sort + multinomial": 5.0},
     )
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_cuda_sample(race, name):
+    logits = 2 * torch.randn(512, 8192, generator=torch.Generator("cuda").manual_seed(0), device="cuda")
+    options = OPTIONS[name]
+    seed = torch.tensor(1, device="cuda")
+    race(
+        f"sample {name}, 512 rows",
+        lambda: df.sample(logits, seed, **options),
+        {"topk/sort + multinomial": lambda: with_topk_and_sort(logits, **options)},
+        expected=lambda: df.reference.sample(logits, seed, **options),
+        bytes=logits.nbytes,
+        targets={"topk/sort + multinomial": 5.0},
+        iterations=20,
+    )

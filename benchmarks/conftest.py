@@ -1,11 +1,13 @@
 """The `race` fixture: a kernel against its peers in one process, round by round, and the table of all races.
 
-Times are the best of all rounds. Ratios are what counts; milliseconds say something about this machine alone.
+Times are the best of all rounds. Ratios are what counts; milliseconds say something about this machine alone. Cases
+whose name begins with test_cuda run with `--device cuda`, the others without it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import datetime
 import json
 import platform
 import re
@@ -29,17 +31,52 @@ def pytest_addoption(parser):
         type=Path,
         help="folder of a JSON file for each machine; takes the place of its earlier results of the same cases",
     )
+    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where the kernels race")
+
+
+def on_gpu(config) -> bool:
+    return config.getoption("--device") == "cuda"
+
+
+def pytest_collection_modifyitems(config, items):
+    chosen = [item for item in items if item.name.startswith("test_cuda") == on_gpu(config)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+
+
+def repeated(call: Callable[[], Any], iterations: int) -> Callable[[], None]:
+    """A function that makes that many calls."""
+
+    def repeat():
+        for _ in range(iterations):
+            call()
+
+    return repeat
+
+
+def captured(call: Callable[[], Any], iterations: int) -> Callable[[], None]:
+    """The same for a GPU, replayed from one graph: kernels are timed, not the Python that launches them."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        repeated(call, 3)()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        repeated(call, iterations)()
+    return graph.replay
 
 
 @pytest.fixture
-def race(benchmark, ceilings):  # the ceilings are for the table
+def race(request, benchmark, ceilings):  # the ceilings are for the table
     """Assert the result of `ours`, then time it and its peers in turn.
 
     ours, peers: functions without arguments. expected: what ours returns, or a function that computes it.
     flops, bytes: work of one call, for GFLOP/s and GB/s. targets: ratios to peers that we want to reach.
     iterations: calls in a round, for work of microseconds. warm: whether one unmeasured round comes first.
-    expected None: the test has asserted the result in its own way.
+    expected None: the test has asserted the result in its own way. capture: whether a GPU replays a graph of the calls.
     """
+    gpu = on_gpu(request.config)
 
     def run(
         name: str,
@@ -54,30 +91,34 @@ def race(benchmark, ceilings):  # the ceilings are for the table
         rtol: float = 1e-4,
         atol: float = 1e-5,
         warm: bool = True,
+        capture: bool = True,
     ) -> None:
         if expected is not None:
             exact = expected() if callable(expected) else expected
             torch.testing.assert_close(ours(), exact, rtol=rtol, atol=atol, check_dtype=False)
             del exact
         times: dict[str, float] = {}
+        prepare = captured if gpu and capture else repeated
+        rivals = {peer: prepare(call, iterations) for peer, call in peers.items()}
+        repeat = prepare(ours, iterations)
+
+        def finish(calls):
+            calls()
+            if gpu:
+                torch.cuda.synchronize()
 
         def time_peers():
-            for peer, call in peers.items():
+            for peer, calls in rivals.items():
                 start = time.perf_counter()
-                for _ in range(iterations):
-                    call()
+                finish(calls)
                 elapsed = (time.perf_counter() - start) / iterations
                 times[peer] = min(elapsed, times.get(peer, elapsed))
-
-        def repeat():
-            for _ in range(iterations):
-                ours()
 
         if warm:
             time_peers()
             times.clear()  # the first call compiles and allocates
         benchmark.group = name
-        benchmark.pedantic(repeat, setup=time_peers, rounds=rounds)
+        benchmark.pedantic(finish, args=(repeat,), setup=time_peers, rounds=rounds)
         seconds = benchmark.stats.stats.min / iterations
         row: dict[str, Any] = {"case": name, "ms": seconds * 1e3, "peers": {}}
         for unit, work in (("GFLOP/s", flops), ("GB/s", bytes)):
@@ -112,8 +153,11 @@ def memory(request):
 
 
 @pytest.fixture(scope="session")
-def ceilings(tmp_path_factory) -> tuple[float, float]:
-    """GFLOP/s and GB/s of this machine with as many threads as torch uses."""
+def ceilings(request, tmp_path_factory) -> None:
+    """Notes GFLOP/s and GB/s of this machine, with as many threads as torch uses or on its GPU, for the table."""
+    if on_gpu(request.config):
+        MACHINE.update(gpu_machine())
+        return
     binary = tmp_path_factory.mktemp("ceilings") / "ceilings"
     source = Path(__file__).with_name("ceilings.cpp")
     subprocess.run(["g++", "-O3", "-march=native", "-fopenmp", source, "-o", binary], check=True)
@@ -121,7 +165,32 @@ def ceilings(tmp_path_factory) -> tuple[float, float]:
     runs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout.split() for _ in range(5)]
     gflops, gbytes = (max(map(float, column)) for column in zip(*runs, strict=True))
     MACHINE.update({"GFLOP/s": gflops, "GB/s": gbytes})
-    return gflops, gbytes
+
+
+def gpu_machine() -> dict[str, Any]:
+    """The GPU's name, driver, and ceilings: a bfloat16 matrix product, and a copy (read and write together)."""
+
+    def seconds(call, iterations=10):
+        times = []
+        for _ in range(5):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            repeated(call, iterations)()
+            torch.cuda.synchronize()
+            times.append((time.perf_counter() - start) / iterations)
+        return min(times)
+
+    edge, count = 8192, 2**32
+    a, b = (torch.randn(edge, edge, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source, target = (torch.empty(count, device="cuda", dtype=torch.uint8) for _ in range(2))
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return {
+        "processor": torch.cuda.get_device_name(),
+        "driver": subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0],
+        "cuda": torch.version.cuda,
+        "GFLOP/s": round(2 * edge**3 / seconds(lambda: a @ b) / 1e9, 1),
+        "GB/s": round(2 * count / seconds(lambda: target.copy_(source)) / 1e9, 1),
+    }
 
 
 def processor() -> str:
@@ -130,7 +199,19 @@ def processor() -> str:
     return match[1] if match else platform.processor() or platform.machine()
 
 
-MACHINE: dict[str, Any] = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+def commit() -> str:
+    """The commit that is measured, or "unknown" outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
+MACHINE: dict[str, Any] = {
+    "processor": processor(),
+    "threads": torch.get_num_threads(),
+    "torch": torch.__version__,
+    "date": datetime.date.today().isoformat(),
+    "commit": commit(),
+}
 
 
 def table() -> list[str]:
@@ -155,13 +236,15 @@ def pytest_terminal_summary(terminalreporter, config):
     if not RESULTS:
         return
     terminalreporter.section("races")
-    about = f"{MACHINE['processor']}, {MACHINE['threads']} threads, torch {MACHINE['torch']}"
+    where = f"driver {MACHINE['driver']}" if on_gpu(config) else f"{MACHINE['threads']} threads"
+    about = f"{MACHINE['processor']}, {where}, torch {MACHINE['torch']}, commit {MACHINE['commit']}"
     terminalreporter.write_line(f"{about}; at most {MACHINE['GFLOP/s']} GFLOP/s and {MACHINE['GB/s']} GB/s")
     for line in table():
         terminalreporter.write_line(line)
     if folder := config.getoption("--results"):
         folder.mkdir(parents=True, exist_ok=True)
-        name = re.sub(r"[^a-z0-9]+", "-", f"{MACHINE['processor']} {MACHINE['threads']} threads".lower()).strip("-")
+        title = MACHINE["processor"] if on_gpu(config) else f"{MACHINE['processor']} {MACHINE['threads']} threads"
+        name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
         path = folder / f"{name}.json"
         earlier = json.loads(path.read_text())["races"] if path.exists() else []
         ran = {row["case"] for row in RESULTS}
