@@ -1,6 +1,6 @@
 """Compiles every CUDA kernel for each architecture and prints what it takes of a multiprocessor.
 
-Fails on spills, a stack frame, warnings that wgmma was serialised, or a compile time over the limit; needs no GPU.
+Fails on many spills, arrays on the stack, warnings that wgmma was serialised, or a long compile time; needs no GPU.
 Usage: ``python .ci/cuda_resources.py [FILE.cu ...]``.
 """
 
@@ -44,7 +44,8 @@ class Usage:
 
     @property
     def acceptable(self) -> bool:
-        return self.stack == 0 and self.spilled <= MOST_SPILLED
+        spill_slots = (self.spilled + 7) // 8 * 8
+        return self.spilled <= MOST_SPILLED and self.stack <= spill_slots
 
 
 def readable(mangled: str) -> str:

@@ -5,6 +5,7 @@
 #include "adamw16.h"
 #include "cuda/chunks.h"
 #include "cuda/device.h"
+#include "cuda/reduce.h"
 
 namespace dalle_fast {
 namespace {
@@ -17,13 +18,6 @@ struct Table {
   Chunks<kMost, kNormChunk> chunks;
   const float* grad[kMost];
 };
-
-// The sum over the warp, in every lane.
-DF_DEVICE double warp_sum(double x) {
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
-  return x;
-}
 
 __global__ void __launch_bounds__(kThreads) sum_chunks(const __grid_constant__ Table table, double* sums) {
   __shared__ double of_warps[kWarps];
@@ -40,14 +34,8 @@ __global__ void __launch_bounds__(kThreads) sum_chunks(const __grid_constant__ T
              static_cast<double>(x.w) * x.w;
     }
     for (int i = 4 * whole + threadIdx.x; i < n; i += kThreads) sum += static_cast<double>(grad[i]) * grad[i];
-    sum = warp_sum(sum);
-    if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = sum;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      for (int warp = 1; warp < kWarps; ++warp) sum += of_warps[warp];
-      sums[chunk] = sum;
-    }
-    __syncthreads();
+    sum = block_reduce<kThreads>(sum, Add{}, of_warps);
+    if (threadIdx.x == 0) sums[chunk] = sum;
   }
 }
 
@@ -60,14 +48,14 @@ __global__ void __launch_bounds__(kThreads)
   for (uint32_t chunk = table.chunks.first[tensor] + lane; chunk < table.chunks.first[tensor + 1]; chunk += kWarp) {
     sum += sums[chunk];
   }
-  sum = warp_sum(sum);
+  sum = warp_reduce(sum, Add{});
   if (lane == 0) all.skipped[tensor] = !gradient_norm_counts(all, tensor, sum, of_tensors[tensor]);
 }
 
 __global__ void __launch_bounds__(kWarp) sum_all(const double* of_tensors, int64_t n, float* norm) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < n; i += kWarp) sum += of_tensors[i];
-  sum = warp_sum(sum);
+  sum = warp_reduce(sum, Add{});
   if (threadIdx.x == 0) *norm = static_cast<float>(sqrt(sum));
 }
 
