@@ -30,6 +30,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+def pytest_report_header() -> list[str]:
+    return [f"dalle_fast: {df.__path__[0]}", *str(df.backend()).splitlines()]
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: takes too long in the emulation of tests/cuda_on_cpu")
 

@@ -2,8 +2,8 @@
 #include "cuda_on_cpu.h"
 
 #include <sys/mman.h>
-#include <ucontext.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -23,6 +23,37 @@ extern unsigned char __start_cuda_on_cpu_shared[] __attribute__((weak, visibilit
 extern unsigned char __stop_cuda_on_cpu_shared[] __attribute__((weak, visibility("hidden")));
 }
 
+// Keeps the registers that a call must preserve on the running stack, stores where that ends in *from, and goes on
+// where `to` was left. swapcontext would do, but it calls the system each time.
+extern "C" void cuda_on_cpu_switch(void** from, void* to);
+#ifndef __x86_64__
+#error "the emulation of CUDA switches stacks on x86-64 only"
+#endif
+asm(R"(
+.pushsection .text
+.hidden cuda_on_cpu_switch
+.globl cuda_on_cpu_switch
+.type cuda_on_cpu_switch, @function
+cuda_on_cpu_switch:
+  push %rbp
+  push %rbx
+  push %r12
+  push %r13
+  push %r14
+  push %r15
+  mov %rsp, (%rdi)
+  mov %rsi, %rsp
+  pop %r15
+  pop %r14
+  pop %r13
+  pop %r12
+  pop %rbx
+  pop %rbp
+  ret
+.size cuda_on_cpu_switch, . - cuda_on_cpu_switch
+.popsection
+)");
+
 namespace cuda_on_cpu {
 namespace {
 
@@ -34,7 +65,7 @@ enum class State { kReady, kAtBarrier, kInCollective, kDone };
 
 struct Fiber {
   State state = State::kReady;
-  ucontext_t context;
+  void* top = nullptr;  // of the stack, while the fiber does not run
   const void* stack = nullptr;
   size_t stack_bytes = 0;
   void* sanitizer = nullptr;  // what AddressSanitizer keeps of a fiber that does not run
@@ -83,7 +114,7 @@ void switch_to(Fiber* next) {
   __sanitizer_start_switch_fiber(left->state == State::kDone ? nullptr : &left->sanitizer, next->stack,
                                  next->stack_bytes);
 #endif
-  swapcontext(&left->context, &next->context);
+  cuda_on_cpu_switch(&left->top, next->top);
   arrive();
 }
 
@@ -135,11 +166,12 @@ void prepare(Fiber& fiber) {
 #endif
   fiber.sanitizer = nullptr;
   fiber.state = State::kReady;
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = const_cast<void*>(fiber.stack);
-  fiber.context.uc_stack.ss_size = fiber.stack_bytes;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, run_fiber, 0);
+  // As if run_fiber had been called, with a return address above it, and left before its first instruction.
+  void** end = reinterpret_cast<void**>(static_cast<char*>(const_cast<void*>(fiber.stack)) + fiber.stack_bytes);
+  constexpr int kRegisters = 6;
+  end[-1] = nullptr;
+  end[-2] = reinterpret_cast<void*>(run_fiber);
+  fiber.top = std::fill_n(end - 2 - kRegisters, kRegisters, nullptr) - kRegisters;
 }
 
 // Between the variables lies what AddressSanitizer guards.
