@@ -1,5 +1,5 @@
 // The 16-bit formats of appendix D: exponent bias 60, no denormals, code 0 is zero, rounding half away from zero,
-// saturation at the largest value. 1-6-9 has a sign, 0-6-10 has not (negative input becomes zero).
+// saturation at the largest value. 1-6-9 has a sign, of zero, too; 0-6-10 has none (negative input becomes zero).
 #pragma once
 
 #include <cstdint>
@@ -24,9 +24,9 @@ DF_HOST_DEVICE inline uint16_t minifloat_encode(float x) {
   int32_t code = static_cast<int32_t>((size + (1u << (kShift - 1))) >> kShift) - ((127 - 60) << kMantissaBits);
   code = code < 0 ? 0 : code;
   code = code > kLargest ? kLargest : code;
-  const bool negative = (bits >> 31) != 0 && size <= 0x7F800000u;  // NaN counts as positive
-  if (kSigned) return static_cast<uint16_t>(negative && code > 0 ? code | 0x8000 : code);
-  return static_cast<uint16_t>(negative ? 0 : code);
+  const uint32_t sign = size <= 0x7F800000u ? bits >> 31 : 0;  // NaN counts as positive
+  if (kSigned) return static_cast<uint16_t>(sign << 15 | static_cast<uint32_t>(code));
+  return static_cast<uint16_t>(sign != 0 ? 0 : code);
 }
 
 template <Minifloat format>

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AttentionMask": "mask",
     "layer_masks": "mask",
+    "minifloat": "minifloat",
     "reference": "reference",
     "backend": "ops",
     "sparse_attention": "ops",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from . import minifloat
 from .mask import AttentionMask
 
 # ---------------------------------------------------------------------------------------------- attention masks
@@ -341,43 +342,6 @@ def packed_linear(
 
 # ---------------------------------------------------------------------------------------------- 16-bit moments
 
-FORMATS = {"1-6-9": (1, 9), "0-6-10": (0, 10)}  # sign bits, significand bits; 6 exponent bits, bias 60
-EXPONENT_BIAS = 60
-
-
-def minifloat_encode(x: torch.Tensor, format: str) -> torch.Tensor:
-    """Round float32 to a 16-bit format of appendix D; the 16 bits come back as int32 in [0, 65536).
-
-    No denormals, code 0 is zero, round half away from zero, saturation at the largest value; NaN, too, becomes the
-    largest value (callers skip such updates before encoding). 0-6-10 has no sign: negative input becomes zero.
-    """
-    sign_bits, mantissa_bits = FORMATS[format]
-    x = x.float()
-    largest = (2.0 - 2.0**-mantissa_bits) * 2.0 ** (63 - EXPONENT_BIAS)
-    size = torch.where(x.isnan(), torch.full_like(x, largest), x.abs()).clamp(max=largest).double()
-    mantissa, exponent = torch.frexp(size)  # size = mantissa * 2^exponent, mantissa in [0.5, 1)
-    steps = torch.floor(mantissa * 2.0 ** (mantissa_bits + 1) + 0.5).to(torch.int64)  # half rounds away from zero
-    code = (exponent.to(torch.int64) - 1 + EXPONENT_BIAS) * 2**mantissa_bits + steps - 2**mantissa_bits
-    # Field 0 with significand 0 is the code of zero, so the smallest value has significand 1.
-    code = torch.where((code <= 0) | (size == 0), torch.zeros_like(code), code)
-    code = code.clamp(max=2 ** (mantissa_bits + 6) - 1)
-    negative = torch.signbit(x) & ~x.isnan()
-    if sign_bits:
-        return torch.where(negative & (code > 0), code + 2**15, code).to(torch.int32)
-    return torch.where(negative, torch.zeros_like(code), code).to(torch.int32)
-
-
-def minifloat_decode(code: torch.Tensor, format: str) -> torch.Tensor:
-    """The float32 value of every 16-bit code (appendix D)."""
-    sign_bits, mantissa_bits = FORMATS[format]
-    code = code.to(torch.int64) & 0xFFFF
-    size_code = code & (2 ** (mantissa_bits + 6) - 1)
-    mantissa = 1.0 + (size_code % 2**mantissa_bits).double() * 2.0**-mantissa_bits
-    value = torch.ldexp(mantissa, size_code // 2**mantissa_bits - EXPONENT_BIAS)
-    value = torch.where(size_code == 0, torch.zeros_like(value), value)
-    negative = (code >= 2**15) & bool(sign_bits)
-    return torch.where(negative, -value, value).float()
-
 
 def adamw16(
     params: Sequence[torch.Tensor],
@@ -405,15 +369,16 @@ def adamw16(
     for i, (param, grad, mean, variance) in enumerate(zip(params, grads, means, variances, strict=True)):
         factor = (1.0 if unscale is None else unscale[i]) * (1.0 if clip is None else clip.reshape(()))
         grad = grad * factor
-        m = minifloat_decode(mean, "1-6-9").lerp(grad, 1 - beta1)
-        s = minifloat_decode(variance, "0-6-10") * beta2 + grad.square() * (1 - beta2)
+        m = minifloat.decode(mean, "1-6-9")
+        m = m + (grad - m) * (1 - beta1)
+        s = minifloat.decode(variance, "0-6-10") * beta2 + grad.square() * (1 - beta2)
         s = torch.where(s < 5.0, s, torch.full_like(s, 5.0))  # so is NaN
         update = (m / (1 - beta1**step)) / ((s / (1 - beta2**step)).sqrt() + eps)
         keep = torch.zeros((), dtype=torch.bool, device=param.device) if skip is None else skip[i]
         for old, new in (
             (param, param * (1 - lr * decays[i]) - lr * update),
-            (mean, minifloat_encode(m, "1-6-9").to(torch.int16)),
-            (variance, minifloat_encode(s, "0-6-10").to(torch.int16)),
+            (mean, minifloat.encode(m, "1-6-9").view(torch.int16)),
+            (variance, minifloat.encode(s, "0-6-10").view(torch.int16)),
         ):
             old.copy_(torch.where(keep, old, new))
 

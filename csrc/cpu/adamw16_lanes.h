@@ -37,10 +37,10 @@ constexpr int32_t kBias = (127 - 60) << 23;
 // Two registers, not one and a constant: so compilers recognise the minimum.
 DF_TARGET DF_ALWAYS_INLINE Words minimum(Words a, Words b) { return a < b ? a : b; }
 
-// 1-6-9 and 0-6-10, as minifloat_decode; code 0 is zero.
+// 1-6-9 and 0-6-10, as minifloat_decode, but for -0, which becomes 0.
 DF_TARGET DF_ALWAYS_INLINE Floats decode_mean(Integers code) {
   const Integers signed_size = (code << 16 >> 2) & ~0x60000000;  // the sign stays on top
-  return reinterpret_cast<Floats>((signed_size + kBias) & (code != 0));
+  return reinterpret_cast<Floats>((signed_size + kBias) & ((code & 0x7FFF) != 0));
 }
 DF_TARGET DF_ALWAYS_INLINE Floats decode_variance(Integers code) {
   return reinterpret_cast<Floats>(((code << 13) + kBias) & (code != 0));
@@ -51,7 +51,8 @@ DF_TARGET DF_ALWAYS_INLINE Integers encode_mean(Floats x) {
   constexpr int32_t kLargest = (0x7FFF << 14) + kBias;
   const Words size = minimum(reinterpret_cast<Words>(x) & INT32_MAX, Words{} + kLargest);
   const Integers code = reinterpret_cast<Integers>(size + ((1 << 13) - kBias)) >> 14;
-  return (code | ((x < 0.0f) & 0x8000)) & (code > 0);  // zero has no sign
+  const Integers sign = (reinterpret_cast<Integers>(x) >> 16 & 0x8000) & (x == x);  // NaN counts as positive
+  return (code & (code > 0)) | sign;
 }
 // For 0 to 5.
 DF_TARGET DF_ALWAYS_INLINE Integers encode_variance(Words bits) {
