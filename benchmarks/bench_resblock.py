@@ -1,4 +1,7 @@
-"""Residual sum, LayerNorm and casts in one pass, against the same from torch's ops."""
+"""Residual sum, LayerNorm and casts in one pass, against the same from torch's ops.
+
+So, too, the backward of scaled resblocks: filter, unscale, LayerNorm, sum, scale and cast.
+"""
 
 from __future__ import annotations
 
@@ -65,6 +68,57 @@ def test_forward_and_backward(race, memory):
         bytes=ROWS * WIDTH * 28,
         rtol=1e-2,
         atol=2e-3,
+    )
+
+
+def scaled_inputs(width=WIDTH, device="cpu"):
+    """Gradients of the sum and, times its scale, of normed in float16; the sum, weight, mean, rstd; scales; flag."""
+    x, branch, weight, bias = inputs(width, device)
+    scales = torch.tensor([2.0**13, 2.0**12], device=device)
+    total, normed = df.residual_layer_norm(x, branch, weight, bias, dtype=torch.float16)
+    variance, mean = torch.var_mean(total, -1, correction=0, keepdim=True)
+    rstd = (variance + 1e-5).rsqrt()
+    return [x, normed, total, weight, mean, rstd, *scales, torch.zeros((), dtype=torch.int32, device=device)]
+
+
+def eager_scaled(grad_total, grad_normed, total, weight, mean, rstd, scale_in, scale_out, nonfinite):
+    finite = grad_normed.isfinite()
+    nonfinite.masked_fill_(~finite.all(), 1)
+    grad = torch.where(finite, grad_normed.float(), 0.0) / scale_in
+    grad, *sums = torch.ops.aten.native_layer_norm_backward(
+        grad, total, weight.shape, mean, rstd, weight, torch.zeros_like(weight), [True] * 3
+    )
+    grad = grad_total + grad
+    return grad, (grad * scale_out).half(), *sums
+
+
+def ours_scaled(*tensors):
+    return torch.ops.dalle_fast.residual_layer_norm_backward(*tensors[:6], torch.float16, *tensors[6:])
+
+
+def test_scaled_backward(race, memory):
+    tensors = scaled_inputs()
+    race(
+        f"scaled resblock backward, {memory}",
+        lambda: ours_scaled(*tensors),
+        peers={"eager": lambda: eager_scaled(*tensors)},
+        expected=lambda: eager_scaled(*tensors),
+        bytes=ROWS * WIDTH * 16,
+        rtol=2e-3,  # of float16
+    )
+
+
+def test_cuda_scaled_backward(race):
+    tensors = scaled_inputs(WIDTH_CUDA, "cuda")
+    compiled = torch.compile(eager_scaled)
+    race(
+        f"scaled resblock backward, width {WIDTH_CUDA}",
+        lambda: ours_scaled(*tensors),
+        peers={"eager": lambda: eager_scaled(*tensors), "torch.compile": lambda: compiled(*tensors)},
+        expected=lambda: eager_scaled(*tensors),
+        bytes=ROWS * WIDTH_CUDA * 16,
+        rtol=2e-3,
+        iterations=10,
     )
 
 

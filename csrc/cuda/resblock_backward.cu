@@ -15,6 +15,7 @@ template <typename Layout, typename T>
 __global__ void __launch_bounds__(kMostThreads) backward_kernel(ResidualLayerNormBackward<T> p) {
   constexpr int kVec = Layout::kVec;
   __shared__ T parts[2][2][kMostWarps];
+  const T inverse_width = T(1) / p.width;
   const bool filter = p.nonfinite != nullptr;
   const T unscale = p.scale_in == nullptr ? T(1) : 1 / static_cast<T>(*p.scale_in);
   const T scale_out = p.scale_out == nullptr ? T(1) : static_cast<T>(*p.scale_out);
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(kMostThreads) backward_kernel(ResidualLayerNor
       });
     });
     sum_over_block(sums, parts[parity]);
-    const T grad_mean = sums[0] / p.width, product_mean = sums[1] / p.width;
+    const T grad_mean = sums[0] * inverse_width, product_mean = sums[1] * inverse_width;
 
     for_each_strip<Layout>(p.width, [&](int64_t strip) {
       if constexpr (!Layout::kResident) {

@@ -11,6 +11,7 @@ template <typename Layout, typename T>
 __global__ void __launch_bounds__(kMostThreads) forward_kernel(ResidualLayerNorm<T> p) {
   constexpr int kVec = Layout::kVec;
   __shared__ T sum_parts[1][kMostWarps], square_parts[1][kMostWarps];
+  const T inverse_width = T(1) / p.width;
   const T* const totals = p.branch == nullptr ? p.x : p.total;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const int64_t start = row * p.width;
@@ -37,7 +38,7 @@ __global__ void __launch_bounds__(kMostThreads) forward_kernel(ResidualLayerNorm
       });
     });
     sum_over_block(sum, sum_parts);
-    const T mean = sum[0] / p.width;
+    const T mean = sum[0] * inverse_width;
 
     const auto read_again = [&](int64_t strip) {
       if constexpr (!Layout::kResident) {
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kMostThreads) forward_kernel(ResidualLayerNorm
       });
     });
     sum_over_block(squares, square_parts);
-    const T rstd = 1 / std::sqrt(squares[0] / p.width + static_cast<T>(p.eps));
+    const T rstd = rsqrt(squares[0] * inverse_width + static_cast<T>(p.eps));
 
     for_each_strip<Layout>(p.width, [&](int64_t strip) {
       read_again(strip);

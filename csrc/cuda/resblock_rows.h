@@ -1,10 +1,9 @@
 // Rows of the residual stream in a block's hands, for residual_layer_norm and its backward.
 //
 // A block takes one row at a time; a persistent grid takes all. Each warp has a piece of the row, cut into kChunks
-// chunks of kVec neighbouring elements for each lane: what a block has in registers. Layout says whether that is the
-// whole row
-// (`Resident`: widths of whole chunks up to 8,192, float32, 16-byte aligned) or one strip of it after another, read
-// again in each pass (`Strips`: every width and type).
+// chunks of kVec neighbouring elements for each lane: what a block has in registers. A layout says whether that is the
+// whole row (Resident: float32, 16-byte aligned, widths of whole chunks up to 8,192) or one strip of it after another,
+// read again in each pass (Strips: every width and type).
 #pragma once
 
 #include <cmath>
@@ -15,6 +14,7 @@
 
 #include "cuda/device.h"
 #include "cuda/half.h"
+#include "cuda/reduce.h"
 #include "format.h"
 
 namespace dalle_fast {
@@ -67,11 +67,11 @@ DF_DEVICE void for_each_strip(int64_t width, const Body& body) {
 // Calls body(c, first element of the row's chunk) for the thread's chunks of a strip.
 template <typename Layout, typename Body>
 DF_DEVICE void for_each_chunk(int64_t width, int64_t strip, const Body& body) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t mine = strip + warp * (kWarp * kThreadElements<Layout>)+lane * Layout::kVec;
+  constexpr int kLaneStep = Layout::kVec, kChunkStep = kLaneStep * kWarp, kWarpStep = kChunkStep * Layout::kChunks;
+  const int64_t mine = strip + threadIdx.x / kWarp * kWarpStep + threadIdx.x % kWarp * kLaneStep;
 #pragma unroll
   for (int c = 0; c < Layout::kChunks; ++c) {
-    const int64_t first = mine + c * kWarp * Layout::kVec;
+    const int64_t first = mine + c * kChunkStep;
     if (first < width) body(c, first);
   }
 }
@@ -124,17 +124,12 @@ DF_DEVICE void sum_over_block(T (&x)[kSums], T (*parts)[kMostWarps]) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
 #pragma unroll
   for (int s = 0; s < kSums; ++s) {
-#pragma unroll
-    for (int bits = kWarp / 2; bits > 0; bits /= 2) x[s] += __shfl_xor_sync(kAllLanes, x[s], bits);
+    x[s] = warp_reduce(x[s], Add());
     if (lane == 0) parts[s][warp] = x[s];
   }
   __syncthreads();
 #pragma unroll
-  for (int s = 0; s < kSums; ++s) {
-    x[s] = lane % kMostWarps < warps ? parts[s][lane % kMostWarps] : T(0);
-#pragma unroll
-    for (int bits = kMostWarps / 2; bits > 0; bits /= 2) x[s] += __shfl_xor_sync(kAllLanes, x[s], bits, kMostWarps);
-  }
+  for (int s = 0; s < kSums; ++s) x[s] = warp_reduce(lane < warps ? parts[s][lane] : T(0), Add());
 }
 
 }  // namespace dalle_fast
