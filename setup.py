@@ -22,7 +22,8 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # one binary for every
 MATH_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS = ["-O3", "-g0", *MATH_FLAGS, "-fopenmp", "-fvisibility=hidden", "-Wall", STABLE_ABI]
 LINK_FLAGS = ["-fopenmp"]
-SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1"]
+SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+SANITIZE_FLAGS += ["-g1", "-O1"]  # -O3 would take ten minutes
 NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr"]
 
 if os.environ.get("DALLE_FAST_SANITIZE") == "1":
