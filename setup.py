@@ -23,7 +23,8 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # one binary for every
 MATH_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS = ["-O3", "-g0", *MATH_FLAGS, "-fopenmp", "-fvisibility=hidden", "-Wall", STABLE_ABI]
 LINK_FLAGS = ["-fopenmp"]
-SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1"]
+SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+SANITIZE_FLAGS += ["-g1", "-O1"]  # -O3 would take ten minutes
 # One binary for 8.x and one for Hopper, whose own instructions need the "a"; newer chips compile the PTX.
 ARCHITECTURES = ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a"]
 NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-DDALLE_FAST_CUDA"]

@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace dalle_fast {
 namespace {
@@ -53,21 +54,32 @@ std::tuple<Tensor, Tensor> pack_linear(const Tensor& weight, ScalarType dtype) {
   return {panels, scales};
 }
 
+// Without a call through torch's dispatcher where nothing is to be done: that costs as much as all of the checks.
+Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 Tensor packed_linear(const Tensor& x, const Tensor& panels, const Tensor& scales, const std::optional<Tensor>& bias,
                      int64_t out_features) {
-  check(x, "x", ScalarType::Float);
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) > 0, "x: expected [N, in]");
+  const Tensor rows = dense(x);
+  check(rows, "x", ScalarType::Float);
+  STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0, "x: expected [..., in]");
   STD_TORCH_CHECK(out_features > 0, "out_features: expected at least 1, got ", out_features);
-  const int64_t rows = x.size(0), in = x.size(1);
+  const int64_t in = x.size(-1);
   const WeightFormat format = format_of(panels.scalar_type());
   check(panels, "panels", panels.scalar_type(),
         divide_up(out_features, kPanel) * divide_up(in, line_depth(format)) * kLine / element_size(format));
   check(scales, "scales", ScalarType::Float, format == WeightFormat::kInt8 ? out_features : 0);
-  if (bias) check(*bias, "bias", ScalarType::Float, out_features);
-  Tensor out = torch::stable::new_empty(x, {rows, out_features});
-  packed_linear_cpu({rows, in, out_features, static_cast<const float*>(x.const_data_ptr()), format,
+  std::optional<Tensor> addend;
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1, "bias: expected [out]");
+    addend = dense(*bias);
+    check(*addend, "bias", ScalarType::Float, out_features);
+  }
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = out_features;
+  Tensor out = torch::stable::new_empty(x, sizes);
+  packed_linear_cpu({x.numel() / in, in, out_features, static_cast<const float*>(rows.const_data_ptr()), format,
                      panels.const_data_ptr(), static_cast<const float*>(scales.const_data_ptr()),
-                     bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
+                     addend ? static_cast<const float*>(addend->const_data_ptr()) : nullptr,
                      static_cast<float*>(out.mutable_data_ptr())});
   return out;
 }

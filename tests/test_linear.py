@@ -174,7 +174,7 @@ def test_the_op_guards_its_memory():
         ((x, panels[:1].clone(), scales, bias, 18), "panels: expected 768 elements, got 384"),
         ((x, panels, scales[:5].clone(), bias, 18), "scales: expected 18 elements, got 5"),
         ((x, panels, scales, bias[:5].clone(), 18), "bias: expected 18 elements, got 5"),
-        ((x.t(), panels, scales, bias, 18), "x: expected contiguous Float on the CPU"),
+        ((x.double(), panels, scales, bias, 18), "x: expected contiguous Float on the CPU, got Double"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             op(*arguments)

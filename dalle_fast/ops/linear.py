@@ -77,25 +77,32 @@ def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -
         ValueError: shapes that do not fit, or different devices.
         RuntimeError: x or bias requires gradients; this install has no kernel for the device.
     """
-    if x.dtype != torch.float32:
-        raise TypeError(f"x: expected float32, got {x.dtype}")
-    if x.ndim == 0 or x.shape[-1] != packed.in_features:
+    if x.shape[-1:] != (packed.in_features,):
         raise ValueError(f"x: expected [..., {packed.in_features}], got {list(x.shape)}")
     if x.device != packed.panels.device:
         raise ValueError(f"x: expected the device of the weights {packed.panels.device}, got {x.device}")
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        raise RuntimeError("packed_linear has no gradients: call it under torch.no_grad()")
+    if reference := reference_op("packed_linear", x.device):
+        _check_arguments(x, packed, bias)
+        return reference(x, packed, bias)
+    try:
+        return torch.ops.dalle_fast.packed_linear(x, packed.panels, packed.scales, bias, packed.out_features)
+    except RuntimeError:
+        # The op has checked all that matters. A call takes microseconds, so what exactly is wrong is only looked for
+        # when something is.
+        _check_arguments(x, packed, bias)
+        raise
+
+
+def _check_arguments(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> None:
+    if x.dtype != torch.float32:
+        raise TypeError(f"x: expected float32, got {x.dtype}")
     if bias is not None:
         if bias.dtype != torch.float32:
             raise TypeError(f"bias: expected float32, got {bias.dtype}")
         if list(bias.shape) != [packed.out_features]:
             raise ValueError(f"bias: expected [{packed.out_features}], got {list(bias.shape)}")
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        raise RuntimeError("packed_linear has no gradients: call it under torch.no_grad()")
-    if reference := reference_op("packed_linear", x.device):
-        return reference(x, packed, bias)
-    rows = x.reshape(-1, packed.in_features).contiguous()
-    bias = None if bias is None else bias.contiguous()
-    out = torch.ops.dalle_fast.packed_linear(rows, packed.panels, packed.scales, bias, packed.out_features)
-    return out.view(*x.shape[:-1], packed.out_features)
 
 
 if kernels_loaded():
@@ -110,4 +117,4 @@ if kernels_loaded():
     def _packed_linear_fake(
         x: Tensor, panels: Tensor, scales: Tensor, bias: Tensor | None, out_features: int
     ) -> Tensor:
-        return x.new_empty(x.shape[0], out_features)
+        return x.new_empty(*x.shape[:-1], out_features)
