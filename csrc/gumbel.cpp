@@ -143,9 +143,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gumbel_quantize(const Tensor&
     using S = decltype(zero);
     using T = Arithmetic<S>;
     const GridStrides z_strides = channels_last ? GridStrides{1, channels} : GridStrides{shape.pixels, 1};
-    gumbel_quantize_forward_cpu(QuantizeForward<S>{shape, channels, strides, z_strides, hard, in<S>(logits),
-                                                   in<S>(codebook), out<S>(z), out<T>(kl), out<int64_t>(codes),
-                                                   out<T>(stats), out<T>(soft)});
+    const QuantizeForward<S> params{shape,         channels,        strides,   z_strides,  hard,
+                                    in<S>(logits), in<S>(codebook), out<S>(z), out<T>(kl), out<int64_t>(codes),
+                                    out<T>(stats), out<T>(soft)};
+    DF_RUN(gumbel_quantize_forward, logits, params);
   });
   if (channels_last) z = torch::stable::transpose(torch::stable::transpose(z, 1, 3), 2, 3);  // [B, C, h, w]
   return {z, kl, codes, stats, soft};
@@ -166,9 +167,30 @@ std::tuple<Tensor, Tensor> gumbel_quantize_backward(const Tensor& grad_z, const 
   with_storage(logits, [&](auto zero) {
     using S = decltype(zero);
     using T = Arithmetic<S>;
-    gumbel_quantize_backward_cpu(QuantizeBackward<S>{
-        shape, channels, strides, dz_strides, hard, in<S>(logits), in<S>(codebook), in<int64_t>(codes), in<T>(stats),
-        in<T>(soft), in<S>(grad_z), in<T>(grad_kl), out<S>(grad_logits), out<S>(grad_codebook)});
+    QuantizeBackward<S> params{shape,
+                               channels,
+                               strides,
+                               dz_strides,
+                               hard,
+                               in<S>(logits),
+                               in<S>(codebook),
+                               in<int64_t>(codes),
+                               in<T>(stats),
+                               in<T>(soft),
+                               in<S>(grad_z),
+                               in<T>(grad_kl),
+                               out<S>(grad_logits),
+                               out<S>(grad_codebook),
+                               nullptr};
+    Tensor workspace;
+#ifdef DALLE_FAST_CUDA
+    if (on_cuda(logits)) {
+      const int64_t elements = gumbel_quantize_workspace<T>(shape, channels);
+      workspace = torch::stable::new_empty(logits, {elements}, arithmetic_type(logits));
+      params.workspace = out<T>(workspace);
+    }
+#endif
+    DF_RUN(gumbel_quantize_backward, logits, params);
   });
   return {grad_logits, grad_codebook};
 }
@@ -187,10 +209,7 @@ Tensor philox_uniform(const Tensor& seed, int64_t first, int64_t n) {
 DF_REGISTER(m) {
   m.impl("gumbel_softmax", TORCH_BOX(&dalle_fast::gumbel_softmax));
   m.impl("gumbel_softmax_backward", TORCH_BOX(&dalle_fast::gumbel_softmax_backward));
-  m.impl("philox_uniform", TORCH_BOX(&dalle_fast::philox_uniform));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(dalle_fast, CPU, m) {
   m.impl("gumbel_quantize", TORCH_BOX(&dalle_fast::gumbel_quantize));
   m.impl("gumbel_quantize_backward", TORCH_BOX(&dalle_fast::gumbel_quantize_backward));
+  m.impl("philox_uniform", TORCH_BOX(&dalle_fast::philox_uniform));
 }

@@ -85,6 +85,7 @@ struct QuantizeBackward {
   const Arithmetic<S>* grad_kl;
   S* grad_logits;
   S* grad_codebook;
+  Arithmetic<S>* workspace;  // of the CUDA kernel; null on the CPU
 };
 
 // Elements `first` ... `first` + n of the seed's stream, uniform in (0, 1).
@@ -109,6 +110,13 @@ template <typename S>
 cudaError_t launch_gumbel_softmax_forward(const GumbelForward<S>& params, cudaStream_t stream);
 template <typename S>
 cudaError_t launch_gumbel_softmax_backward(const GumbelBackward<S>& params, cudaStream_t stream);
+template <typename S>
+cudaError_t launch_gumbel_quantize_forward(const QuantizeForward<S>& params, cudaStream_t stream);
+template <typename S>
+cudaError_t launch_gumbel_quantize_backward(const QuantizeBackward<S>& params, cudaStream_t stream);
+// Elements of the backward's workspace.
+template <typename T>
+int64_t gumbel_quantize_workspace(const GumbelShape& shape, int64_t channels);
 cudaError_t launch_philox_uniform(const PhiloxUniform& params, cudaStream_t stream);
 #endif
 

@@ -13,11 +13,13 @@ from tolerances import FORWARD, GRADIENT, HALF, error
 import dalle_fast as df
 from dalle_fast import reference
 
+# The large one has more than a tile of pixels.
+GRIDS = pytest.mark.parametrize("grid", [(9, 13), pytest.param((27, 39), marks=pytest.mark.large)], ids=str)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-def random_logits(*shape, dtype=torch.float32, layout="contiguous", seed=0):
-    logits = 2 * torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+def random_logits(*shape, dtype=torch.float32, layout="contiguous", seed=0, device=None):
+    logits = 2 * torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)).to(device)
     return logits.contiguous(memory_format=LAYOUTS[layout])
 
 
@@ -26,8 +28,8 @@ def run(module, logits, codebook, tau, seed, hard):
     logits, codebook = logits.detach().requires_grad_(), codebook.detach().requires_grad_()
     z, kl, codes = module.gumbel_quantize(logits, codebook, tau, seed, hard)
     generator = torch.Generator().manual_seed(9)
-    dz = torch.randn(z.shape, generator=generator).to(z.dtype)
-    dkl = torch.randn(kl.shape, generator=generator).to(kl.dtype)
+    dz = torch.randn(z.shape, generator=generator).to(z)
+    dkl = torch.randn(kl.shape, generator=generator).to(kl)
     grads = torch.autograd.grad([z, kl], [logits, codebook], [dz, dkl])
     return z, kl, codes, *grads
 
@@ -37,17 +39,18 @@ def run_softmax(module, logits, tau, seed, hard):
     logits = logits.detach().requires_grad_()
     y, kl = module.gumbel_softmax(logits, tau, seed, hard)
     generator = torch.Generator().manual_seed(8)
-    dy = torch.randn(y.shape, generator=generator).to(y.dtype)
-    dkl = torch.randn(kl.shape, generator=generator).to(kl.dtype)
+    dy = torch.randn(y.shape, generator=generator).to(y)
+    dkl = torch.randn(kl.shape, generator=generator).to(kl)
     return y, kl, *torch.autograd.grad([y, kl], logits, [dy, dkl])
 
 
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tau", [1.0, 1 / 16])
-def test_quantize_matches_the_reference(tau, layout, hard):
-    logits = random_logits(2, 70, 27, 39, layout=layout)  # more than two chunks of codes and a tile of pixels
-    codebook = random_logits(70, 21, 1, 1, seed=1).flatten(1)
+@GRIDS
+def test_quantize_matches_the_reference(tau, layout, hard, grid, device):
+    logits = random_logits(2, 70, *grid, layout=layout, device=device)
+    codebook = random_logits(70, 21, 1, 1, seed=1, device=device).flatten(1)
     z, kl, codes, *grads = run(df, logits, codebook, tau, 123456789123, hard)
     z64, kl64, codes64, *grads64 = run(reference, logits.double(), codebook.double(), tau, 123456789123, hard)
     assert error(z, z64) <= FORWARD
@@ -61,8 +64,9 @@ def test_quantize_matches_the_reference(tau, layout, hard):
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tau", [1.0, 1 / 16])
-def test_softmax_matches_the_reference(tau, layout, hard):
-    logits = random_logits(2, 70, 27, 39, layout=layout)
+@GRIDS
+def test_softmax_matches_the_reference(tau, layout, hard, grid, device):
+    logits = random_logits(2, 70, *grid, layout=layout, device=device)
     y, kl, grad = run_softmax(df, logits, tau, 123456789123, hard)
     y64, kl64, grad64 = run_softmax(reference, logits.double(), tau, 123456789123, hard)
     assert error(y, y64) <= FORWARD
@@ -70,9 +74,19 @@ def test_softmax_matches_the_reference(tau, layout, hard):
     assert error(grad, grad64) <= GRADIENT
 
 
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_codebook(dtype, hard, device):
+    logits = random_logits(1, 70, 5, 13, dtype=dtype, device=device)
+    codebook = random_logits(70, 300, 1, 1, dtype=dtype, seed=1, device=device).flatten(1)
+    ours = run(df, logits, codebook, 0.7, 11, hard)
+    for a, b in zip(ours, run(reference, logits.double(), codebook.double(), 0.7, 11, hard), strict=True):
+        assert error(a, b) <= GRADIENT
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_more_codes_than_fit_in_shared_memory(layout):
-    logits = random_logits(1, 9001, 2, 3, layout=layout)
+def test_more_codes_than_fit_in_shared_memory(layout, device):
+    logits = random_logits(1, 9001, 2, 3, layout=layout, device=device)
     y, kl, grad = run_softmax(df, logits, 0.7, 5, False)
     y64, kl64, grad64 = run_softmax(reference, logits.double(), 0.7, 5, False)
     assert error(y, y64) <= FORWARD
@@ -82,10 +96,11 @@ def test_more_codes_than_fit_in_shared_memory(layout):
 
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_bfloat16(layout, hard):
+@GRIDS
+def test_bfloat16(layout, hard, grid, device):
     """As close to float64 as the reference in bfloat16, up to a factor; the KL is computed in float32."""
-    logits = random_logits(2, 70, 27, 39, layout=layout).bfloat16()
-    codebook = random_logits(70, 21, 1, 1, seed=1).flatten(1).bfloat16()
+    logits = random_logits(2, 70, *grid, layout=layout, device=device).bfloat16()
+    codebook = random_logits(70, 21, 1, 1, seed=1, device=device).flatten(1).bfloat16()
     ours, in_half = (run(module, logits, codebook, 0.5, 77, hard) for module in (df, reference))
     exact = run(reference, logits.double(), codebook.double(), 0.5, 77, hard)
     ours, in_half = ([*a, *run_softmax(m, logits, 0.5, 77, hard)] for m, a in ((df, ours), (reference, in_half)))
@@ -106,9 +121,9 @@ def test_bfloat16(layout, hard):
     hard=st.booleans(),
     seed=st.integers(-(2**63), 2**63 - 1),
 )
-def test_odd_sizes(batch, codes, height, width, layout, hard, seed):
-    logits = random_logits(batch, codes, height, width, layout=layout)
-    codebook = random_logits(codes, 3, 1, 1, seed=1).flatten(1)
+def test_odd_sizes(device, batch, codes, height, width, layout, hard, seed):
+    logits = random_logits(batch, codes, height, width, layout=layout, device=device)
+    codebook = random_logits(codes, 3, 1, 1, seed=1, device=device).flatten(1)
     y, kl = df.gumbel_softmax(logits, 0.7, seed, hard)
     y64, kl64 = reference.gumbel_softmax(logits.double(), 0.7, seed, hard)
     torch.testing.assert_close(y.double(), y64, rtol=1e-5, atol=1e-5)
@@ -121,47 +136,47 @@ def test_odd_sizes(batch, codes, height, width, layout, hard, seed):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradcheck(layout):
-    logits = random_logits(2, 5, 2, 3, dtype=torch.float64, layout=layout).requires_grad_()
-    codebook = random_logits(5, 4, 1, 1, dtype=torch.float64).flatten(1).requires_grad_()
+def test_gradcheck(layout, device):
+    logits = random_logits(2, 5, 2, 3, dtype=torch.float64, layout=layout, device=device).requires_grad_()
+    codebook = random_logits(5, 4, 1, 1, dtype=torch.float64, device=device).flatten(1).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: df.gumbel_softmax(x, 0.8, 7), [logits])
     assert torch.autograd.gradcheck(lambda x, c: df.gumbel_quantize(x, c, 0.8, 7)[:2], [logits, codebook])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("hard", [False, True])
-def test_opcheck(layout, hard):
-    logits = random_logits(2, 70, 3, 5, layout=layout)
+def test_opcheck(layout, hard, device):
+    logits, seed = random_logits(2, 70, 3, 5, layout=layout, device=device), torch.tensor(3, device=device)
     op = torch.ops.dalle_fast.gumbel_softmax.default
-    torch.library.opcheck(op, (logits.clone().requires_grad_(), 0.7, torch.tensor(3), hard))
-    y, kl, _, stats = op(logits, 0.7, torch.tensor(3), hard)
+    torch.library.opcheck(op, (logits.clone().requires_grad_(), 0.7, seed, hard))
+    y, kl, _, stats = op(logits, 0.7, seed, hard)
     backward = torch.ops.dalle_fast.gumbel_softmax_backward.default
-    torch.library.opcheck(backward, (torch.ones_like(y), torch.ones_like(kl), logits, stats, 0.7, torch.tensor(3)))
+    torch.library.opcheck(backward, (torch.ones_like(y), torch.ones_like(kl), logits, stats, 0.7, seed))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck_quantize(dtype, layout, hard):
-    logits, codebook = random_logits(2, 70, 3, 5, layout=layout).to(dtype), torch.randn(70, 4).to(dtype)
+def test_opcheck_quantize(dtype, layout, hard, device):
+    logits = random_logits(2, 70, 3, 5, layout=layout, device=device).to(dtype)
+    codebook = torch.randn(70, 4).to(device, dtype)
+    seed = torch.tensor(3, device=device)
     op = torch.ops.dalle_fast.gumbel_quantize.default
-    torch.library.opcheck(
-        op, (logits.clone().requires_grad_(), codebook.clone().requires_grad_(), 0.7, torch.tensor(3), hard)
-    )
-    z, kl, *saved = op(logits, codebook, 0.7, torch.tensor(3), hard)
+    torch.library.opcheck(op, (logits.clone().requires_grad_(), codebook.clone().requires_grad_(), 0.7, seed, hard))
+    z, kl, *saved = op(logits, codebook, 0.7, seed, hard)
     backward = torch.ops.dalle_fast.gumbel_quantize_backward.default
     torch.library.opcheck(
-        backward, (torch.ones_like(z), torch.ones_like(kl), logits, codebook, *saved, 0.7, torch.tensor(3), hard)
+        backward, (torch.ones_like(z), torch.ones_like(kl), logits, codebook, *saved, 0.7, seed, hard)
     )
 
 
-def test_straight_through():
+def test_straight_through(device):
     """Hard samples are exact one-hots of the codes, with the soft sample's gradient."""
-    logits = random_logits(2, 130, 4, 5)
-    codebook = torch.eye(130)
+    logits = random_logits(2, 130, 4, 5, device=device)
+    codebook = torch.eye(130, device=device)
     y, _ = df.gumbel_softmax(logits, 0.5, 11, hard=True)
     assert set(y.unique().tolist()) == {0.0, 1.0}
-    assert torch.equal(y.sum(1), torch.ones(2, 4, 5))
+    assert torch.equal(y.sum(1), torch.ones(2, 4, 5, device=device))
     z, _, codes = df.gumbel_quantize(logits, codebook, 0.5, 11, hard=True)
     assert torch.equal(y.argmax(1), codes)
     assert torch.equal(z.argmax(1), codes)
@@ -169,45 +184,46 @@ def test_straight_through():
     assert torch.equal(soft, hard)
 
 
-def test_codes_follow_the_softmax():
+@pytest.mark.large
+def test_codes_follow_the_softmax(device):
     """The argmax of the noisy logits is a draw from softmax(logits), at any temperature."""
-    probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1])
+    probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1], device=device)
     logits = probabilities.log().view(1, 4, 1, 1).expand(1, 4, 256, 256)
-    _, _, codes = df.gumbel_quantize(logits, torch.eye(4), 0.3, 2024)
+    _, _, codes = df.gumbel_quantize(logits, torch.eye(4, device=device), 0.3, 2024)
     frequencies = codes.flatten().bincount(minlength=4) / codes.numel()
     sigma = (probabilities * (1 - probabilities) / codes.numel()).sqrt()
     assert ((frequencies - probabilities).abs() < 5 * sigma).all()
 
 
-def test_low_temperature_is_one_hot():
-    logits = random_logits(1, 40, 4, 4)
+def test_low_temperature_is_one_hot(device):
+    logits = random_logits(1, 40, 4, 4, device=device)
     y, _ = df.gumbel_softmax(logits, 1e-4, 5)
-    torch.testing.assert_close(y.amax(1), torch.ones(1, 4, 4), rtol=0, atol=1e-3)
+    torch.testing.assert_close(y.amax(1), torch.ones(1, 4, 4, device=device), rtol=0, atol=1e-3)
 
 
-def test_kl_of_known_distributions():
-    uniform = torch.full((2, 8192, 2, 2), 3.25)
-    assert torch.equal(df.gumbel_softmax(uniform, 1.0, 0)[1], torch.zeros(2))
-    one_hot = torch.zeros(1, 8192, 2, 2)
+def test_kl_of_known_distributions(device):
+    uniform = torch.full((2, 8192, 2, 2), 3.25, device=device)
+    assert torch.equal(df.gumbel_softmax(uniform, 1.0, 0)[1], torch.zeros(2, device=device))
+    one_hot = torch.zeros(1, 8192, 2, 2, device=device)
     one_hot[:, 17] = 500.0
     kl = df.gumbel_softmax(one_hot, 1.0, 0)[1]
     assert kl.item() == pytest.approx(4 * math.log(8192), rel=1e-6)
 
 
-def test_kl_is_per_image():
-    logits = random_logits(8, 64, 4, 4)
+def test_kl_is_per_image(device):
+    logits = random_logits(8, 64, 4, 4, device=device)
     kl = df.gumbel_softmax(logits, 1.0, 0)[1]
     for image in range(8):
         assert torch.equal(df.gumbel_softmax(logits[image : image + 1], 1.0, 0)[1], kl[image : image + 1])
 
 
-def test_strided_and_surrounded_by_nan():
+def test_strided_and_surrounded_by_nan(device):
     """Only the elements of the view are read, whatever its strides and neighbours."""
-    codebook = random_logits(70, 3, 1, 1, seed=1).flatten(1)
-    plain = random_logits(2, 70, 5, 7)
+    codebook = random_logits(70, 3, 1, 1, seed=1, device=device).flatten(1)
+    plain = random_logits(2, 70, 5, 7, device=device)
     expected = (*run(df, plain, codebook, 0.7, 1, False), *run_softmax(df, plain, 0.7, 1, False))
     for permutation in ((0, 1, 2, 3), (0, 2, 3, 1), (3, 2, 1, 0)):
-        padded = torch.full([n + 4 for n in plain.permute(permutation).shape], float("nan"))
+        padded = torch.full([n + 4 for n in plain.permute(permutation).shape], float("nan"), device=device)
         view = padded[2:-2, 2:-2, 2:-2, 2:-2].permute([permutation.index(d) for d in range(4)])
         view.copy_(plain)
         results = (*run(df, view, codebook, 0.7, 1, False), *run_softmax(df, view, 0.7, 1, False))
@@ -216,24 +232,27 @@ def test_strided_and_surrounded_by_nan():
         assert padded.isnan().sum() == padded.numel() - plain.numel()
 
 
-def test_layouts_agree():
+def test_layouts_agree(device):
     """The noise belongs to the logical element: the layout changes nothing but rounding."""
-    logits, codebook = random_logits(2, 70, 5, 7), torch.eye(70)
+    logits, codebook = random_logits(2, 70, 5, 7, device=device), torch.eye(70, device=device)
     contiguous = run(df, logits, codebook, 0.7, 1, False)
     last = run(df, logits.contiguous(memory_format=torch.channels_last), codebook, 0.7, 1, False)
     for a, b in zip(contiguous, last, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_gradient_of_an_expanded_sum():
-    logits = random_logits(2, 70, 5, 7).requires_grad_()
+def test_gradient_of_an_expanded_sum(device):
+    logits = random_logits(2, 70, 5, 7, device=device).requires_grad_()
     y, kl = df.gumbel_softmax(logits, 0.7, 1)
     (grad,) = torch.autograd.grad(y.sum() + 0 * kl.sum(), logits)
     assert grad.abs().max() < 1e-5  # each sample sums to 1, whatever the logits
 
 
-def test_bitwise_repeatable_on_any_number_of_threads():
-    logits, codebook = random_logits(2, 300, 12, 12), random_logits(300, 5, 1, 1).flatten(1)
+def test_bitwise_repeatable_on_any_number_of_threads(device):
+    logits, codebook = (
+        random_logits(2, 300, 12, 12, device=device),
+        random_logits(300, 5, 1, 1, device=device).flatten(1),
+    )
     threads = torch.get_num_threads()
     results = []
     try:
@@ -246,25 +265,25 @@ def test_bitwise_repeatable_on_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_seed_as_int_or_tensor():
-    logits = random_logits(1, 10, 2, 2)
+def test_seed_as_int_or_tensor(device):
+    logits = random_logits(1, 10, 2, 2, device=device)
     y = df.gumbel_softmax(logits, 1.0, -5)[0]
     assert torch.equal(y, df.gumbel_softmax(logits, 1.0, torch.tensor([-5]))[0])
     assert not torch.equal(y, df.gumbel_softmax(logits, 1.0, -6)[0])
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.7])  # with and without the short cut
-def test_impossible_codes_get_nothing(tau):
-    logits = random_logits(1, 200, 2, 2)
+def test_impossible_codes_get_nothing(tau, device):
+    logits = random_logits(1, 200, 2, 2, device=device)
     logits[:, :100] = float("-inf")
     y, _ = df.gumbel_softmax(logits, tau, 3)
-    assert torch.equal(y[:, :100], torch.zeros(1, 100, 2, 2))
-    torch.testing.assert_close(y.sum(1), torch.ones(1, 2, 2))
+    assert torch.equal(y[:, :100], torch.zeros(1, 100, 2, 2, device=device))
+    torch.testing.assert_close(y.sum(1), torch.ones(1, 2, 2, device=device))
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.7])  # with and without the short cut
-def test_nan_logits_stay_visible(tau):
-    logits = random_logits(1, 200, 2, 2)
+def test_nan_logits_stay_visible(tau, device):
+    logits = random_logits(1, 200, 2, 2, device=device)
     logits[0, 150, 1, 1] = float("nan")
     y, kl = df.gumbel_softmax(logits, tau, 3)
     assert y[0, :, 1, 1].isnan().all()

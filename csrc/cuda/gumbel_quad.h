@@ -107,59 +107,85 @@ class QuadGrid {
   bool packed_;
 };
 
-// What is known of a pixel after some of the codes; sums are relative to the largest values among these.
+// Sums of a pixel's logits over some of the codes.
+template <typename T>
+struct PlainSums {
+  T max;       // the largest
+  T sum;       // of exp(logit - max)
+  T weighted;  // of the same times (logit - max)
+
+  // Makes the sums relative to a larger maximum.
+  DF_DEVICE void raise(T larger) {
+    const T below = max - larger, factor = exp_of(below);
+    weighted = factor > 0 ? factor * (weighted + below * sum) : T(0);
+    sum *= factor;
+    max = larger;
+  }
+
+  // Adds a logit that is not above max.
+  DF_DEVICE void add(T logit) {
+    const T below = logit - max, weight = exp_of(below);
+    sum += weight;
+    weighted += weight * below;
+  }
+
+  DF_DEVICE void merge(PlainSums other) {
+    if (other.max > max)
+      raise(other.max);
+    else
+      other.raise(max);
+    sum += other.sum;
+    weighted += other.weighted;
+  }
+};
+
+// The largest noisy logit, and its code: the first of equals.
+template <typename T>
+struct Best {
+  T noisy;
+  int code;
+
+  DF_DEVICE bool beats(const Best& other) const {
+    return noisy > other.noisy || (noisy == other.noisy && code < other.code);
+  }
+};
+
+// What is known of a pixel after some of the codes.
 template <typename T>
 struct PixelSums {
-  T best;            // largest noisy logit
-  T noisy_sum;       // of exp((noisy - best) / tau)
-  T plain_max;       // largest logit
-  T plain_sum;       // of exp(logit - plain_max)
-  T plain_weighted;  // of the same times (logit - plain_max)
-  int code;          // of best, the first of equals
+  Best<T> best;
+  T noisy_sum;  // of exp((noisy - reference) / tau), the reference being the largest so far
+  PlainSums<T> plain;
 
   static constexpr DF_DEVICE PixelSums none() {
     // Finite, so that a pixel whose logits are all -inf so far gives zeros and not NaN.
     constexpr T kLowest = std::numeric_limits<T>::lowest();
-    return {kLowest, 0, kLowest, 0, 0, 0};
-  }
-
-  // Makes the plain sums relative to a larger maximum.
-  DF_DEVICE void raise_plain(T largest) {
-    const T below = plain_max - largest, factor = exp_of(below);
-    plain_weighted = factor > 0 ? factor * (plain_weighted + below * plain_sum) : T(0);
-    plain_sum *= factor;
-    plain_max = largest;
-  }
-
-  // Adds a logit that is not above plain_max.
-  DF_DEVICE void add_plain(T logit) {
-    const T below = logit - plain_max, weight = exp_of(below);
-    plain_sum += weight;
-    plain_weighted += weight * below;
+    return {{kLowest, 0}, 0, {kLowest, 0, 0}};
   }
 
   // The statistics at `index` of an image's [kGumbelStats, pixels].
   DF_DEVICE void write(const GumbelShape& s, T* stats, int64_t index) const {
-    const double sum = plain_sum, log_plain = log(sum), log_codes = log(static_cast<double>(s.codes));
-    stats[kNoisyReference * s.pixels + index] = best;
+    const double sum = plain.sum, log_plain = log(sum), log_codes = log(static_cast<double>(s.codes));
+    stats[kNoisyReference * s.pixels + index] = best.noisy;
     stats[kNoisyLogSum * s.pixels + index] = static_cast<T>(log(static_cast<double>(noisy_sum)));
-    stats[kPlainLse * s.pixels + index] = static_cast<T>(plain_max + log_plain);
-    stats[kPixelKl * s.pixels + index] = static_cast<T>(log_codes + plain_weighted / sum - log_plain);
+    stats[kPlainLse * s.pixels + index] = static_cast<T>(plain.max + log_plain);
+    stats[kPixelKl * s.pixels + index] = static_cast<T>(log_codes + plain.weighted / sum - log_plain);
   }
 };
 
+// Merges sums whose references are their own largest noisy logits.
 template <typename T>
 struct MergeSums {
   T inverse_tau;
 
   DF_DEVICE PixelSums<T> operator()(const PixelSums<T>& a, const PixelSums<T>& b) const {
-    const bool a_wins = a.best > b.best || (a.best == b.best && a.code < b.code), a_tops = a.plain_max > b.plain_max;
-    PixelSums<T> merged = a_wins ? a : b, other = a_tops ? b : a;
-    merged.noisy_sum += (a_wins ? b : a).noisy_sum * exp_of(((a_wins ? b : a).best - merged.best) * inverse_tau);
-    merged.plain_max = a_tops ? a.plain_max : b.plain_max;
-    other.raise_plain(merged.plain_max);
-    merged.plain_sum = (a_tops ? a : b).plain_sum + other.plain_sum;
-    merged.plain_weighted = (a_tops ? a : b).plain_weighted + other.plain_weighted;
+    const bool a_wins = a.best.beats(b.best);
+    PixelSums<T> merged = a;
+    merged.best = {a_wins ? a.best.noisy : b.best.noisy, a_wins ? a.best.code : b.best.code};
+    const T below = (a_wins ? b.best.noisy : a.best.noisy) - merged.best.noisy;
+    merged.noisy_sum =
+        (a_wins ? a.noisy_sum : b.noisy_sum) + (a_wins ? b.noisy_sum : a.noisy_sum) * exp_of(below * inverse_tau);
+    merged.plain.merge(b.plain);
     return merged;
   }
 };

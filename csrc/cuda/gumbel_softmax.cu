@@ -118,22 +118,22 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(GumbelForward<S> p, i
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
       PixelSums<T>& sum = sums.at[i];
-      T best = sum.best, plain_max = sum.plain_max;
+      T best = sum.best.noisy, plain_max = sum.plain.max;
 #pragma unroll
       for (int c = 0; c < kCodes; ++c) {
         const int64_t code = first + c * kSlices;
         if (code >= s.codes) continue;
-        if (noisy[c].at[i] > best) best = noisy[c].at[i], sum.code = static_cast<int>(code);
+        if (noisy[c].at[i] > best) best = noisy[c].at[i], sum.best.code = static_cast<int>(code);
         if (logits[c].at[i] > plain_max) plain_max = logits[c].at[i];
       }
-      sum.noisy_sum *= exp_of((sum.best - best) * inverse_tau);
-      sum.best = best;
-      sum.raise_plain(plain_max);
+      sum.noisy_sum *= exp_of((sum.best.noisy - best) * inverse_tau);
+      sum.best.noisy = best;
+      sum.plain.raise(plain_max);
 #pragma unroll
       for (int c = 0; c < kCodes; ++c) {
         if (first + c * kSlices >= s.codes) continue;
         sum.noisy_sum += exp_of((noisy[c].at[i] - best) * inverse_tau);
-        sum.add_plain(logits[c].at[i]);
+        sum.plain.add(logits[c].at[i]);
       }
     }
   });
@@ -141,11 +141,11 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(GumbelForward<S> p, i
   const PixelSums<T> total = reduce_pixels(sums, place, kNone, MergeSums<T>{inverse_tau}, parts);
   const int warp = threadIdx.x / kWarp;
   if (threadIdx.x % kWarp == 0 && warp < kPixels) {
-    pixel_stats[warp] = {total.best, static_cast<T>(log(static_cast<double>(total.noisy_sum))), 0, 0};
-    pixel_code[warp] = total.code;
+    pixel_stats[warp] = {total.best.noisy, static_cast<T>(log(static_cast<double>(total.noisy_sum))), 0, 0};
+    pixel_code[warp] = total.best.code;
     if (place.pixel + warp < s.pixels) {
       total.write(s, p.stats + place.image * kGumbelStats * s.pixels, place.pixel + warp);
-      p.codes[place.image * s.pixels + place.pixel + warp] = total.code;
+      p.codes[place.image * s.pixels + place.pixel + warp] = total.best.code;
     }
   }
   __syncthreads();

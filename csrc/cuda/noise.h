@@ -9,7 +9,7 @@ namespace dalle_fast {
 constexpr int kQuad = 4;  // elements that a block of Philox yields
 
 template <typename T>
-struct Quad {
+struct alignas(kQuad * sizeof(T) < 16 ? kQuad * sizeof(T) : 16) Quad {
   T at[kQuad];
 };
 

@@ -1,0 +1,197 @@
+// The relaxed sample times the codebook, as flash attention with V = W. A block owns 64 pixels and 128 channels (64 in
+// float64) and goes once through all codes, 64 at a time: it draws their noise, raises the pixels' common reference to
+// the largest noisy logit so far, leaves exp((noisy - reference) / tau) in shared memory, rescales what it has of z and
+// adds the product with these codes' rows of the codebook. Sums for the statistics stay with the thread that owns a
+// quad's codes and are merged at the end. More channels than one block owns: more blocks, which draw the noise again.
+//
+// The product runs on the FP32 units: tensor cores have too few bits for float32. bfloat16 takes this way, too.
+#include "cuda/gumbel_tile.h"
+
+namespace dalle_fast {
+namespace {
+
+template <typename S>
+__global__ void __launch_bounds__(kTileThreads, kTileBlocks<S>) forward_kernel(QuantizeForward<S> p) {
+  using T = Arithmetic<S>;
+  using Own = OwnChannels<T>;
+  constexpr int kChannels = kTileChannels<T>;
+  constexpr T kLowest = std::numeric_limits<T>::lowest(), kInfinity = std::numeric_limits<T>::infinity();
+  const GumbelShape& s = p.shape;
+  const T inverse_tau = static_cast<T>(1 / s.tau);
+  const int64_t tiles = tiles_of(s.pixels, kTilePixels), image = blockIdx.x / tiles;
+  const int64_t first_pixel = blockIdx.x % tiles * kTilePixels, first_channel = int64_t{blockIdx.y} * kChannels;
+  const TilePlace place(p.strides);
+  const int64_t my_pixel = first_pixel + place.quad * kQuad;
+  const int codes = static_cast<int>(s.codes);
+  const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp * kOwnRows;  // in the product: channels, pixels
+  const QuadGrid<const S> grid(p.logits, s, p.strides, image);
+  const QuadNoise noise(s, image);
+
+  DF_SHARED(shared);
+  T* const weights = reinterpret_cast<T*>(shared);              // [kTileCodes][kCodePitch]
+  T* const codebook = weights + kTileCodes * kCodePitch;        // [kTileCodes][kChannels]
+  auto* const parts = reinterpret_cast<PixelSums<T>*>(shared);  // [kTileSlices][kTilePixels], at the end
+  __shared__ Quad<T> maxima[kTileSlices][kTileQuads];
+  __shared__ Quad<T> reference[kTileQuads], factor[kTileQuads];
+  __shared__ int pixel_code[kTilePixels];
+  const bool leads = threadIdx.x < kTilePixels;  // one thread a pixel
+  T& my_reference = reinterpret_cast<T*>(reference)[threadIdx.x % kTilePixels];
+  T& my_factor = reinterpret_cast<T*>(factor)[threadIdx.x % kTilePixels];
+  if (leads) my_reference = kLowest;
+
+  // The thread's codes, first as noisy logits.
+  const auto my_weights = [&](int c) -> Quad<T>& {
+    return reinterpret_cast<Quad<T>*>(weights + (place.slice + c * kTileSlices) * kCodePitch)[place.quad];
+  };
+  constexpr PixelSums<T> kNone = PixelSums<T>::none();
+  Quad<PixelSums<T>> sums{{kNone, kNone, kNone, kNone}};
+  Own z[kOwnRows] = {};
+  for (int first = 0; first < codes; first += kTileCodes) {
+    Quad<T> logits[kOwnCodes], most{{kLowest, kLowest, kLowest, kLowest}};
+#pragma unroll
+    for (int c = 0; c < kOwnCodes; ++c) {
+      const int code = first + place.slice + c * kTileSlices;
+      if (code < codes) logits[c] = grid.load(code, my_pixel);
+    }
+#pragma unroll
+    for (int c = 0; c < kOwnCodes; ++c) {
+      const int code = first + place.slice + c * kTileSlices;
+      Quad<T> noisy{{-kInfinity, -kInfinity, -kInfinity, -kInfinity}};
+      if (code < codes) noisy = noise.add_to(logits[c], code, my_pixel);
+#pragma unroll
+      for (int i = 0; i < kQuad; ++i) {
+        Best<T>& best = sums.at[i].best;
+        if (noisy.at[i] > best.noisy) best = {noisy.at[i], code};
+        if (noisy.at[i] > most.at[i]) most.at[i] = noisy.at[i];
+      }
+      my_weights(c) = noisy;
+    }
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) {
+      PlainSums<T>& plain = sums.at[i].plain;
+      T plain_max = plain.max;
+#pragma unroll
+      for (int c = 0; c < kOwnCodes; ++c) {
+        const bool inside = first + place.slice + c * kTileSlices < codes;
+        if (inside && logits[c].at[i] > plain_max) plain_max = logits[c].at[i];
+      }
+      plain.raise(plain_max);
+#pragma unroll
+      for (int c = 0; c < kOwnCodes; ++c) {
+        if (first + place.slice + c * kTileSlices < codes) plain.add(logits[c].at[i]);
+      }
+    }
+    maxima[place.slice][place.quad] = most;
+    const int channel = threadIdx.x % kChannels;
+    const S* codebook_at = p.codebook + first * p.channels + first_channel + channel;
+    for (int c = threadIdx.x / kChannels; c < kTileCodes; c += kTileThreads / kChannels) {
+      const bool inside = first + c < codes && first_channel + channel < p.channels;
+      codebook[c * kChannels + channel] = inside ? load_element(codebook_at[c * p.channels]) : T(0);
+    }
+    __syncthreads();
+    if (leads) {
+      T largest = my_reference;
+#pragma unroll
+      for (int slice = 0; slice < kTileSlices; ++slice) {
+        const T x = reinterpret_cast<const T*>(maxima[slice])[threadIdx.x];
+        largest = x > largest ? x : largest;
+      }
+      my_factor = exp_of((my_reference - largest) * inverse_tau);
+      my_reference = largest;
+    }
+    __syncthreads();
+
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) sums.at[i].noisy_sum *= factor[place.quad].at[i];
+#pragma unroll
+    for (int c = 0; c < kOwnCodes; ++c) {
+      Quad<T> weight = my_weights(c);
+#pragma unroll
+      for (int i = 0; i < kQuad; ++i) {
+        weight.at[i] = exp_of((weight.at[i] - reference[place.quad].at[i]) * inverse_tau);
+        sums.at[i].noisy_sum += weight.at[i];
+      }
+      my_weights(c) = weight;
+    }
+    __syncthreads();
+
+#pragma unroll
+    for (int r = 0; r < kOwnRows; ++r) {
+      const T scale = reinterpret_cast<const T*>(factor)[row + r];
+#pragma unroll
+      for (int c = 0; c < Own::kCount; ++c) z[r].at[c] *= scale;
+    }
+#pragma unroll 4
+    for (int code = 0; code < kTileCodes; ++code) {
+      const Own w = reinterpret_cast<const Own*>(codebook + code * kChannels)[lane];
+      const auto* code_weights = reinterpret_cast<const Quad<T>*>(weights + code * kCodePitch + row);
+#pragma unroll
+      for (int r = 0; r < kOwnRows; r += kQuad) {
+        const Quad<T> y = code_weights[r / kQuad];
+#pragma unroll
+        for (int i = 0; i < kQuad; ++i) {
+#pragma unroll
+          for (int c = 0; c < Own::kCount; ++c) z[r + i].at[c] += y.at[i] * w.at[c];
+        }
+      }
+    }
+    __syncthreads();
+  }
+
+#pragma unroll
+  for (int i = 0; i < kQuad; ++i) parts[place.slice * kTilePixels + place.quad * kQuad + i] = sums.at[i];
+  __syncthreads();
+  if (leads) {
+    PixelSums<T> total = parts[threadIdx.x];
+    for (int slice = 1; slice < kTileSlices; ++slice) {
+      const PixelSums<T>& part = parts[slice * kTilePixels + threadIdx.x];
+      if (part.best.beats(total.best)) total.best = part.best;
+      total.noisy_sum += part.noisy_sum;
+      total.plain.merge(part.plain);
+    }
+    my_factor = 1 / total.noisy_sum;
+    pixel_code[threadIdx.x] = total.best.code;
+    const int64_t pixel = first_pixel + threadIdx.x;
+    if (blockIdx.y == 0 && pixel < s.pixels) {
+      total.write(s, p.stats + image * kGumbelStats * s.pixels, pixel);
+      p.codes[image * s.pixels + pixel] = total.best.code;
+    }
+  }
+  __syncthreads();
+  for (int r = 0; r < kOwnRows; ++r) {
+    const int64_t pixel = first_pixel + row + r;
+    if (pixel >= s.pixels) continue;
+    const T scale = reinterpret_cast<const T*>(factor)[row + r];
+#pragma unroll
+    for (int c = 0; c < Own::kCount; ++c) {
+      const int64_t channel = first_channel + lane * Own::kCount + c;
+      if (channel >= p.channels) continue;
+      const T soft = z[r].at[c] * scale;
+      p.soft[(image * s.pixels + pixel) * p.channels + channel] = soft;
+      S* const out = p.z + image * p.channels * s.pixels + channel * p.z_strides.code + pixel * p.z_strides.pixel;
+      *out = p.hard ? p.codebook[pixel_code[row + r] * p.channels + channel] : store_element<S>(soft);
+    }
+  }
+}
+
+}  // namespace
+
+template <typename S>
+cudaError_t launch_gumbel_quantize_forward(const QuantizeForward<S>& params, cudaStream_t stream) {
+  using T = Arithmetic<S>;
+  constexpr size_t kProduct = sizeof(T) * kTileCodes * (kCodePitch + kTileChannels<T>);
+  constexpr size_t kParts = sizeof(PixelSums<T>) * kTileSlices * kTilePixels;
+  const GumbelShape& s = params.shape;
+  const dim3 grid(static_cast<unsigned>(s.batch * tiles_of(s.pixels, kTilePixels)),
+                  static_cast<unsigned>(tiles_of(params.channels, kTileChannels<T>)));
+  const size_t shared_bytes = kProduct > kParts ? kProduct : kParts;
+  const cudaError_t error = launch(forward_kernel<S>, grid, kTileThreads, shared_bytes, stream, params);
+  if (error != cudaSuccess) return error;
+  return launch_sum_kl(s, params.stats, params.kl, stream);
+}
+
+template cudaError_t launch_gumbel_quantize_forward(const QuantizeForward<float>&, cudaStream_t);
+template cudaError_t launch_gumbel_quantize_forward(const QuantizeForward<double>&, cudaStream_t);
+template cudaError_t launch_gumbel_quantize_forward(const QuantizeForward<uint16_t>&, cudaStream_t);
+
+}  // namespace dalle_fast
