@@ -185,7 +185,7 @@ std::tuple<Tensor, Tensor> gumbel_quantize_backward(const Tensor& grad_z, const 
     Tensor workspace;
 #ifdef DALLE_FAST_CUDA
     if (on_cuda(logits)) {
-      const int64_t elements = gumbel_quantize_workspace<T>(shape, channels);
+      const int64_t elements = gumbel_quantize_workspace<S>(shape, channels);
       workspace = torch::stable::new_empty(logits, {elements}, arithmetic_type(logits));
       params.workspace = out<T>(workspace);
     }

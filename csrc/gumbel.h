@@ -115,7 +115,7 @@ cudaError_t launch_gumbel_quantize_forward(const QuantizeForward<S>& params, cud
 template <typename S>
 cudaError_t launch_gumbel_quantize_backward(const QuantizeBackward<S>& params, cudaStream_t stream);
 // Elements of the backward's workspace.
-template <typename T>
+template <typename S>
 int64_t gumbel_quantize_workspace(const GumbelShape& shape, int64_t channels);
 cudaError_t launch_philox_uniform(const PhiloxUniform& params, cudaStream_t stream);
 #endif

@@ -96,11 +96,12 @@ def test_more_codes_than_fit_in_shared_memory(layout, device):
 
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [21, 300])
 @GRIDS
-def test_bfloat16(layout, hard, grid, device):
+def test_bfloat16(layout, hard, channels, grid, device):
     """As close to float64 as the reference in bfloat16, up to a factor; the KL is computed in float32."""
     logits = random_logits(2, 70, *grid, layout=layout, device=device).bfloat16()
-    codebook = random_logits(70, 21, 1, 1, seed=1, device=device).flatten(1).bfloat16()
+    codebook = random_logits(70, channels, 1, 1, seed=1, device=device).flatten(1).bfloat16()
     ours, in_half = (run(module, logits, codebook, 0.5, 77, hard) for module in (df, reference))
     exact = run(reference, logits.double(), codebook.double(), 0.5, 77, hard)
     ours, in_half = ([*a, *run_softmax(m, logits, 0.5, 77, hard)] for m, a in ((df, ours), (reference, in_half)))

@@ -4,8 +4,8 @@
 // adds the product with these codes' rows of the codebook. Sums for the statistics stay with the thread that owns a
 // quad's codes and are merged at the end. More channels than one block owns: more blocks, which draw the noise again.
 //
-// The product runs on the FP32 units: tensor cores have too few bits for float32. bfloat16 takes this way, too.
-#include "cuda/gumbel_tile.h"
+// bfloat16 uses tensor cores; they have too few bits for float32, which takes the FP32 units and eight times as long.
+#include "cuda/gumbel_product_mma.h"
 
 namespace dalle_fast {
 namespace {
@@ -13,23 +13,21 @@ namespace {
 template <typename S>
 __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S>) forward_kernel(QuantizeForward<S> p) {
   using T = Arithmetic<S>;
-  using Own = OwnChannels<T>;
-  constexpr int kChannels = kTileChannels<T>;
+  using Product = ForwardProduct<S>;
   constexpr T kLowest = std::numeric_limits<T>::lowest(), kInfinity = std::numeric_limits<T>::infinity();
   const GumbelShape& s = p.shape;
+  const int codes = static_cast<int>(s.codes);
   const T inverse_tau = static_cast<T>(1 / s.tau);
   const int64_t tiles = tiles_of(s.pixels, kTilePixels), image = blockIdx.x / tiles;
-  const int64_t first_pixel = blockIdx.x % tiles * kTilePixels, first_channel = int64_t{blockIdx.y} * kChannels;
+  const int64_t first_pixel = blockIdx.x % tiles * kTilePixels;
+  const int64_t first_channel = int64_t{blockIdx.y} * Product::kChannels;
   const TilePlace place(p.strides);
   const int64_t my_pixel = first_pixel + place.quad * kQuad;
-  const int codes = static_cast<int>(s.codes);
-  const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp * kOwnRows;  // in the product: channels, pixels
   const QuadGrid<const S> grid(p.logits, s, p.strides, image);
   const QuadNoise noise(s, image);
 
   DF_SHARED(shared);
-  T* const weights = reinterpret_cast<T*>(shared);              // [kTileCodes][kCodePitch]
-  T* const codebook = weights + kTileCodes * kCodePitch;        // [kTileCodes][kChannels]
+  Product z(shared);
   auto* const parts = reinterpret_cast<PixelSums<T>*>(shared);  // [kTileSlices][kTilePixels], at the end
   __shared__ Quad<T> maxima[kTileSlices][kTileQuads];
   __shared__ Quad<T> reference[kTileQuads], factor[kTileQuads];
@@ -39,13 +37,8 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S>) forward_kernel(Q
   T& my_factor = reinterpret_cast<T*>(factor)[threadIdx.x % kTilePixels];
   if (leads) my_reference = kLowest;
 
-  // The thread's codes, first as noisy logits.
-  const auto my_weights = [&](int c) -> Quad<T>& {
-    return reinterpret_cast<Quad<T>*>(weights + (place.slice + c * kTileSlices) * kCodePitch)[place.quad];
-  };
   constexpr PixelSums<T> kNone = PixelSums<T>::none();
   Quad<PixelSums<T>> sums{{kNone, kNone, kNone, kNone}};
-  Own z[kOwnRows] = {};
   for (int first = 0; first < codes; first += kTileCodes) {
     Quad<T> logits[kOwnCodes], most{{kLowest, kLowest, kLowest, kLowest}};
 #pragma unroll
@@ -64,7 +57,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S>) forward_kernel(Q
         if (noisy.at[i] > best.noisy) best = {noisy.at[i], code};
         if (noisy.at[i] > most.at[i]) most.at[i] = noisy.at[i];
       }
-      my_weights(c) = noisy;
+      z.noisy(place.slice + c * kTileSlices, place.quad) = noisy;
     }
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
@@ -82,12 +75,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S>) forward_kernel(Q
       }
     }
     maxima[place.slice][place.quad] = most;
-    const int channel = threadIdx.x % kChannels;
-    const S* codebook_at = p.codebook + first * p.channels + first_channel + channel;
-    for (int c = threadIdx.x / kChannels; c < kTileCodes; c += kTileThreads / kChannels) {
-      const bool inside = first + c < codes && first_channel + channel < p.channels;
-      codebook[c * kChannels + channel] = inside ? load_element(codebook_at[c * p.channels]) : T(0);
-    }
+    z.load_codebook(p.codebook, codes, p.channels, first, first_channel);
     __syncthreads();
     if (leads) {
       T largest = my_reference;
@@ -105,36 +93,18 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S>) forward_kernel(Q
     for (int i = 0; i < kQuad; ++i) sums.at[i].noisy_sum *= factor[place.quad].at[i];
 #pragma unroll
     for (int c = 0; c < kOwnCodes; ++c) {
-      Quad<T> weight = my_weights(c);
+      const int code = place.slice + c * kTileSlices;
+      Quad<T> weight = z.noisy(code, place.quad);
 #pragma unroll
       for (int i = 0; i < kQuad; ++i) {
         weight.at[i] = exp_of((weight.at[i] - reference[place.quad].at[i]) * inverse_tau);
         sums.at[i].noisy_sum += weight.at[i];
       }
-      my_weights(c) = weight;
+      z.set_weight(code, place.quad, weight);
     }
     __syncthreads();
-
-#pragma unroll
-    for (int r = 0; r < kOwnRows; ++r) {
-      const T scale = reinterpret_cast<const T*>(factor)[row + r];
-#pragma unroll
-      for (int c = 0; c < Own::kCount; ++c) z[r].at[c] *= scale;
-    }
-#pragma unroll 4
-    for (int code = 0; code < kTileCodes; ++code) {
-      const Own w = reinterpret_cast<const Own*>(codebook + code * kChannels)[lane];
-      const auto* code_weights = reinterpret_cast<const Quad<T>*>(weights + code * kCodePitch + row);
-#pragma unroll
-      for (int r = 0; r < kOwnRows; r += kQuad) {
-        const Quad<T> y = code_weights[r / kQuad];
-#pragma unroll
-        for (int i = 0; i < kQuad; ++i) {
-#pragma unroll
-          for (int c = 0; c < Own::kCount; ++c) z[r + i].at[c] += y.at[i] * w.at[c];
-        }
-      }
-    }
+    z.rescale(reinterpret_cast<const T*>(factor));
+    z.add();
     __syncthreads();
   }
 
@@ -158,20 +128,14 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S>) forward_kernel(Q
     }
   }
   __syncthreads();
-  for (int r = 0; r < kOwnRows; ++r) {
-    const int64_t pixel = first_pixel + row + r;
-    if (pixel >= s.pixels) continue;
-    const T scale = reinterpret_cast<const T*>(factor)[row + r];
-#pragma unroll
-    for (int c = 0; c < Own::kCount; ++c) {
-      const int64_t channel = first_channel + lane * Own::kCount + c;
-      if (channel >= p.channels) continue;
-      const T soft = z[r].at[c] * scale;
-      p.soft[(image * s.pixels + pixel) * p.channels + channel] = soft;
-      S* const out = p.z + image * p.channels * s.pixels + channel * p.z_strides.code + pixel * p.z_strides.pixel;
-      *out = p.hard ? p.codebook[pixel_code[row + r] * p.channels + channel] : store_element<S>(soft);
-    }
-  }
+  z.for_each([&](int pixel_of_tile, int channel_of_block, T sum) {
+    const int64_t pixel = first_pixel + pixel_of_tile, channel = first_channel + channel_of_block;
+    if (pixel >= s.pixels || channel >= p.channels) return;
+    const T soft = sum * reinterpret_cast<const T*>(factor)[pixel_of_tile];
+    p.soft[(image * s.pixels + pixel) * p.channels + channel] = soft;
+    S* const out = p.z + image * p.channels * s.pixels + channel * p.z_strides.code + pixel * p.z_strides.pixel;
+    *out = p.hard ? p.codebook[pixel_code[pixel_of_tile] * p.channels + channel] : store_element<S>(soft);
+  });
 }
 
 }  // namespace
@@ -179,12 +143,12 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S>) forward_kernel(Q
 template <typename S>
 cudaError_t launch_gumbel_quantize_forward(const QuantizeForward<S>& params, cudaStream_t stream) {
   using T = Arithmetic<S>;
-  constexpr size_t kProduct = sizeof(T) * kTileCodes * (kCodePitch + kTileChannels<T>);
+  using Product = ForwardProduct<S>;
   constexpr size_t kParts = sizeof(PixelSums<T>) * kTileSlices * kTilePixels;
   const GumbelShape& s = params.shape;
   const dim3 grid(static_cast<unsigned>(s.batch * tiles_of(s.pixels, kTilePixels)),
-                  static_cast<unsigned>(tiles_of(params.channels, kTileChannels<T>)));
-  const size_t shared_bytes = kProduct > kParts ? kProduct : kParts;
+                  static_cast<unsigned>(tiles_of(params.channels, Product::kChannels)));
+  const size_t shared_bytes = Product::kSharedBytes > kParts ? Product::kSharedBytes : kParts;
   const cudaError_t error = launch(forward_kernel<S>, grid, kTileThreads, shared_bytes, stream, params);
   if (error != cudaSuccess) return error;
   return launch_sum_kl(s, params.stats, params.kl, stream);

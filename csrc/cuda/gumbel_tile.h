@@ -1,5 +1,5 @@
-// What the kernels of the product with the codebook share: tiles of 64 codes by 64 pixels, and rows of the codebook and
-// of z by a block's channels.
+// What the kernels of the product with the codebook share: tiles of 64 codes by 64 pixels, with some channels of the
+// codebook and of z.
 #pragma once
 
 #include "cuda/gumbel_quad.h"
@@ -12,33 +12,46 @@ constexpr int kTilePixels = 64;
 constexpr int kTileQuads = kTilePixels / kQuad;
 constexpr int kTileSlices = kTileThreads / kTileQuads;  // threads that share the codes of a quad
 constexpr int kOwnCodes = kTileCodes / kTileSlices;     // of a thread
-constexpr int kCodePitch = kTilePixels + kQuad;         // elements from a code's pixels to the next, against conflicts
-constexpr int kOwnRows = kTilePixels * kWarp / kTileThreads;  // of a warp, in a product of a tile with channels
-
-template <typename T>
-constexpr int kTileChannels = sizeof(T) == 4 ? 128 : 64;
+constexpr int kCodePitch = kTilePixels + kQuad;         // from a code's pixels to the next, against bank conflicts
+constexpr int kOwnRows = kTilePixels * kWarp / kTileThreads;  // of a warp, in a product with channels
 template <typename S>
 constexpr int kTileBlocks = sizeof(S) == 8 ? 1 : 2;  // on a multiprocessor
 
-// Channels of a thread, side by side.
-template <typename T>
-struct alignas(16) OwnChannels {
-  static constexpr int kCount = kTileChannels<T> / kWarp;
-  T at[kCount];
-};
+inline __host__ __device__ int64_t tiles_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+DF_DEVICE int lane() { return threadIdx.x % kWarp; }
+// The first of a warp's kOwnRows.
+DF_DEVICE int row() { return threadIdx.x / kWarp * kOwnRows; }
 
 // Where a thread works in a tile: neighbouring lanes read neighbouring memory.
 struct TilePlace {
   int quad, slice;  // codes slice, slice + kTileSlices, ...
 
   DF_DEVICE explicit TilePlace(GridStrides strides) {
-    const int near = threadIdx.x % kTileQuads, far = threadIdx.x / kTileQuads;
     static_assert(kTileQuads == kTileSlices);
+    const int near = threadIdx.x % kTileQuads, far = threadIdx.x / kTileQuads;
     quad = strides.pixel == 1 ? near : far;
     slice = strides.pixel == 1 ? far : near;
   }
 };
 
-inline __host__ __device__ int64_t tiles_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+// Channels side by side.
+template <typename T, int count>
+struct alignas(16) Channels {
+  T at[count];
+};
+
+// body(row, channel, x) for rows of the codebook from first_code on, 0 beyond the last code or channel.
+template <int block_channels, typename S, typename Body>
+DF_DEVICE void for_each_of_rows(const S* codebook, int codes, int64_t channels, int first_code, int64_t first_channel,
+                                const Body& body) {
+  static_assert(kTileThreads % block_channels == 0);
+  const int channel = threadIdx.x % block_channels;
+  const S* const from = codebook + first_code * channels + first_channel + channel;
+  for (int row = threadIdx.x / block_channels; row < kTileCodes; row += kTileThreads / block_channels) {
+    const bool inside = first_code + row < codes && first_channel + channel < channels;
+    body(row, channel, inside ? from[row * channels] : S(0));
+  }
+}
 
 }  // namespace dalle_fast

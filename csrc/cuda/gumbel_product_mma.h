@@ -1,0 +1,232 @@
+// The products of gumbel_product.h for bfloat16, on tensor cores. The codebook and dz go in as they are; what is made
+// in float32, weights and y, as the sum of two bfloat16 numbers. So nothing but the result is rounded to bfloat16.
+#pragma once
+
+#include "cuda/gumbel_product.h"
+#include "cuda/mma.h"
+
+namespace dalle_fast {
+
+// Eight elements more than a row has: the eight rows that one instruction reads lie in different banks.
+constexpr int kPixelPitch = kTilePixels + 8;
+
+// One of the four blocks that a lane addresses for load_blocks, and its row there.
+struct BlockRow {
+  int block = lane() / 8, row = lane() % 8;
+};
+
+// [kTileCodes, kTilePixels] as two bfloat16 numbers each.
+struct SplitTile {
+  uint16_t *high, *low;
+
+  static constexpr int kElements = 2 * kTileCodes * kPixelPitch;
+
+  DF_DEVICE explicit SplitTile(uint16_t* shared) : high(shared), low(shared + kTileCodes * kPixelPitch) {}
+
+  DF_DEVICE void set(int code, int quad, const Quad<float>& x) const {
+    Quad<uint16_t> first, rest;
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) {
+      first.at[i] = store_element<uint16_t>(x.at[i]);
+      rest.at[i] = store_element<uint16_t>(x.at[i] - load_element(first.at[i]));
+    }
+    reinterpret_cast<Quad<uint16_t>*>(high + code * kPixelPitch)[quad] = first;
+    reinterpret_cast<Quad<uint16_t>*>(low + code * kPixelPitch)[quad] = rest;
+  }
+};
+
+template <>
+class ForwardProduct<uint16_t> {
+ public:
+  static constexpr int kChannels = 128;
+  static constexpr int kChannelPitch = kChannels + 8;
+  static constexpr size_t kSharedBytes =
+      sizeof(float) * kTileCodes * kCodePitch + sizeof(uint16_t) * (SplitTile::kElements + kTileCodes * kChannelPitch);
+
+  DF_DEVICE explicit ForwardProduct(unsigned char* shared)
+      : noisy_(reinterpret_cast<float*>(shared)),
+        weights_(reinterpret_cast<uint16_t*>(noisy_ + kTileCodes * kCodePitch)),
+        codebook_(weights_.high + SplitTile::kElements) {}
+
+  DF_DEVICE Quad<float>& noisy(int code, int quad) const {
+    return reinterpret_cast<Quad<float>*>(noisy_ + code * kCodePitch)[quad];
+  }
+  DF_DEVICE void set_weight(int code, int quad, const Quad<float>& weight) const { weights_.set(code, quad, weight); }
+
+  DF_DEVICE void load_codebook(const uint16_t* codebook, int codes, int64_t channels, int first_code,
+                               int64_t first_channel) {
+    for_each_of_rows<kChannels>(
+        codebook, codes, channels, first_code, first_channel,
+        [&](int code, int channel, uint16_t x) { codebook_[code * kChannelPitch + channel] = x; });
+  }
+
+  DF_DEVICE void rescale(const float* factor) {
+    const float top = factor[pixel()], bottom = factor[pixel() + 8];
+#pragma unroll
+    for (auto& z : z_) z[0] *= top, z[1] *= top, z[2] *= bottom, z[3] *= bottom;
+  }
+
+  DF_DEVICE void add() {
+    const BlockRow at;
+#pragma unroll
+    for (int code = 0; code < kTileCodes; code += 16) {
+      const int weights_at = (code + at.block / 2 * 8 + at.row) * kPixelPitch + first_pixel() + at.block % 2 * 8;
+      uint32_t high[4], low[4];
+      load_blocks_transposed(high, weights_.high + weights_at);
+      load_blocks_transposed(low, weights_.low + weights_at);
+#pragma unroll
+      for (int n = 0; n < kOwnBlocks; n += 2) {
+        uint32_t w[4];
+        load_blocks_transposed(w, codebook_ + (code + at.block % 2 * 8 + at.row) * kChannelPitch + first_channel() +
+                                      n * 8 + at.block / 2 * 8);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          mma<BFloat16>(z_[n + i], high, w[2 * i], w[2 * i + 1]);
+          mma<BFloat16>(z_[n + i], low, w[2 * i], w[2 * i + 1]);
+        }
+      }
+    }
+  }
+
+  template <typename Body>
+  DF_DEVICE void for_each(const Body& body) const {
+#pragma unroll
+    for (int n = 0; n < kOwnBlocks; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) body(pixel() + i / 2 * 8, first_channel() + n * 8 + lane() % 4 * 2 + i % 2, z_[n][i]);
+    }
+  }
+
+ private:
+  // A warp has 16 pixels and half of the channels.
+  static constexpr int kOwnBlocks = kChannels / 2 / 8;
+  static DF_DEVICE int first_pixel() { return threadIdx.x / kWarp % 4 * 16; }
+  static DF_DEVICE int first_channel() { return threadIdx.x / kWarp / 4 * (kChannels / 2); }
+  static DF_DEVICE int pixel() { return first_pixel() + lane() / 4; }
+
+  float* noisy_;  // [kTileCodes][kCodePitch]
+  SplitTile weights_;
+  uint16_t* codebook_;  // [kTileCodes][kChannelPitch]
+  float z_[kOwnBlocks][4] = {};
+};
+
+template <>
+class BackwardProduct<uint16_t> {
+ public:
+  static constexpr int kChannels = 128;
+  static constexpr int kChannelPitch = kChannels + 8;
+  static constexpr size_t kSharedBytes =
+      sizeof(float) * kTileCodes * kCodePitch +
+      sizeof(uint16_t) * (SplitTile::kElements + kTileCodes * kChannelPitch + kChannels * kPixelPitch);
+
+  DF_DEVICE BackwardProduct(unsigned char* shared, const TilePlace& place)
+      : place_(place),
+        dy_(reinterpret_cast<float*>(shared)),
+        y_(reinterpret_cast<uint16_t*>(dy_ + kTileCodes * kCodePitch)),
+        codebook_(y_.high + SplitTile::kElements),
+        dz_(codebook_ + kTileCodes * kChannelPitch) {}
+
+  DF_DEVICE void load_codebook(const uint16_t* codebook, int codes, int64_t channels, int first_code,
+                               int64_t first_channel) {
+    for_each_of_rows<kChannels>(
+        codebook, codes, channels, first_code, first_channel,
+        [&](int code, int channel, uint16_t x) { codebook_[code * kChannelPitch + channel] = x; });
+  }
+
+  DF_DEVICE void set_dz(int channel, int quad, const Quad<float>& dz) {
+    Quad<uint16_t> bits;
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) bits.at[i] = store_element<uint16_t>(dz.at[i]);
+    reinterpret_cast<Quad<uint16_t>*>(dz_ + channel * kPixelPitch)[quad] = bits;
+  }
+
+  DF_DEVICE void clear_dy() {
+#pragma unroll
+    for (auto& block : dy_own_) block[0] = block[1] = block[2] = block[3] = 0;
+  }
+
+  DF_DEVICE void add_dy() {
+    const BlockRow at;
+#pragma unroll 4
+    for (int channel = 0; channel < kChannels; channel += 16) {
+      uint32_t w[4];
+      load_blocks(w,
+                  codebook_ + (first_code() + at.block % 2 * 8 + at.row) * kChannelPitch + channel + at.block / 2 * 8);
+#pragma unroll
+      for (int n = 0; n < kDyBlocks; n += 2) {
+        uint32_t dz[4];
+        load_blocks_transposed(
+            dz, dz_ + (channel + at.block % 2 * 8 + at.row) * kPixelPitch + first_pixel() + n * 8 + at.block / 2 * 8);
+        mma<BFloat16>(dy_own_[n], w, dz[0], dz[1]);
+        mma<BFloat16>(dy_own_[n + 1], w, dz[2], dz[3]);
+      }
+    }
+  }
+
+  DF_DEVICE void share_dy() {
+#pragma unroll
+    for (int n = 0; n < kDyBlocks; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        dy_[(code() + i / 2 * 8) * kCodePitch + first_pixel() + n * 8 + lane() % 4 * 2 + i % 2] = dy_own_[n][i];
+      }
+    }
+    __syncthreads();
+  }
+  DF_DEVICE Quad<float> dy(int c) const {
+    return reinterpret_cast<const Quad<float>*>(dy_ + (place_.slice + c * kTileSlices) * kCodePitch)[place_.quad];
+  }
+
+  DF_DEVICE void set_y(int code, int quad, const Quad<float>& y) { y_.set(code, quad, y); }
+
+  DF_DEVICE void add_gradient() {
+    const BlockRow at;
+#pragma unroll
+    for (int pixel = 0; pixel < kTilePixels; pixel += 16) {
+      const int y_at = (first_code() + at.block % 2 * 8 + at.row) * kPixelPitch + pixel + at.block / 2 * 8;
+      uint32_t high[4], low[4];
+      load_blocks(high, y_.high + y_at);
+      load_blocks(low, y_.low + y_at);
+#pragma unroll
+      for (int n = 0; n < kOwnBlocks; n += 2) {
+        uint32_t dz[4];
+        load_blocks(
+            dz, dz_ + (first_channel() + n * 8 + at.block / 2 * 8 + at.row) * kPixelPitch + pixel + at.block % 2 * 8);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          mma<BFloat16>(gradient_[n + i], high, dz[2 * i], dz[2 * i + 1]);
+          mma<BFloat16>(gradient_[n + i], low, dz[2 * i], dz[2 * i + 1]);
+        }
+      }
+    }
+  }
+
+  template <typename Body>
+  DF_DEVICE void for_each(const Body& body) const {
+#pragma unroll
+    for (int n = 0; n < kOwnBlocks; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        body(code() + i / 2 * 8, first_channel() + n * 8 + lane() % 4 * 2 + i % 2, gradient_[n][i]);
+      }
+    }
+  }
+
+ private:
+  // A warp has 16 codes, with half of the pixels in dy and half of the channels in the gradient.
+  static constexpr int kDyBlocks = kTilePixels / 2 / 8, kOwnBlocks = kChannels / 2 / 8;
+  static DF_DEVICE int first_code() { return threadIdx.x / kWarp % 4 * 16; }
+  static DF_DEVICE int first_pixel() { return threadIdx.x / kWarp / 4 * (kTilePixels / 2); }
+  static DF_DEVICE int first_channel() { return threadIdx.x / kWarp / 4 * (kChannels / 2); }
+  static DF_DEVICE int code() { return first_code() + lane() / 4; }
+
+  TilePlace place_;
+  float* dy_;  // [kTileCodes][kCodePitch]
+  SplitTile y_;
+  uint16_t* codebook_;  // [kTileCodes][kChannelPitch]
+  uint16_t* dz_;        // [kChannels][kPixelPitch]
+  float dy_own_[kDyBlocks][4] = {};
+  float gradient_[kOwnBlocks][4] = {};
+};
+
+}  // namespace dalle_fast
