@@ -343,6 +343,8 @@ def test_initial_scales(device):
         ({"dtype": torch.int32}, TypeError, "dtype: expected torch.float32, .* got torch.int32"),
         ({"weight": torch.zeros(1)}, ValueError, r"weight: expected \[4\], got \[1\]"),
         ({"bias": torch.zeros(4).half()}, TypeError, "bias: expected torch.float32, got torch.float16"),
+        ({"branch": torch.zeros(2, 4, device="meta")}, ValueError, "branch: expected a tensor on cpu, got one on meta"),
+        ({"weight": torch.zeros(4, device="meta")}, ValueError, "weight: expected a tensor on cpu, got one on meta"),
     ],
 )
 def test_bad_input(change, error, message):
@@ -362,9 +364,14 @@ def test_bad_input(change, error, message):
         (
             {"scale_out": torch.tensor(1.0).half()},
             TypeError,
-            "scale_out: expected torch.float32 on cpu, got torch.float16",
+            "scale_out: expected torch.float32, got torch.float16",
         ),
-        ({"nonfinite": torch.tensor(0.0)}, TypeError, "nonfinite: expected torch.int32 on cpu, got torch.float32"),
+        (
+            {"scale_out": torch.ones(1, device="meta")},
+            ValueError,
+            "scale_out: expected a tensor on cpu, got one on meta",
+        ),
+        ({"nonfinite": torch.tensor(0.0)}, TypeError, "nonfinite: expected torch.int32, got torch.float32"),
     ],
 )
 def test_bad_scaling(change, error, message):
@@ -378,14 +385,19 @@ def test_bad_scaling(change, error, message):
     ("change", "error", "message"),
     [
         ({"scale": torch.ones(2, 2)}, ValueError, r"scale: expected \[n\], got \[2, 2\]"),
-        ({"scale": torch.ones(4).double()}, TypeError, "scale: expected torch.float32 on cpu, got torch.float64"),
+        ({"scale": torch.ones(4).double()}, TypeError, "scale: expected torch.float32, got torch.float64"),
         (
             {"since_division": torch.ones(4)},
             TypeError,
-            "since_division: expected torch.int32 on cpu, got torch.float32",
+            "since_division: expected torch.int32, got torch.float32",
         ),
         ({"nonfinite": torch.ones(3).int()}, ValueError, r"nonfinite: expected \[4\], got \[3\]"),
         ({"scale": torch.ones(8)[::2]}, ValueError, r"scale: expected contiguous memory, got strides \(2,\)"),
+        (
+            {"nonfinite": torch.ones(4, dtype=torch.int32, device="meta")},
+            ValueError,
+            "nonfinite: expected a tensor on cpu, got one on meta",
+        ),
         ({"replicas": 0}, ValueError, "replicas: expected at least 1, got 0"),
     ],
 )
@@ -399,7 +411,7 @@ def test_bad_state(change, error, message):
 
 def test_bad_scale():
     grad = torch.zeros(3)
-    with pytest.raises(TypeError, match=r"scale: expected torch.float32 on cpu, got torch.float64"):
+    with pytest.raises(TypeError, match=r"scale: expected torch.float32, got torch.float64"):
         df.scale_gradient(grad, torch.tensor(1.0).double(), torch.float16)
     with pytest.raises(ValueError, match=r"scale: expected one element, got \[3\]"):
         df.unscale_gradient(grad, torch.ones(3))

@@ -8,8 +8,9 @@ state of n resblocks are three tensors [n] on the device of the model, which not
     nonfinite        int32, not 0 if a gradient of the resblock was Inf or NaN in this step
 
 A step: the backward of ``residual_layer_norm`` reads ``scale`` and sets ``nonfinite``; whoever finds Inf or NaN in the
-gradients of a resblock's parameters, which are still times ``scale``, sets it too; replicas take the maximum of their
-``nonfinite``; the optimizer skips what it marks; ``update_scales`` adjusts ``scale`` and clears ``nonfinite``.
+gradients of a resblock's parameters sets it too; replicas take the maximum of their ``nonfinite``; the optimizer skips
+what it marks; ``update_scales`` adjusts ``scale`` and clears ``nonfinite``. Gradients of parameters inside a resblock
+come out times ``scale``, those of the LayerNorm in front of it without.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def residual_layer_norm(
 
     With scales the backward is that of figure 4: the gradient of ``normed`` comes out of the next resblock times
     ``scale_in``; its Inf and NaN become 0, it is divided by ``scale_in``, goes through the LayerNorm and is added to
-    the gradient of the stream. That, times ``scale_out``, is the gradient of ``branch``. A transformer of n resblocks:
+    the gradient of the stream. That, times ``scale_out``, is the gradient of ``branch``. Those of ``x``, ``weight`` and
+    ``bias`` have no scale. A transformer of n resblocks:
 
         total, normed = residual_layer_norm(x, None, ..., scale_in=scale[0], nonfinite=nonfinite[0])
         for i in range(1, n):
@@ -65,16 +67,18 @@ def residual_layer_norm(
         normed: LayerNorm of total over D, in ``dtype``; the statistics are in the dtype of x.
 
     Raises:
-        TypeError: an argument of another dtype or device.
-        ValueError: shapes that do not match, nothing to normalise, or scales without what they belong to.
+        TypeError: an argument of another dtype.
+        ValueError: shapes or devices that do not match, nothing to normalise, or scales without what they belong to.
     """
     dtype = dtype or x.dtype
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x: expected float32 or float64, got {x.dtype}")
     if x.dim() == 0 or x.numel() == 0:
         raise ValueError(f"x: expected a non-empty [..., D], got {list(x.shape)}")
-    if branch is not None and branch.shape != x.shape:
-        raise ValueError(f"branch: expected {list(x.shape)}, got {list(branch.shape)}")
+    if branch is not None:
+        _check_device("branch", branch, x.device)
+        if branch.shape != x.shape:
+            raise ValueError(f"branch: expected {list(x.shape)}, got {list(branch.shape)}")
     for name, value in (("branch", x.dtype if branch is None else branch.dtype), ("dtype", dtype)):
         if value not in (x.dtype, *HALF):
             raise TypeError(f"{name}: expected {x.dtype}, bfloat16 or float16, got {value}")
@@ -83,6 +87,7 @@ def residual_layer_norm(
             raise ValueError(f"{name}: expected {list(x.shape[-1:])}, got {list(vector.shape)}")
         if vector.dtype != x.dtype:
             raise TypeError(f"{name}: expected {x.dtype}, got {vector.dtype}")
+        _check_device(name, vector, x.device)
     if (scale_in is None) != (nonfinite is None):
         raise ValueError("scale_in, nonfinite: expected both or neither")
     if scale_out is not None and branch is None:
@@ -103,9 +108,15 @@ def residual_layer_norm(
     return x if branch is None else total, normed
 
 
+def _check_device(name: str, x: torch.Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
+
+
 def _check_one_element(name: str, x: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    if x.dtype != dtype or x.device != device:
-        raise TypeError(f"{name}: expected {dtype} on {device}, got {x.dtype} on {x.device}")
+    if x.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype}, got {x.dtype}")
+    _check_device(name, x, device)
     if x.numel() != 1:
         raise ValueError(f"{name}: expected one element, got {list(x.shape)}")
 
@@ -182,7 +193,7 @@ def scale_gradient(grad: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) 
 
     Raises:
         TypeError: another dtype.
-        ValueError: a scale of more than one element.
+        ValueError: a scale of more than one element, or on another device.
     """
     _check_one_element("scale", scale, torch.float32, grad.device)
     if grad.dtype != torch.float32:
@@ -203,7 +214,7 @@ def unscale_gradient(grad: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
     Raises:
         TypeError: another dtype.
-        ValueError: a scale of more than one element.
+        ValueError: a scale of more than one element, or on another device.
     """
     _check_one_element("scale", scale, torch.float32, grad.device)
     if grad.dtype not in (torch.float32, *HALF):
@@ -246,16 +257,17 @@ def update_scales(
         replicas: number of data-parallel replicas, M in the paper.
 
     Raises:
-        TypeError: a tensor of another dtype or device.
-        ValueError: a tensor of another shape or not contiguous, or replicas less than 1.
+        TypeError: a tensor of another dtype.
+        ValueError: a tensor of another shape, not contiguous or on another device, or replicas less than 1.
     """
     for name, tensor, dtype in (
         ("scale", scale, torch.float32),
         ("since_division", since_division, torch.int32),
         ("nonfinite", nonfinite, torch.int32),
     ):
-        if tensor.dtype != dtype or tensor.device != scale.device:
-            raise TypeError(f"{name}: expected {dtype} on {scale.device}, got {tensor.dtype} on {tensor.device}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+        _check_device(name, tensor, scale.device)
         if tensor.dim() != 1 or tensor.shape != scale.shape:
             expected = "[n]" if tensor is scale else list(scale.shape)
             raise ValueError(f"{name}: expected {expected}, got {list(tensor.shape)}")
