@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "attention_params.h"
+#include "backend.h"
 
 namespace dalle_fast {
 
@@ -58,6 +59,17 @@ inline void check_like(const Tensor& x, const char* name, const Tensor& like, st
 inline View view_of(const Tensor& x) {
   if (x.dim() == 3) return {x.data_ptr(), x.stride(0), x.stride(1), 0, x.stride(2)};
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+}
+
+// x, or a copy of it whose rows the kernel of its device takes: those on tensor cores load 16 bytes at a time.
+inline Tensor with_fitting_rows(const Tensor& x, const AttentionShape& shape) {
+  if (!on_cuda(x) || !on_tensor_cores(shape)) return x;
+  constexpr int64_t kElements = 8;  // in 16 bytes
+  bool fits = x.stride(-1) == 1 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
+  for (int64_t d = 0; d < x.dim() - 1; ++d) fits = fits && x.stride(d) % kElements == 0;
+  if (fits) return x;
+  Tensor copy = torch::stable::new_empty(x, x.sizes());
+  return torch::stable::copy_(copy, x);
 }
 
 }  // namespace dalle_fast

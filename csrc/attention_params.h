@@ -59,6 +59,11 @@ struct DecodeAttention {
   const int64_t* position;
 };
 
+// Whether an image token has that raster index.
+DF_HOST_DEVICE inline bool is_inside(int64_t position, const Grid& grid) {
+  return position >= 0 && position < grid.image_len();
+}
+
 void sparse_attention_forward_cpu(const SparseAttentionForward& params);
 void sparse_attention_backward_cpu(const SparseAttentionBackward& params);
 void decode_attention_cpu(const DecodeAttention& params);
@@ -66,6 +71,7 @@ void decode_attention_cpu(const DecodeAttention& params);
 #ifdef DALLE_FAST_CUDA
 cudaError_t launch_sparse_attention_forward(const SparseAttentionForward& params, cudaStream_t stream);
 cudaError_t launch_sparse_attention_backward(const SparseAttentionBackward& params, cudaStream_t stream);
+cudaError_t launch_decode_attention(const DecodeAttention& params, cudaStream_t stream);
 #endif
 
 }  // namespace dalle_fast

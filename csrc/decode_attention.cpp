@@ -1,5 +1,6 @@
 // decode_attention: checks, output, and the choice of a backend.
 #include "attention_checks.h"
+#include "backend.h"
 
 namespace dalle_fast {
 namespace {
@@ -23,7 +24,8 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   STD_TORCH_CHECK(position.scalar_type() == ScalarType::Long && position.dim() == 0 && position.device() == q.device(),
                   "position: expected one int64 on the device of q");
   const auto* token = static_cast<const int64_t*>(position.const_data_ptr());
-  STD_TORCH_CHECK(*token >= 0 && *token < grid.image_len(), "position: expected 0 to ", grid.image_len() - 1, ", got ",
+  // On CUDA the host does not wait for it: the kernel answers with NaN.
+  STD_TORCH_CHECK(on_cuda(q) || is_inside(*token, grid), "position: expected 0 to ", grid.image_len() - 1, ", got ",
                   *token);
 
   Tensor out = torch::stable::new_empty(q, {candidates, heads, channels});
@@ -34,12 +36,18 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
                              grid,
                              dtype_of(q),
                              scale};
-  decode_attention_cpu({shape, static_cast<int>(prompts), view_of(q), view_of(k), view_of(v), view_of(out),
-                        view_of(text_k), view_of(text_v), view_of(cache_k), view_of(cache_v), token});
+  const Tensor fit_q = with_fitting_rows(q, shape), fit_k = with_fitting_rows(k, shape);
+  const Tensor fit_v = with_fitting_rows(v, shape);
+  const Tensor fit_text_k = with_fitting_rows(text_k, shape), fit_text_v = with_fitting_rows(text_v, shape);
+  const DecodeAttention params{
+      shape,        static_cast<int>(prompts), view_of(fit_q),      view_of(fit_k),   view_of(fit_v),
+      view_of(out), view_of(fit_text_k),       view_of(fit_text_v), view_of(cache_k), view_of(cache_v),
+      token};
+  DF_RUN(decode_attention, q, params);
   return out;
 }
 
 }  // namespace
 }  // namespace dalle_fast
 
-STABLE_TORCH_LIBRARY_IMPL(dalle_fast, CPU, m) { m.impl("decode_attention", TORCH_BOX(&dalle_fast::decode_attention)); }
+DF_REGISTER(m) { m.impl("decode_attention", TORCH_BOX(&dalle_fast::decode_attention)); }

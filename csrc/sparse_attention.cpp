@@ -28,17 +28,6 @@ Tensor new_heads(const Tensor& like) {
   return torch::stable::transpose(with_huge_pages(x), 1, 2);
 }
 
-// x, or a copy of it whose rows the kernel of its device takes: those on tensor cores load 16 bytes at a time.
-Tensor with_fitting_rows(const Tensor& x, const AttentionShape& shape) {
-  if (!on_cuda(x) || !on_tensor_cores(shape)) return x;
-  constexpr int64_t kElements = 8;  // in 16 bytes
-  bool fits = x.stride(3) == 1 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
-  for (int d = 0; d < 3; ++d) fits = fits && x.stride(d) % kElements == 0;
-  if (fits) return x;
-  Tensor copy = new_heads(x);
-  return torch::stable::copy_(copy, x);
-}
-
 std::tuple<Tensor, Tensor> sparse_attention(const Tensor& q, const Tensor& k, const Tensor& v, int64_t kind,
                                             int64_t text_len, int64_t height, int64_t width, int64_t kernel,
                                             double scale) {

@@ -279,6 +279,44 @@ class StripMask {
   uint32_t rows_[2] = {0, 0};  // g and g + 8, a bit for each column
 };
 
+// The online softmax of a strip of queries: of rows g and g + 8 the largest score and the sum of the lane's weights.
+struct StripSoftmax {
+  float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+
+  // Turns scores into weights and scales what was made with earlier ones to fit them.
+  template <int kColumns>
+  DF_DEVICE void add(float (&scores)[kBlock / 8][4], float (&out)[kColumns][4]) {
+    float most[2] = {maximum[0], maximum[1]}, shift[2];
+    for (const auto& x : scores) {
+      for (int i = 0; i < 4; ++i) most[i / 2] = fmaxf(most[i / 2], x[i]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      for (int lanes = 1; lanes < 4; lanes *= 2) most[i] = fmaxf(most[i], __shfl_xor_sync(kAllLanes, most[i], lanes));
+      shift[i] = most[i] == -INFINITY ? 0.0f : most[i];  // nothing seen so far
+      const float correction = exp2_approximate(maximum[i] - shift[i]);
+      maximum[i] = most[i];
+      sum[i] *= correction;
+      for (auto& x : out) {
+        x[2 * i] *= correction;
+        x[2 * i + 1] *= correction;
+      }
+    }
+    for (auto& x : scores) {
+      for (int i = 0; i < 4; ++i) {
+        x[i] = exp2_approximate(x[i] - shift[i / 2]);
+        sum[i / 2] += x[i];
+      }
+    }
+  }
+
+  // Sums over all lanes, after the last scores.
+  DF_DEVICE void finish() {
+    for (float& x : sum) {
+      for (int lanes = 1; lanes < 4; lanes *= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
+    }
+  }
+};
+
 // Calls f(element type, kChannels), both wrapped, for the instance of a kernel that takes the shape.
 template <typename F>
 cudaError_t with_tile_kernel(const AttentionShape& shape, const F& f) {

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, kChannels == 32 ? 5 : 2) forward_ker
 
   const float to_log2 = static_cast<float>(shape.scale) * kLog2E;
   float out[kChannels / 8][4] = {};
-  float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+  StripSoftmax softmax;
   for (int slot = 0; pending[0] >= 0; slot = (slot + 1) % kStages) {
     const int block = pending[0];
     wait_copies<kStages - 2>();
@@ -56,44 +56,23 @@ __global__ void __launch_bounds__(kThreads, kChannels == 32 ? 5 : 2) forward_ker
 
     float scores[kBlock / 8][4];
     ring.first(slot).score(queries, scores);
-    float most[2] = {maximum[0], maximum[1]};
     for (int n = 0; n < kBlock / 8; ++n) {
-      for (int i = 0; i < 4; ++i) {
-        scores[n][i] = strip.keep(n, i) ? scores[n][i] * to_log2 : -INFINITY;
-        most[i / 2] = fmaxf(most[i / 2], scores[n][i]);
-      }
+      for (int i = 0; i < 4; ++i) scores[n][i] = strip.keep(n, i) ? scores[n][i] * to_log2 : -INFINITY;
     }
-    float shift[2];
-    for (int i = 0; i < 2; ++i) {
-      for (int lanes = 1; lanes < 4; lanes *= 2) most[i] = fmaxf(most[i], __shfl_xor_sync(kAllLanes, most[i], lanes));
-      shift[i] = most[i] == -INFINITY ? 0.0f : most[i];  // nothing seen so far
-      const float correction = exp2_approximate(maximum[i] - shift[i]);
-      maximum[i] = most[i];
-      sum[i] *= correction;
-      for (int n = 0; n < kChannels / 8; ++n) {
-        out[n][2 * i] *= correction;
-        out[n][2 * i + 1] *= correction;
-      }
-    }
-    for (int n = 0; n < kBlock / 8; ++n) {
-      for (int i = 0; i < 4; ++i) {
-        scores[n][i] = exp2_approximate(scores[n][i] - shift[i / 2]);
-        sum[i / 2] += scores[n][i];
-      }
-    }
+    softmax.add(scores, out);
     ring.second(slot).weigh(scores, out);
   }
 
   __syncthreads();  // the first slot now holds the output, a strip for each warp
   if (idle) return;
+  softmax.finish();
   float inverse[2];
   for (int i = 0; i < 2; ++i) {
-    for (int lanes = 1; lanes < 4; lanes *= 2) sum[i] += __shfl_xor_sync(kAllLanes, sum[i], lanes);
-    inverse[i] = 1.0f / sum[i];
+    inverse[i] = 1.0f / softmax.sum[i];
     const int query = first + lane / 4 + 8 * i;
     if (lane % 4 == 0 && query < tile.end) {
       float* lse = static_cast<float*>(p.lse) + int64_t{tile.head} * mask.grid.seq_len();
-      lse[mask.token(query)] = maximum[i] * kLn2 + logf(sum[i]);
+      lse[mask.token(query)] = softmax.maximum[i] * kLn2 + logf(softmax.sum[i]);
     }
   }
   ring.tile(0).store(row, out, inverse, TokenRows<T>(p.out, shape, tile.head), mask, first, tile.end);

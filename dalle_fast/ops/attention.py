@@ -19,7 +19,8 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale
     Differentiable once with respect to q, k and v. Results are the same bits on every run.
 
     Args:
-        q, k, v: [B, H, N, D] of one dtype (float32, bfloat16, float16 or float64; sums are float32 or float64), any strides.
+        q, k, v: [B, H, N, D] of any strides, all of one dtype: float32, bfloat16, float16 or float64. Sums are float32
+            or float64.
         mask: its ``seq_len`` is N.
         scale: factor on q @ k^T; D^-0.5 by default.
 

@@ -31,21 +31,22 @@ def decode_attention(
     however many candidates there are.
 
     Args:
-        q, k, v: [C, H, D], the new token of each candidate; float32, bfloat16, float16 or float64, one dtype throughout.
+        q, k, v: [C, H, D], the new token of each candidate; float32, bfloat16, float16 or float64, all of one dtype.
         text_k, text_v: [P, H, text_len, D], each prompt shared by C / P consecutive candidates, which read it once.
         cache_k, cache_v: [C, H, mask.cache_len, D], written in place. Like the text, of any strides; contiguous is
             the fastest, since a step reads them from end to end.
-        position: int64 scalar, the raster index of the new token; the tokens before it are in the caches already.
+        position: int64 scalar, the raster index of the new token; the tokens before it are in the caches already. On
+            CUDA the host does not wait for it, so that steps can be recorded as a CUDA graph.
         mask: the layer's mask.
         scale: factor on the scores; D^-0.5 by default.
 
     Returns:
-        [C, H, D], contiguous.
+        [C, H, D], contiguous. On CUDA, NaN for a position outside the image, and the caches stay as they were.
 
     Raises:
         TypeError: an argument that is no tensor or no mask, or another dtype.
         ValueError: shapes that do not fit each other or the mask, an empty batch, different devices.
-        RuntimeError: a position outside the image; this install has no kernel for the device.
+        RuntimeError: on the CPU a position outside the image; this install has no kernel for the device.
     """
     check_mask(mask)
     check_tensors(DTYPES, q=q)

@@ -1,0 +1,20 @@
+// The kernels of decode attention on CUDA, and what they share.
+#pragma once
+
+#include "attention_params.h"
+
+namespace dalle_fast {
+
+// `window`: room for the slots of the longest window, in tokens.
+cudaError_t launch_tile_decode(const DecodeAttention& params, int window, cudaStream_t stream);
+cudaError_t launch_plain_decode(const DecodeAttention& params, cudaStream_t stream);
+
+// How many image tokens `query` sees, itself among them.
+template <typename Mask>
+DF_HOST_DEVICE int window_of(const Mask& mask, int query) {
+  int tokens = 0;
+  for (int i = 0; i < mask.runs(); ++i) tokens += mask.run(query, i).end - mask.run(query, i).begin;
+  return tokens;
+}
+
+}  // namespace dalle_fast
