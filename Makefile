@@ -7,9 +7,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH_STAMP := .venv/.torch-$(TORCH)
 BUILD_STAMP := .venv/.built
-OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,attention decode linear sample gumbel rng resblock adamw16 minifloat))
+OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,attention decode linear sample gumbel rng resblock scales adamw16 minifloat))
 # Tests of the ops that have a CUDA kernel.
-CUDA_OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,adamw16 attention decode gumbel minifloat resblock rng sample))
+CUDA_OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,adamw16 attention decode gumbel minifloat resblock scales rng sample))
 CXX_FILES := $(shell find csrc tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
