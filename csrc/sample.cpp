@@ -13,6 +13,19 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+Format checked_format(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return Format::kFloat32;
+    case ScalarType::BFloat16:
+      return Format::kBFloat16;
+    default:
+      STD_TORCH_CHECK(dtype == ScalarType::Half, "logits: expected float32, bfloat16 or float16, got ",
+                      torch::headeronly::toString(dtype));
+      return Format::kFloat16;
+  }
+}
+
 // The value of a tensor of one int64 where logits are.
 const int64_t* checked_scalar(const Tensor& x, const char* name, const Tensor& logits) {
   STD_TORCH_CHECK(x.device() == logits.device() && x.scalar_type() == ScalarType::Long && x.numel() == 1, name,
@@ -26,9 +39,7 @@ Tensor sample(const Tensor& logits, const Tensor& seed, const Tensor& first, dou
   STD_TORCH_CHECK(logits.dim() == 2 && logits.numel() > 0 && (logits.size(1) == 1 || logits.stride(1) == 1),
                   "logits: expected a non-empty [C, K] with contiguous rows");
   const int64_t rows = logits.size(0), codes = logits.size(1);
-  const ScalarType dtype = logits.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
-                  "logits: expected float32 or bfloat16, got ", torch::headeronly::toString(dtype));
+  const Format format = checked_format(logits.scalar_type());
   STD_TORCH_CHECK(temperature > 0 && std::isfinite(temperature), "temperature: expected a finite number above 0, got ",
                   temperature);
   STD_TORCH_CHECK(top_k >= 1 && top_p > 0, "top_k, top_p: expected 1 or more and above 0, got ", top_k, ", ", top_p);
@@ -36,18 +47,9 @@ Tensor sample(const Tensor& logits, const Tensor& seed, const Tensor& first, dou
   const int64_t *seed_at = checked_scalar(seed, "seed", logits), *first_at = checked_scalar(first, "first", logits);
   Tensor out = torch::stable::new_empty(logits, {rows}, ScalarType::Long);
   auto* drawn = static_cast<int64_t*>(out.mutable_data_ptr());
-  const Sample params{rows,
-                      codes,
-                      logits.const_data_ptr(),
-                      dtype == ScalarType::BFloat16,
-                      logits.stride(0),
-                      seed_at,
-                      first_at,
-                      temperature,
-                      top_k,
-                      top_p,
-                      pitch,
-                      drawn};
+  const Sample params{
+      rows,  codes, logits.const_data_ptr(), format, logits.stride(0), seed_at, first_at, temperature, top_k, top_p,
+      pitch, drawn};
   const bool readable = logits.is_cpu();  // without waiting for the device
   STD_TORCH_CHECK(!readable || *first_at >= 0, "first: expected 0 or more, got ", *first_at);
   DF_RUN(sample, logits, params);

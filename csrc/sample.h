@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "format.h"
+
 #ifdef DALLE_FAST_CUDA
 #include "cuda/runtime.h"
 #endif
@@ -11,8 +13,8 @@ namespace dalle_fast {
 
 struct Sample {
   int64_t rows, codes;
-  const void* logits;  // [rows, codes], float32 or bfloat16
-  bool bfloat16;
+  const void* logits;           // [rows, codes]
+  Format format;                // float32, bfloat16 or float16
   int64_t row_stride;           // in elements; codes lie side by side
   const int64_t *seed, *first;  // where the kernel runs, so that no step waits for them
   double temperature;

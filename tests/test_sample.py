@@ -22,6 +22,7 @@ OPTIONS = {
 }
 
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FEW_OR_MANY = pytest.mark.parametrize("rows", [4, pytest.param(400, marks=pytest.mark.large)])
 
 
@@ -30,7 +31,7 @@ def normal(*shape, seed=0, dtype=torch.float32, device=None):
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @FEW_OR_MANY
 def test_draws_the_tokens_of_the_reference(options, dtype, rows, device):
     for codes in (1, 7, 513, 2000):
@@ -149,7 +150,7 @@ def test_same_draws_on_any_number_of_threads():
     assert torch.equal(drawn[1], drawn[2])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_and_surrounded_by_nan(dtype, device):
     logits = normal(6, 600, dtype=dtype, device=device)
     for permuted in (False, True):
@@ -158,7 +159,7 @@ def test_strided_and_surrounded_by_nan(dtype, device):
         assert torch.equal(df.sample(view, 3, top_k=50, top_p=0.9), df.sample(logits, 3, top_k=50, top_p=0.9))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype, device):
     logits = normal(3, 70, dtype=dtype, device=device)
     seed, first = (torch.tensor(x, device=device) for x in (3, 5))
@@ -182,7 +183,11 @@ def test_rows_that_cannot_be_drawn_from(bad, module, device):
     [
         ({"logits": torch.zeros(3)}, ValueError, r"logits: expected a non-empty \[C, K\], got \[3\]"),
         ({"logits": torch.zeros(0, 3)}, ValueError, r"logits: .* got \[0, 3\]"),
-        ({"logits": torch.zeros(2, 3).double()}, TypeError, "logits: expected float32 or bfloat16, got torch.float64"),
+        (
+            {"logits": torch.zeros(2, 3).double()},
+            TypeError,
+            "logits: expected float32, bfloat16 or float16, got torch.float64",
+        ),
         ({"temperature": 0.0}, ValueError, "temperature: expected a finite number above 0, got 0.0"),
         ({"temperature": torch.nan}, ValueError, "temperature: .* got nan"),
         ({"temperature": torch.inf}, ValueError, "temperature: .* got inf"),

@@ -28,9 +28,10 @@ constexpr float kDropped = -std::numeric_limits<float>::infinity();
 // More than twice the error of a float32 score within reach of the largest, at most 20 away from it: 1e-5.
 constexpr float kMargin = 0x1p-14f;
 
-void widen(const uint16_t* bits, int64_t n, float* row) {
+template <typename E>
+void widen(const typename E::Stored* logits, int64_t n, float* row) {
   simd([=]() DF_INLINE_LAMBDA {
-    for (int64_t i = 0; i < n; ++i) row[i] = load_bfloat16(bits[i]);
+    for (int64_t i = 0; i < n; ++i) row[i] = E::load(logits[i]);
   });
 }
 
@@ -183,32 +184,35 @@ int64_t draw(const Sample& s, uint64_t seed, int64_t first, float* row, float ma
   return code;
 }
 
+template <typename E>
 int64_t sample_row(const Sample& s, int64_t index, float* row, int32_t* weights) {
-  const int64_t offset = index * s.row_stride, n = s.codes;
-  const auto* bits = static_cast<const uint16_t*>(s.logits) + offset;
-  const auto* floats = static_cast<const float*>(s.logits) + offset;
-  if (s.bfloat16) {
-    widen(bits, n, row);
-  } else {
-    std::copy_n(floats, n, row);
-  }
+  const int64_t n = s.codes;
+  const auto* logits = static_cast<const typename E::Stored*>(s.logits) + index * s.row_stride;
+  widen<E>(logits, n, row);
   const float max = largest(row, n);
   if (!std::isfinite(max)) return -1;
   if (s.top_k < n) keep_top_k(row, n, max, s.top_k);
   if (s.top_p < 1) keep_top_p(row, n, max, s.temperature, s.top_p, weights);
   const auto seed = static_cast<uint64_t>(*s.seed);
   const int64_t first = *s.first + index * s.pitch;
-  return draw(s, seed, first, row, max, [=](int64_t i) { return s.bfloat16 ? load_bfloat16(bits[i]) : floats[i]; });
+  return draw(s, seed, first, row, max, [=](int64_t i) { return E::load(logits[i]); });
+}
+
+template <typename E>
+void sample_rows(const Sample& params) {
+  torch::stable::parallel_for(0, params.rows, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> row(params.codes);
+    std::vector<int32_t> weights(params.top_p < 1 ? params.codes : 0);
+    for (int64_t i = begin; i < end; ++i) params.out[i] = sample_row<E>(params, i, row.data(), weights.data());
+  });
 }
 
 }  // namespace
 
 void sample_cpu(const Sample& params) {
-  torch::stable::parallel_for(0, params.rows, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> row(params.codes);
-    std::vector<int32_t> weights(params.top_p < 1 ? params.codes : 0);
-    for (int64_t i = begin; i < end; ++i) params.out[i] = sample_row(params, i, row.data(), weights.data());
-  });
+  if (params.format == Format::kBFloat16) return sample_rows<Element<Format::kBFloat16>>(params);
+  if (params.format == Format::kFloat16) return sample_rows<Element<Format::kFloat16>>(params);
+  sample_rows<Element<Format::kFloat32>>(params);
 }
 
 }  // namespace dalle_fast

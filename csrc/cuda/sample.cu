@@ -153,7 +153,8 @@ class Row {
   }
 
   DF_DEVICE float logit(int64_t i) const {
-    if (s_.bfloat16) return widen(static_cast<const BFloat16*>(s_.logits)[offset_ + i]);
+    if (s_.format == Format::kFloat16) return widen(static_cast<const Half*>(s_.logits)[offset_ + i]);
+    if (s_.format == Format::kBFloat16) return widen(static_cast<const BFloat16*>(s_.logits)[offset_ + i]);
     return static_cast<const float*>(s_.logits)[offset_ + i];
   }
 

@@ -26,7 +26,7 @@ def sample(
     however many candidates there are.
 
     Args:
-        logits: [C, K], float32 or bfloat16. Each row needs a finite largest value; -inf is never drawn.
+        logits: [C, K], float32, bfloat16 or float16. Each row needs a finite largest value; -inf is never drawn.
         seed: an int, or an int64 tensor of one element, best on the device of logits, where nothing waits for it.
         temperature: divides the logits; below 1 the likeliest codes gain.
         top_k: draw from the k largest logits and those equal to the k-th; None for all.
@@ -45,8 +45,8 @@ def sample(
             install has no kernel for the device.
     """
     check_options(temperature, top_k, top_p)
-    if logits.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"logits: expected float32 or bfloat16, got {logits.dtype}")
+    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"logits: expected float32, bfloat16 or float16, got {logits.dtype}")
     if logits.dim() != 2 or logits.numel() == 0:
         raise ValueError(f"logits: expected a non-empty [C, K], got {list(logits.shape)}")
     codes = logits.shape[1]
