@@ -39,6 +39,7 @@ _HOMES = {
     "CLIP": "models",
     "load_model": "models",
     "save_model": "models",
+    "AdamW16": "training",
     "TextToImage": "pipeline",
 }
 

@@ -230,12 +230,33 @@ def test_the_gradient_is_clipped(tmp_path):
     batch = next(one.batches(0))
     seen = []
     state.optimizer.register_step_pre_hook(
-        lambda optimizer, *_: seen.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+        lambda optimizer, args, options: seen.append([p.grad * options["clip"] for p in one.model.parameters()])
     )
     finite, metrics = training_loop.update(state, one, batch, 1e-3, config)
     assert finite
     assert metrics["grad_norm"] > 1e-2  # the log shows it as it was
     assert torch.nn.utils.get_total_norm(seen[0]).item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_matrices_of_resblocks_have_16_bit_moments():
+    def in_16_bits(**changes) -> set[str]:
+        config = settings("dalle", **changes)
+        model = task("dalle", config).model
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        groups = parameter_groups(model, config)
+        return {names[id(p)] for group in groups if group["moments"] == "16-bit" for p in group["params"]}
+
+    matrices = ("attn.qkv.weight", "attn.out.weight", "mlp.0.weight", "mlp.2.weight")
+    assert in_16_bits() == {f"layers.{i}.{name}" for i in range(2) for name in matrices}
+    assert in_16_bits(moments="float32") == set()
+
+
+def test_other_moments_than_those_of_the_checkpoint_are_refused(tmp_path):
+    config = settings("dalle", steps=1)
+    fit(task("dalle", config), config, tmp_path)
+    other = replace(config, moments="float32")
+    with pytest.raises(ValueError, match="moments: expected"):
+        fit(task("dalle", other), other, tmp_path)
 
 
 def test_the_average_follows_the_parameters():

@@ -68,9 +68,9 @@ def adamw16(
     step = _on_device("step", step, torch.int64, 1, device)
     lr = _on_device("lr", lr, torch.float32, 1, device)
     weight_decay = _on_device("weight_decay", weight_decay, torch.float32, n, device)
-    _check_option("unscale", unscale, torch.float32, n, device)
-    _check_option("clip", clip, torch.float32, 1, device)
-    _check_option("skip", skip, torch.bool, n, device)
+    check_option("unscale", unscale, torch.float32, n, device)
+    check_option("clip", clip, torch.float32, 1, device)
+    check_option("skip", skip, torch.bool, n, device)
     arguments = (step, lr, beta1, beta2, eps, weight_decay, unscale, clip, skip)
     if reference := reference_op("adamw16", device):
         return reference(params, grads, means, variances, *arguments)
@@ -109,9 +109,9 @@ def gradient_norm(
         raise ValueError("grads: expected at least one tensor, got none")
     device = grads[0].device
     for i, grad in enumerate(grads):
-        _check_option(f"grads[{i}]", grad, torch.float32, grad.numel(), device)
-    _check_option("unscale", unscale, torch.float32, len(grads), device)
-    _check_option("skip", skip, torch.bool, len(grads), device)
+        check_option(f"grads[{i}]", grad, torch.float32, grad.numel(), device)
+    check_option("unscale", unscale, torch.float32, len(grads), device)
+    check_option("skip", skip, torch.bool, len(grads), device)
     if reference := reference_op("gradient_norm", device):
         return reference(grads, unscale, skip)
     return torch.ops.dalle_fast.gradient_norm([_in_a_row(grad) for grad in grads], unscale, skip)
@@ -150,7 +150,8 @@ def _check_parameter(
             raise ValueError(f"{name}{index}: expected the strides of params {param.stride()}, got {tensor.stride()}")
 
 
-def _check_option(name: str, x: torch.Tensor | None, dtype: torch.dtype, numel: int, device: torch.device) -> None:
+def check_option(name: str, x: torch.Tensor | None, dtype: torch.dtype, numel: int, device: torch.device) -> None:
+    """Raise TypeError or ValueError unless x is None or such a tensor."""
     if x is None:
         return
     if x.dtype != dtype:
@@ -166,7 +167,7 @@ def _on_device(
 ) -> torch.Tensor:
     if not isinstance(x, torch.Tensor):
         return torch.full((numel,), x, dtype=dtype, device=device)
-    _check_option(name, x, dtype, numel, device)
+    check_option(name, x, dtype, numel, device)
     return x
 
 

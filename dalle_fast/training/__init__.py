@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from .config import TrainCLIP, TrainConfig, TrainDALLE, TrainDVAE
     from .errors import TrainingDiverged, TrainingStopped
     from .loop import fit
+    from .optimizer import AdamW16
     from .tasks import train_clip, train_dalle, train_dvae, train_tokenizer
 
 _HOMES = {
+    "AdamW16": "optimizer",
     "TrainCLIP": "config",
     "TrainConfig": "config",
     "TrainDALLE": "config",
@@ -29,6 +31,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdamW16",
     "TrainCLIP",
     "TrainConfig",
     "TrainDALLE",

@@ -7,6 +7,8 @@ from typing import Literal
 
 from .schedules import Plateau, cosine, warmup
 
+Moments = Literal["16-bit", "float32"]  # what the optimizer's running averages are stored in, see optimizer.py
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -48,6 +50,10 @@ class TrainConfig:
     def lr_share(self, name: str) -> float:
         """What the step size is multiplied by for the parameter of this name."""
         return 1.0
+
+    def moments_of(self, name: str) -> Moments:
+        """What the moments of the matrix or filter of this name are stored in; those of vectors are float32."""
+        return "float32"
 
     def plateau(self) -> Plateau | None:
         """What halves the step size on a plateau of the loss, if anything does."""
@@ -123,6 +129,7 @@ class TrainDALLE(TrainConfig):
     plateau_patience: int = 10  # windows without gain before a halving
     bpe_dropout: bool = True  # captions are cut differently each time they are seen
     caption_dropout: float = 0.0  # share of captions replaced by the empty one, which guidance needs
+    moments: Moments = "16-bit"  # of the matrices of resblocks; all others are float32
     betas: tuple[float, float] = (0.9, 0.96)
     eps: float = 1e-8
     weight_decay: float = 4.5e-2
@@ -138,6 +145,9 @@ class TrainDALLE(TrainConfig):
     def lr_at(self, step: int) -> float:
         peak = self.lr if self.lr_schedule == "plateau" else cosine(step, self.lr, 0.0, self.steps)
         return warmup(step, self.warmup_steps) * peak
+
+    def moments_of(self, name: str) -> Moments:
+        return self.moments if name.startswith("layers.") else "float32"
 
     def plateau(self) -> Plateau | None:
         return Plateau(self.plateau_window, self.plateau_patience) if self.lr_schedule == "plateau" else None

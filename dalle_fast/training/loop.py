@@ -19,11 +19,13 @@ from torch import nn
 from tqdm import tqdm
 
 from ..models import save_model
+from ..ops import gradient_norm
 from .checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from .config import TrainConfig
 from .errors import TrainingDiverged, TrainingStopped
 from .memory import keep_freed_memory
 from .metrics import Log, Meter, Metrics
+from .optimizer import AdamW16
 from .schedules import Plateau
 from .signals import stop_signals
 
@@ -60,7 +62,7 @@ class State(Generic[Model]):
 
     model: Model
     average: Model  # its parameters are the exponential moving average of the model's
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW16
     plateau: Plateau | None
     step: int = 0  # finished updates, and so the position in the data
     skipped_updates: int = 0  # for want of a finite gradient
@@ -174,24 +176,25 @@ def fit(task: Task[Model], config: TrainConfig, out: str | Path, resume: bool = 
 def new_state(model: Model, config: TrainConfig) -> State[Model]:
     """The state before the first update."""
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), config.lr, config.betas, config.eps, fused=True)
+    optimizer = AdamW16(parameter_groups(model, config), config.lr, config.betas, config.eps)
     return State(model.train(), average, optimizer, config.plateau())
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """Groups for the optimizer: matrices and filters decay; gains, biases and embeddings do not.
 
-    ``lr_share`` of a group is what the step size is multiplied by for it.
+    ``lr_share`` of a group is what the step size is multiplied by for it, ``moments`` what its moments are stored in.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, str], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         decays = parameter.ndim >= 2 and id(parameter) not in embeddings and "embedding" not in name
-        key = (config.weight_decay if decays else 0.0, config.lr_share(name))
+        moments = config.moments_of(name) if parameter.ndim >= 2 else "float32"
+        key = (config.weight_decay if decays else 0.0, config.lr_share(name), moments)
         groups.setdefault(key, []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": weight_decay, "lr_share": lr_share}
-        for (weight_decay, lr_share), parameters in groups.items()
+        {"params": parameters, "weight_decay": weight_decay, "lr_share": lr_share, "moments": moments}
+        for (weight_decay, lr_share, moments), parameters in groups.items()
     ]
 
 
@@ -205,14 +208,12 @@ def update(
     loss, metrics = task.loss(state.model, batch, state.step)
     loss.backward()
     gradients = [p.grad for p in state.parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
+    norm, nonfinite = gradient_norm(gradients)
+    finite = bool(loss.isfinite() & ~nonfinite.any())
     if finite:
-        if config.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(state.parameters, config.clip_norm, norm)
         for group in state.optimizer.param_groups:
             group["lr"] = lr * group["lr_share"]
-        state.optimizer.step()
+        state.optimizer.step(clip=(config.clip_norm / norm).clamp(max=1) if config.clip_norm else None)
         if state.plateau and state.step >= config.warmup_steps:
             state.plateau.update(loss.item())
         if (state.step + 1) % config.ema_every == 0:
