@@ -142,6 +142,33 @@ def test_a_nonfinite_gradient_that_is_skipped_leaves_no_trace(device):
         assert not torch.equal(ours[i][1], before[i][1])
 
 
+@pytest.mark.skipif("cuda" not in DEVICES, reason="CUDA graphs need a GPU")
+def test_an_update_replays_as_a_cuda_graph():
+    """With the norm, clipping and skipping inside; step and step size change between replays."""
+    device = torch.device("cuda")
+    ours = start_many(SHAPES, device)
+    theirs = copies(ours)
+    step, lr = torch.ones(1, dtype=torch.int64, device=device), torch.zeros(1, device=device)
+
+    def update(lists):
+        norm, skip = df.gradient_norm(lists[1])
+        df.adamw16(*lists, step, **{**ADAMW, "lr": lr}, clip=(0.5 / norm).clamp(max=1), skip=skip)
+
+    update(copies(ours))  # loads the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        update(ours)
+    for i in range(1, 4):
+        step.fill_(i)
+        lr.fill_(1e-3 / i)
+        for lists in (ours, theirs):
+            lists[1][2].fill_(float("nan") if i == 2 else 0.1 * i)
+        graph.replay()
+        update(theirs)
+        for j in (0, 2, 3):
+            assert all(torch.equal(mine, wanted) for mine, wanted in zip(ours[j], theirs[j], strict=True))
+
+
 def test_gradient_norm(device):
     generator = torch.Generator().manual_seed(0)
     shapes = [*SHAPES, (70_001,), (3, 4, 5, 6)]
