@@ -192,7 +192,7 @@ def test_ctrl_c_saves(corpus, tmp_path):
     assert process.returncode == 130
     assert "saved after update" in said
     assert "Traceback" not in said
-    assert (tmp_path / "dvae" / "checkpoint.pt").is_file()
+    assert list((tmp_path / "dvae" / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize(

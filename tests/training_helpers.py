@@ -1,5 +1,6 @@
 """Models and data small enough to train a few steps of in a test."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from dalle_fast.data.encoded import EncodedPair
 from dalle_fast.data.pairs import Pair
 from dalle_fast.tokenizer import Tokenizer
 from dalle_fast.training import TrainCLIP, TrainDALLE, TrainDVAE
+from dalle_fast.training.checkpoint import RUN_FILE, load_tensors, saved_tensors
 from dalle_fast.training.tasks import CLIPTask, DALLETask, DVAETask
 
 DVAE = DVAEConfig(image_size=8, vocab_size=16, n_hid=8, n_init=8, groups=(1, 2), n_blk_per_group=1)
@@ -57,7 +59,17 @@ def task(kind: str, config):
 
 
 def checkpoint(out: Path, kind: str) -> dict:
-    return torch.load(out / kind / "checkpoint.pt", weights_only=True)
+    """The values and the tensors of the newest complete checkpoint."""
+    path = max((out / kind / "checkpoints").glob("step-*[0-9]"))
+    tensors = {name: torch.empty_like(t, device="cpu") for name, t in saved_tensors(path).items()}
+    load_tensors(path, tensors)
+    values = json.loads((path / RUN_FILE).read_text())
+    return {name: value for name, value in values.items() if name != "files"} | tensors
+
+
+def part(content: dict, name: str) -> dict:
+    """The tensors of one part of a checkpoint: model, average or optimizer."""
+    return {key.partition("/")[2]: value for key, value in content.items() if key.startswith(f"{name}/")}
 
 
 def same(a: object, b: object) -> bool:

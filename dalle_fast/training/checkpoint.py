@@ -1,67 +1,223 @@
-"""Checkpoints: everything a run needs to go on bit by bit as if it had never stopped."""
+"""Checkpoints: everything a run needs to go on bit by bit as if it had never stopped.
+
+A checkpoint is a folder such as ``step-00001000``: the tensors as ``torch.distributed.checkpoint`` writes them, and
+``run.json`` with all else and the checksums of the files. A thread writes it under a name that ends in ``.tmp`` while
+training goes on, and renames it when all of it is on the disk. So a folder ``step-...`` is complete, whenever the
+machine stopped.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import random
+import re
+import shutil
+import warnings
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+RUN_FILE = "run.json"  # written last
+UNFINISHED = ".tmp"  # ends the name of a folder that is being written or deleted
+Tensors = Mapping[str, torch.Tensor]
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # a run of one process needs none
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of every global random number generator."""
+    """The state of every global random number generator, for JSON."""
     kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - others may draw from it
     return {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys, np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": torch.cuda.get_rng_state(device).tolist() if device.type == "cuda" else None,
     }
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Put back what ``random_state`` returned."""
-    random.setstate(state["python"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
     kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
     if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8), device)
 
 
-def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint so that, whenever the machine stops, the file is the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+# ---------------------------------------------------------------------------------------------- write
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, one at a time, while the run goes on.
+
+    Args:
+        folder: where they are kept; made if it does not exist.
+        keep: so many of the newest are kept, the others deleted.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.keep = folder, keep
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(self, step: int, tensors: Tensors, values: Mapping[str, Any]) -> None:
+        """Copy the state and have it written. Waits for the checkpoint before, whose errors it raises.
+
+        Args:
+            step: finished updates.
+            tensors: may change as soon as this returns.
+            values: all else that the run needs, for JSON.
+        """
+        self.wait()
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        self._writing = self._thread.submit(self._write, step, copies, json.dumps(values))
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is on the disk; raise what kept it from getting there."""
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
+
+    def clear(self) -> None:
+        """Delete every checkpoint."""
+        for path in _newest_first(self.folder):
+            _delete(path)
+
+    def _write(self, step: int, tensors: dict[str, torch.Tensor], values: str) -> None:
+        for path in self.folder.glob(f"*{UNFINISHED}"):
+            shutil.rmtree(path)
+        path = self.folder / f"step-{step:08}"
+        unfinished = path.with_name(path.name + UNFINISHED)
+        try:
+            dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(unfinished), no_dist=True)
+        except dcp.CheckpointException as error:  # a BaseException, of which nobody thinks
+            raise OSError(f"checkpoint {path}: expected to write it, got {_first_failure(error)}") from error
+        run = {"files": {file.name: _checksum(file) for file in unfinished.iterdir()}, **json.loads(values)}
+        with (unfinished / RUN_FILE).open("w", encoding="utf-8") as file:
+            json.dump(run, file)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync(unfinished)
+        if path.exists():
+            _delete(path)  # damaged, or this run would have gone on from it
+        unfinished.rename(path)
+        _sync(self.folder)
+        complete = _newest_first(self.folder)
+        kept = complete[complete.index(path) :][: self.keep]  # what claims to be of a later step is damaged, too
+        for other in complete:
+            if other not in kept:
+                _delete(other)
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """The complete checkpoints of a folder."""
+    complete = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted(complete, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def _delete(path: Path) -> None:
+    """Delete a folder, which loses its name before its content."""
+    doomed = path.with_name(f"{path.name}.old{UNFINISHED}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _sync(folder: Path) -> None:
+    """Make the names in a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)  # makes the new name last, too
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
-def load_checkpoint(path: Path, fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """Read a checkpoint of the run that ``fingerprint`` describes.
+def _first_failure(error: dcp.CheckpointException) -> BaseException:
+    return next(iter(error.failures.values()))[0]
+
+
+# ---------------------------------------------------------------------------------------------- read
+
+
+def newest_checkpoint(folder: Path, fingerprint: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest intact checkpoint in a folder and its values; None if there never was one.
+
+    Incomplete and damaged ones are passed over with a warning that names them.
+
+    Args:
+        fingerprint: what ``values["fingerprint"]`` must be.
 
     Raises:
-        ValueError: no checkpoint, or one of another model or of other data; the message names what differs.
+        ValueError: it is of another model or of other data, and the message names what differs; or there are
+            checkpoints, but all are damaged.
+    """
+    for path in sorted(folder.glob(f"*{UNFINISHED}")):
+        warnings.warn(f"checkpoint {path}: ignored, it is incomplete", stacklevel=2)
+    complete = _newest_first(folder)
+    for path in complete:
+        try:
+            values = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
+            damaged = [name for name, checksum in values["files"].items() if _checksum(path / name) != checksum]
+            found = values["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            damaged = [f"{RUN_FILE} ({type(error).__name__}: {error})"]
+        if damaged:
+            warnings.warn(f"checkpoint {path}: ignored, damaged is {', '.join(damaged)}", stacklevel=2)
+            continue
+        differing = sorted(name for name in {**fingerprint, **found} if fingerprint.get(name) != found.get(name))
+        if differing:
+            expected, got = (", ".join(f"{k}={run.get(k)}" for k in differing) for run in (fingerprint, found))
+            raise ValueError(
+                f"checkpoint {path}: expected {expected}, got {got}; choose another folder or resume nothing"
+            )
+        return path, values
+    if complete:
+        raise ValueError(f"checkpoints: expected an intact one in {folder}, got {len(complete)}, all damaged")
+    return None
+
+
+def saved_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """What tensors a checkpoint holds: their shapes and dtypes, on the device ``meta``."""
+    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    return {
+        name: torch.empty(tensor.size, dtype=tensor.properties.dtype, device="meta")
+        for name, tensor in metadata.items()
+        if isinstance(tensor, TensorStorageMetadata)
+    }
+
+
+def load_tensors(path: Path, tensors: Tensors) -> None:
+    """Fill tensors, on any device, with those of the same names in a checkpoint.
+
+    Raises:
+        ValueError: it lacks one of them, or has it in another shape.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        found = content["fingerprint"]
-    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"checkpoint: expected one of this program, got {path} ({error})") from error
-    differing = [name for name in sorted(fingerprint.keys() | found.keys()) if fingerprint.get(name) != found.get(name)]
-    if differing:
-        expected = ", ".join(f"{name}={fingerprint.get(name)}" for name in differing)
-        got = ", ".join(f"{name}={found.get(name)}" for name in differing)
-        raise ValueError(f"checkpoint {path}: expected {expected}, got {got}; choose another folder or resume nothing")
-    return content
+        dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    except dcp.CheckpointException as error:
+        raise ValueError(f"checkpoint {path}: expected this run's tensors, got {_first_failure(error)}") from error

@@ -28,13 +28,15 @@ class TrainConfig:
     log_every: int = 100  # updates
     val_every: int = 5_000  # updates; the last update is always followed by a validation
     val_samples: int = 1_024
-    save_every: int = 5_000  # updates; a killed run loses at most so many
+    save_every: int = 5_000  # updates; a killed run loses those since the last checkpoint on the disk
+    keep_checkpoints: int = 2  # the newest
     tensorboard: bool = False  # event files beside the log
     device: str = "cpu"
     warmup_steps: int = 0  # updates of linear growth of the step size
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "ema_every", "log_every", "val_every", "val_samples", "save_every"):
+        counts = ("steps", "batch_size", "ema_every", "log_every", "val_every", "val_samples", "save_every")
+        for name in (*counts, "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
         for name in ("lr", "weight_decay", "clip_norm", "workers", "seed"):

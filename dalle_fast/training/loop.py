@@ -20,7 +20,14 @@ from tqdm import tqdm
 
 from ..models import save_model
 from ..ops import gradient_norm
-from .checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from .checkpoint import (
+    CheckpointWriter,
+    load_tensors,
+    newest_checkpoint,
+    random_state,
+    saved_tensors,
+    set_random_state,
+)
 from .config import TrainConfig
 from .errors import TrainingDiverged, TrainingStopped
 from .memory import keep_freed_memory
@@ -74,25 +81,55 @@ class State(Generic[Model]):
         self.parameters = list(self.model.parameters())
         self.averages = list(self.average.parameters())
 
-    def state_dict(self) -> dict[str, Any]:
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the state, by a name of its own."""
         return {
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **{f"model/{name}": tensor for name, tensor in self.model.state_dict().items()},
+            **{f"average/{name}": tensor for name, tensor in self.average.state_dict().items()},
+            **{
+                f"optimizer/{name}/{key}": value
+                for name, parameter in self.model.named_parameters()
+                for key, value in self.optimizer.state.get(parameter, {}).items()
+            },
+            **{
+                f"group/{i}/{key}": value
+                for i, group in enumerate(self.optimizer.param_groups)
+                for key, value in group.items()
+                if isinstance(value, torch.Tensor)
+            },
+        }
+
+    def values(self) -> dict[str, Any]:
+        """The state but for its tensors."""
+        return {
             "plateau": asdict(self.plateau) if self.plateau else None,
             "step": self.step,
             "skipped_updates": self.skipped_updates,
             "seconds": self.seconds,
         }
 
-    def load_state_dict(self, content: dict[str, Any]) -> None:
-        self.model.load_state_dict(content["model"])
-        self.average.load_state_dict(content["average"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        if self.plateau and content["plateau"]:
-            self.plateau = Plateau(**content["plateau"])
-        self.step, self.seconds = content["step"], content["seconds"]
-        self.skipped_updates = content["skipped_updates"]
+    def load(self, path: Path, values: dict[str, Any]) -> None:
+        """Become the state of a checkpoint: its folder, and what ``values`` returned when it was written."""
+        self._make_room(saved_tensors(path))
+        load_tensors(path, self.tensors())
+        if self.plateau and values["plateau"]:
+            self.plateau = Plateau(**values["plateau"])
+        self.step, self.seconds = values["step"], values["seconds"]
+        self.skipped_updates = values["skipped_updates"]
+
+    def _make_room(self, saved: dict[str, torch.Tensor]) -> None:
+        """Give the optimizer the tensors that it otherwise makes in its first update, with anything in them."""
+        parameters, device = dict(self.model.named_parameters()), self.parameters[0].device
+        groups = dict(enumerate(self.optimizer.param_groups))
+        for name, tensor in saved.items():
+            part, _, rest = name.partition("/")
+            owner, _, key = rest.rpartition("/")
+            if part == "group" and int(owner) in groups:
+                groups[int(owner)][key] = torch.empty_like(tensor, device=device)
+            elif part == "optimizer" and owner in parameters:
+                parameter = parameters[owner].detach()
+                like = parameter if tensor.shape == parameter.shape else tensor  # as strided, if it can be
+                self.optimizer.state[parameters[owner]][key] = torch.empty_like(like, dtype=tensor.dtype, device=device)
 
 
 def fit(task: Task[Model], config: TrainConfig, out: str | Path, resume: bool = True) -> tuple[Model, dict[str, float]]:
@@ -102,40 +139,39 @@ def fit(task: Task[Model], config: TrainConfig, out: str | Path, resume: bool = 
         task: the model and its data.
         config: how to train it.
         out: the folder of the text-to-image system. The averaged model is written to ``<kind>.safetensors``, and
-            ``checkpoint.pt``, ``log.jsonl`` and ``skipped.jsonl`` to the folder ``<kind>``.
-        resume: go on from a checkpoint found there. Otherwise it is overwritten.
+            ``checkpoints``, ``log.jsonl`` and ``skipped.jsonl`` to the folder ``<kind>``.
+        resume: go on from the newest intact checkpoint found there. Otherwise all are deleted.
 
     Returns:
         the averaged model, on the CPU and in eval mode, and its metrics: those of the last validation as ``val_...``.
 
     Raises:
         TrainingStopped: on SIGINT or SIGTERM, after saving.
-        ValueError: the checkpoint belongs to another model, seed or batch size.
+        ValueError: the checkpoint belongs to another model, seed or batch size, or none is intact.
         TrainingDiverged: the loss is not finite any more.
     """
     out, device = Path(out), torch.device(config.device)
     folder = out / task.kind
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = fingerprint_of(task, config)
-    checkpoint = folder / "checkpoint.pt"
-    content = load_checkpoint(checkpoint, fingerprint) if resume and checkpoint.exists() else None
+    checkpoint = newest_checkpoint(folder / "checkpoints", fingerprint) if resume else None
 
     if device.type == "cpu":
         keep_freed_memory()
     state = new_state(task.model.to(device), config)
-    if content:
-        state.load_state_dict(content)
-        set_random_state(content["random"], device)
-
-    def save() -> None:
-        save_checkpoint(checkpoint, {"fingerprint": fingerprint, "random": random_state(device), **state.state_dict()})
-        task.report_skipped(folder / "skipped.jsonl")
+    if checkpoint:
+        state.load(*checkpoint)
+        set_random_state(checkpoint[1]["random"], device)
+    writer = CheckpointWriter(folder / "checkpoints", config.keep_checkpoints)
+    if not resume:
+        writer.clear()
 
     metrics: dict[str, float] = {}  # the newest of each
     meter, skipped_in_a_row = Meter(), 0
     start = time.perf_counter() - state.seconds
     bar = tqdm(total=config.steps, initial=state.step, desc=task.kind, unit="step", disable=None)  # None: on a tty only
-    with stop_signals() as signals, Log(folder / "log.jsonl", state.step, config.tensorboard) as log, bar:
+    log = Log(folder / "log.jsonl", state.step, config.tensorboard)
+    with stop_signals() as signals, writer, log, bar:
         batches = task.batches(state.step)
         while state.step < config.steps:
             lr = config.lr_at(state.step) * (state.plateau.scale if state.plateau else 1.0)
@@ -163,10 +199,14 @@ def fit(task: Task[Model], config: TrainConfig, out: str | Path, resume: bool = 
                 record = validate(task, state.average, device)
                 log.write(state.step, record)
                 metrics |= record
-            if last or signals or state.step % config.save_every == 0:
-                save()
             if last or signals:
                 save_model(state.average, out / f"{task.kind}.safetensors")
+            if last or signals or state.step % config.save_every == 0:
+                run = {"fingerprint": fingerprint, "random": random_state(device), **state.values()}
+                writer.save(state.step, state.tensors(), run)
+                task.report_skipped(folder / "skipped.jsonl")
+            if last or signals:
+                writer.wait()
             if signals:
                 raise TrainingStopped(signals[0], state.step)
     model = state.average.cpu()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -66,7 +67,9 @@ class Log:
             self._writer = SummaryWriter(path.parent / "tensorboard", purge_step=step + 1)
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and step else []
         kept = [line for line in lines if _step_of(line) <= step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)  # a run that is killed here keeps its log
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, record: dict[str, float]) -> None:
