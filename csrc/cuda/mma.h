@@ -1,12 +1,21 @@
-// Products of small matrices of 16-bit elements by the tensor cores, and the copies that feed them: one instruction
-// each, in PTX on a GPU and spelled out in the emulation.
+// Products of small matrices of 16-bit elements (T: Half, BFloat16) by the tensor cores, and the copies that feed them:
+// an instruction each, in PTX on a GPU and spelled out in the emulation.
 //
-// A lane is 4 g + t. It holds, as pairs of neighbouring columns or (for b) rows, the lower index in the lower half:
+//   pack<T>(low, high), unpack<T>(bits)   two elements as one word
+//   mma<T>(c, a, b0, b1)                  c += a b
+//   load_blocks(blocks, row)              four blocks [8, 8] from shared memory: lane 8 i + j gives the address of
+//                                         row j of block i, aligned to its 16 bytes; of each, (g, 2t) and (g, 2t + 1)
+//   load_blocks_transposed(blocks, row)   the same, but (2t, g) and (2t + 1, g)
+//   copy_async<bytes>(shared, x, inside)  starts a copy of 4 or 16 bytes, aligned so; of zeros if not `inside`
+//   commit_copies()                       the thread's copies since the last call become a group
+//   wait_copies<n>()                      until all but the thread's last n groups have arrived
+//
+// All lanes of a warp call mma and load_blocks together. A lane is 4 g + t and holds, as pairs of neighbouring columns
+// or (for b) rows, the lower index in the lower half:
 //   a [16, 16]: a[0] (g, 2t), a[1] (g + 8, 2t), a[2] (g, 2t + 8), a[3] (g + 8, 2t + 8)
 //   b [16, 8]:  b0 (2t, g), b1 (2t + 8, g)
 //   c [16, 8]:  c[0], c[1] (g, 2t), c[2], c[3] (g + 8, 2t), in float32
-// So pairs of two neighbouring c are an a: a product's result can be the next one's left side without leaving its
-// lanes.
+// So pairs of two neighbouring c are an a: a product can be the left side of the next one where it is.
 #pragma once
 
 #include <cstring>
@@ -19,7 +28,6 @@ namespace dalle_fast {
 
 #ifdef DALLE_FAST_CUDA_ON_CPU
 
-// Two elements of type T as one word.
 template <typename T>
 uint32_t pack(float low, float high) {
   const T pair[2] = {narrow<T>(low), narrow<T>(high)};
@@ -35,7 +43,6 @@ float2 unpack(uint32_t bits) {
   return {widen(pair[0]), widen(pair[1])};
 }
 
-// c += a b
 template <typename T>
 void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Operands {
@@ -55,8 +62,6 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   }
 }
 
-// Four 8 x 8 blocks, of which lane 8 i + j gives the address of row j of block i, in shared memory: 16 bytes, aligned
-// so. Of each the lane gets (g, 2t) and (g, 2t + 1); transposed, (2t, g) and (2t + 1, g).
 inline void load_blocks(uint32_t (&blocks)[4], const void* row) {
   const void* const* rows = warp_gather(row);
   const int g = cuda_on_cpu::lane() / 4, t = cuda_on_cpu::lane() % 4;
@@ -73,7 +78,6 @@ inline void load_blocks_transposed(uint32_t (&blocks)[4], const void* row) {
   }
 }
 
-// Starts to copy kBytes (4 or 16, aligned so) to shared memory; where `inside` is false nothing is read, zeros come.
 template <int kBytes>
 void copy_async(void* shared, const void* global, bool inside) {
   if (reinterpret_cast<uintptr_t>(shared) % kBytes != 0 || reinterpret_cast<uintptr_t>(global) % kBytes != 0) {
@@ -163,7 +167,6 @@ DF_DEVICE void copy_async(void* shared, const void* global, bool inside) {
   }
 }
 
-// Copies since the last commit are one group; wait until all but the last kGroups groups of this thread are done.
 DF_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kGroups>
 DF_DEVICE void wait_copies() {

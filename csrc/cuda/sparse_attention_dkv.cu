@@ -10,6 +10,11 @@
 namespace dalle_fast {
 namespace {
 
+template <int kChannels>
+constexpr int kBlocks = kChannels == 128  ? 2
+                        : kChannels == 64 ? 3
+                                          : 4;  // of a multiprocessor, at once
+
 DF_DEVICE Tile key_tile(const AttentionShape& shape, int block) {
   const Grid& grid = shape.grid;
   const int text_tiles = tiles_of(grid.text_len), image_tiles = tiles_of(grid.image_len());
@@ -36,7 +41,7 @@ struct SharedMemory {
 };
 
 template <typename T, int kChannels>
-__global__ void __launch_bounds__(kThreads, kChannels == 32 ? 4 : 2) dkv_kernel(SparseAttentionBackward p) {
+__global__ void __launch_bounds__(kThreads, kBlocks<kChannels>) dkv_kernel(SparseAttentionBackward p) {
   DF_SHARED(bytes);
   const SharedMemory<T, kChannels> shared{bytes};
   const Ring<T, kChannels> ring = shared.ring();

@@ -7,6 +7,11 @@
 namespace dalle_fast {
 namespace {
 
+template <int kChannels>
+constexpr int kBlocks = kChannels == 128  ? 2
+                        : kChannels == 64 ? 3
+                                          : 4;  // of a multiprocessor, at once
+
 // Sums of the products of two strips, row by row.
 template <typename T, int kSteps>
 DF_DEVICE void dot_rows(const uint32_t (&a)[kSteps][4], const uint32_t (&b)[kSteps][4], float (&sum)[2]) {
@@ -23,7 +28,7 @@ DF_DEVICE void dot_rows(const uint32_t (&a)[kSteps][4], const uint32_t (&b)[kSte
 }
 
 template <typename T, int kChannels>
-__global__ void __launch_bounds__(kThreads) dq_kernel(SparseAttentionBackward p) {
+__global__ void __launch_bounds__(kThreads, kBlocks<kChannels>) dq_kernel(SparseAttentionBackward p) {
   DF_SHARED(shared);
   const Ring<T, kChannels> ring{reinterpret_cast<T*>(shared)};
 

@@ -6,8 +6,13 @@
 namespace dalle_fast {
 namespace {
 
+template <int kChannels>
+constexpr int kBlocks = kChannels == 128  ? 2
+                        : kChannels == 64 ? 4
+                                          : 5;  // of a multiprocessor, at once
+
 template <typename T, int kChannels>
-__global__ void __launch_bounds__(kThreads, kChannels == 32 ? 5 : 2) forward_kernel(SparseAttentionForward p) {
+__global__ void __launch_bounds__(kThreads, kBlocks<kChannels>) forward_kernel(SparseAttentionForward p) {
   DF_SHARED(shared);
   const Ring<T, kChannels> ring{reinterpret_cast<T*>(shared)};
 
