@@ -287,6 +287,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def fingerprint_of(task: Task[Model], config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint must agree in with the run that resumes it: the model, and what decides its data."""
+    """What a checkpoint must agree in with the run that resumes it: model, moments, and what decides the data."""
     sizes = json.loads(json.dumps(asdict(cast(Any, task.model.cfg))))  # tuples become lists, as they are read back
-    return {"kind": task.kind, "seed": config.seed, "batch_size": config.batch_size, **sizes}
+    moments = [group["moments"] for group in parameter_groups(task.model, config)]
+    return {"kind": task.kind, "seed": config.seed, "batch_size": config.batch_size, "moments": moments, **sizes}
