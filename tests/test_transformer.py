@@ -212,6 +212,17 @@ def test_a_step_of_sampling_never_waits_for_the_device(monkeypatch, options):
     assert ran == [SMALL.image_len - 1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"guidance": 3.0, "top_k": 5}], ids=str)
+def test_the_codes_are_the_same_step_by_step(monkeypatch, options, dtype, device):
+    """On CUDA, those of a recorded step and of a called one."""
+    model = small_model().to(device, dtype)
+    text = small_batch(2)[0].to(device)
+    drawn = model.generate(text, 3, torch.Generator().manual_seed(5), **options)
+    monkeypatch.setattr(transformer, "repeat", lambda step, times, graph_on: repeat(step, times))
+    assert torch.equal(model.generate(text, 3, torch.Generator().manual_seed(5), **options), drawn)
+
+
 @pytest.mark.parametrize("times", [0, 1, 2, 5])
 def test_a_recorded_step_runs_as_often_as_a_called_one(monkeypatch, times):
     ran, recording = [], []

@@ -304,7 +304,7 @@ class DALLE(nn.Module):
         choose(logits.repeat_interleave(n, 0))
         waits = any(reference_op(op, device) for op in ("decode_attention", "sample"))  # references read on the host
         repeat(step, steps - 1, graph_on=device if device.type == "cuda" and not waits else None)
-        if bool((codes < 0).any()):  # the one wait for the device
+        if bool((codes < 0).any()):  # waits for the device, once
             raise RuntimeError("logits: expected no NaN and a finite largest value in every row of every step")
         return codes.view(-1, self.cfg.height, self.cfg.width)
 
