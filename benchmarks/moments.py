@@ -41,7 +41,7 @@ def main() -> None:
         for moments, curve in curves.items():
             curve[i] = losses(moments, seed)
         full, half = (curve[i, -LAST:].mean() for curve in curves.values())
-        print(f"{seed:>4} {full:>8.4f} {half:>8.4f} {half - full:>+11.4f}", flush=True)
+        print(f"{seed:>4} {full:>8.4f} {half:>8.4f} {half - full:>+11.1e}", flush=True)
     spreads = [np.ptp(curve[:, -LAST:].mean(1)) for curve in curves.values()]
     print(f"between seeds, largest - smallest: {spreads[0]:.4f} and {spreads[1]:.4f}")
 

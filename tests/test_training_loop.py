@@ -182,6 +182,27 @@ def test_other_moments_than_those_of_the_checkpoint_are_refused(tmp_path):
         fit(task("dalle", other), other, tmp_path)
 
 
+def final_loss(moments: str, seed: int, steps: int = 100) -> float:
+    """Mean training loss of the last 30 updates of a transformer that learns ten pictures by heart."""
+    config = settings("dalle", moments=moments, seed=seed, lr=3e-3, caption_dropout=0.0, plateau_patience=10**6)
+    some = task("dalle", config)
+    state, batches, losses = new_state(some.model, config), some.batches(0), []
+    for step in range(steps):
+        _, metrics = training_loop.update(state, some, next(batches), config.lr, config)
+        state.step = step + 1
+        losses.append(metrics["loss"])
+    return torch.stack(losses[-30:]).mean().item()
+
+
+def test_a_model_learns_as_with_float32_moments():
+    seeds = (0, 1, 2)
+    half, full = (torch.tensor([final_loss(moments, seed) for seed in seeds]) for moments in ("16-bit", "float32"))
+    noise = full.max() - full.min()
+    assert full.max() < 2.0  # of 2.8 at first: something is learnt
+    assert not torch.equal(half, full)
+    assert (half - full).abs().max() < noise / 10
+
+
 def test_the_average_follows_the_parameters():
     average, parameter = [torch.zeros(3)], [torch.ones(3)]
     update_average(average, parameter, decay=0.99, count=1)  # early: 1/10 of the old value stays
