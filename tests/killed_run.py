@@ -45,7 +45,7 @@ models.KINDS["toy"] = (Toy, ToyConfig)
 class ToyTask:
     """Noise from every global generator, and batches that depend on the step: all must be resumed."""
 
-    kind = "toy"
+    kind, scales = "toy", None
 
     def __init__(self) -> None:
         self.model = Toy(ToyConfig())

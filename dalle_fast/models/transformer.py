@@ -15,15 +15,26 @@ from torch import nn
 
 from ..config import DALLEConfig
 from ..mask import AttentionMask, layer_masks
-from ..ops import PackedWeight, decode_attention, pack_linear, packed_linear, sample, sparse_attention
+from ..ops import (
+    PackedWeight,
+    decode_attention,
+    pack_linear,
+    packed_linear,
+    residual_layer_norm,
+    sample,
+    sparse_attention,
+)
 from ..ops._library import reference_op
 from ..ops.sample import check_options
+from .precision import Precision, rounded_linear
 from .repeat import repeat
 
 TEXT_WEIGHT = 1 / 8  # of the loss; the image has the rest
 MOST_PACKED_ROWS = 128  # beyond, an ordinary matrix product is as fast
 # Of one layer while sampling: keys and values of the prompts [P, H, T, E], and of the images [C, H, cache_len, E].
 Caches = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Resblock = tuple[nn.LayerNorm, nn.Module]  # with the norm in front of it
+PLAIN = Precision()  # everything in the dtype of the parameters
 
 
 def guide(logits: torch.Tensor, guidance: float) -> torch.Tensor:
@@ -35,7 +46,8 @@ def guide(logits: torch.Tensor, guidance: float) -> torch.Tensor:
 class Linear(nn.Linear):
     """A linear layer that can keep a second copy of its weight, in a layout that multiplies few rows fast.
 
-    The copy serves steps of sampling: few rows and no gradients. It is ignored once the weight has changed.
+    The copy serves steps of sampling: few rows and no gradients. It is ignored once the weight has changed. Rows in 16
+    bits meet the weight rounded to them.
     """
 
     packed: tuple[tuple[int, int], PackedWeight] | None = None  # the weight's state, and its copy
@@ -48,6 +60,8 @@ class Linear(nn.Linear):
             self.packed = self._state(), pack_linear(self.weight.detach(), format)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != self.weight.dtype:
+            return rounded_linear(x, self.weight, self.bias)
         few = x.numel() <= MOST_PACKED_ROWS * self.in_features
         if few and self.packed is not None and not torch.is_grad_enabled() and self.packed[0] == self._state():
             return packed_linear(x, self.packed[1], self.bias)
@@ -88,7 +102,10 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Two pre-norm resblocks on the residual stream: attention, then an MLP four times as wide."""
+    """Two pre-norm resblocks on the residual stream: attention, then an MLP four times as wide.
+
+    A whole stream runs through the resblocks of all layers in :meth:`DALLE.forward`.
+    """
 
     def __init__(self, d_model: int, head_dim: int, mask: AttentionMask) -> None:
         super().__init__()
@@ -97,9 +114,8 @@ class Layer(nn.Module):
         self.mlp_norm = nn.LayerNorm(d_model)
         self.mlp = nn.Sequential(Linear(d_model, 4 * d_model), nn.GELU(), Linear(4 * d_model, d_model))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, N, D] -> [B, N, D]
-        x = x + self.attn(self.attn_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+    def resblocks(self) -> list[Resblock]:
+        return [(self.attn_norm, self.attn), (self.mlp_norm, self.mlp)]
 
     def prefill(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         attended, k, v = self.attn.prefill(self.attn_norm(x))
@@ -180,28 +196,40 @@ class DALLE(nn.Module):
         rows = self.row_embedding(position // self.cfg.width)
         return self.image_embedding(codes) + rows + self.column_embedding(position % self.cfg.width)
 
-    def forward(self, text_tokens: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def resblocks(self) -> list[Resblock]:
+        """The attention and the MLP of every layer in turn."""
+        return [resblock for layer in self.layers for resblock in layer.resblocks()]
+
+    def forward(
+        self, text_tokens: torch.Tensor, codes: torch.Tensor, precision: Precision = PLAIN
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of every token given those before it: [B, T, text_vocab + T] and [B, h * w, image_vocab]."""
         self.check_text(text_tokens)
         self.check_codes(codes)
         b, t = text_tokens.shape
         raster = torch.arange(self.cfg.image_len, device=codes.device)
         x = torch.cat([self.embed_text(text_tokens), self.embed_image(codes.flatten(1), raster)], dim=1)
-        for layer in self.layers:
-            x = layer(x)
-        x = torch.cat([self.start.expand(b, 1, -1), x[:, :-1]], dim=1)  # what each token is predicted from
-        x = self.norm(x)
+        branch, resblocks = None, self.resblocks()
+        for i, (norm, resblock) in enumerate(resblocks):
+            between = precision.between(i, len(resblocks))
+            x, normed = residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, *between)
+            branch = precision.run(resblock, normed)
+        between, norm = precision.between(len(resblocks), len(resblocks)), self.norm
+        _, x = residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, *between)
+        x = torch.cat([norm(self.start).expand(b, 1, -1), x[:, :-1]], dim=1)  # what each token is predicted from
         return self.to_text(x[:, :t]), self.to_image(x[:, t:])
 
-    def losses(self, text_tokens: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(
+        self, text_tokens: torch.Tensor, codes: torch.Tensor, precision: Precision = PLAIN
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy of the text and of the image, each averaged over its own tokens, in nats."""
-        logits_text, logits_image = self(text_tokens, codes)
+        logits_text, logits_image = self(text_tokens, codes, precision)
         text = F.cross_entropy(logits_text.flatten(0, 1), text_tokens.flatten())
         return text, F.cross_entropy(logits_image.flatten(0, 1), codes.flatten())
 
-    def loss(self, text_tokens: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    def loss(self, text_tokens: torch.Tensor, codes: torch.Tensor, precision: Precision = PLAIN) -> torch.Tensor:
         """The training loss: 1/8 text, 7/8 image (section 2.2)."""
-        text, image = self.losses(text_tokens, codes)
+        text, image = self.losses(text_tokens, codes, precision)
         return TEXT_WEIGHT * text + (1 - TEXT_WEIGHT) * image
 
     # ------------------------------------------------------------------------------------------ one token at a time

@@ -131,6 +131,9 @@ class TrainDALLE(TrainConfig):
     plateau_patience: int = 10  # windows without gain before a halving
     bpe_dropout: bool = True  # captions are cut differently each time they are seen
     caption_dropout: float = 0.0  # share of captions replaced by the empty one, which guidance needs
+    resblock_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"  # float16 on CUDA, float32 on a CPU
+    skip_overflow: Literal["update", "resblock"] = "update"  # what an Inf or NaN gradient in one resblock leaves out
+    recompute: bool = True  # run resblocks again for their gradients, and keep only their inputs
     moments: Moments = "16-bit"  # of the matrices of resblocks; all others are float32
     betas: tuple[float, float] = (0.9, 0.96)
     eps: float = 1e-8
@@ -178,8 +181,8 @@ TRAIN_PRESETS: dict[str, TrainPreset] = {
         ),
         TrainDALLE(
             steps=1_500, batch_size=32, lr=1.5e-3, warmup_steps=100, lr_schedule="cosine", caption_dropout=0.1,
-            bpe_dropout=False, clip_norm=1.0, ema_decay=0.9, ema_every=5, val_every=500, val_samples=512,
-            save_every=500,
+            bpe_dropout=False, recompute=False, clip_norm=1.0, ema_decay=0.9, ema_every=5, val_every=500,
+            val_samples=512, save_every=500,
         ),
     ),
     **{name: TrainPreset() for name in ("1.2B", "2.8B", "5.6B", "12B")},

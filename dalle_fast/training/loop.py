@@ -19,6 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..models import save_model
+from ..models.precision import GradientScales
 from ..ops import gradient_norm
 from .checkpoint import (
     CheckpointWriter,
@@ -46,6 +47,7 @@ class Task(Protocol[Model]):
 
     kind: str  # names the model's file and the folder of its training
     model: Model  # with its sizes in ``cfg``
+    scales: GradientScales | None  # of the gradients in its resblocks, in 16 bits
 
     def batches(self, start: int) -> Iterator[Batch]:
         """The batches of steps ``start``, ``start + 1``, ...; a pure function of the step."""
@@ -71,15 +73,20 @@ class State(Generic[Model]):
     average: Model  # its parameters are the exponential moving average of the model's
     optimizer: AdamW16
     plateau: Plateau | None
+    scales: GradientScales | None = None  # what gradients of resblocks are multiplied by
     step: int = 0  # finished updates, and so the position in the data
     skipped_updates: int = 0  # for want of a finite gradient
     seconds: float = 0.0
-    parameters: list[torch.Tensor] = field(init=False)
+    parameters: list[torch.Tensor] = field(init=False)  # in the order of the optimizer
     averages: list[torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.parameters = list(self.model.parameters())
-        self.averages = list(self.average.parameters())
+        pairs = zip(self.model.parameters(), self.average.parameters(), strict=True)
+        average_of: dict[torch.Tensor, torch.Tensor] = dict(pairs)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.averages = [average_of[p] for p in self.parameters]
+        if self.scales:
+            self.scales.watch(self.parameters)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the state, by a name of its own."""
@@ -97,6 +104,7 @@ class State(Generic[Model]):
                 for key, value in group.items()
                 if isinstance(value, torch.Tensor)
             },
+            **{f"scales/{name}": tensor for name, tensor in (self.scales.tensors() if self.scales else {}).items()},
         }
 
     def values(self) -> dict[str, Any]:
@@ -110,8 +118,11 @@ class State(Generic[Model]):
 
     def load(self, path: Path, values: dict[str, Any]) -> None:
         """Become the state of a checkpoint: its folder, and what ``values`` returned when it was written."""
-        self._make_room(saved_tensors(path))
-        load_tensors(path, self.tensors())
+        saved = saved_tensors(path)
+        self._make_room(saved)
+        # Without scales in it, the run had no 16 bits so far.
+        wanted = {name: t for name, t in self.tensors().items() if name in saved or not name.startswith("scales/")}
+        load_tensors(path, wanted)
         if self.plateau and values["plateau"]:
             self.plateau = Plateau(**values["plateau"])
         self.step, self.seconds = values["step"], values["seconds"]
@@ -158,7 +169,7 @@ def fit(task: Task[Model], config: TrainConfig, out: str | Path, resume: bool = 
 
     if device.type == "cpu":
         keep_freed_memory()
-    state = new_state(task.model.to(device), config)
+    state = new_state(task.model.to(device), config, task.scales)
     if checkpoint:
         state.load(*checkpoint)
         set_random_state(checkpoint[1]["random"], device)
@@ -184,8 +195,11 @@ def fit(task: Task[Model], config: TrainConfig, out: str | Path, resume: bool = 
             else:
                 state.skipped_updates += 1
                 skipped_in_a_row += 1
-            if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                raise TrainingDiverged(f"gradient: expected a finite one, got none in {skipped_in_a_row} updates")
+                patience = MAX_SKIPPED_IN_A_ROW
+                if state.scales and bool(values["loss"].isfinite()):
+                    patience = state.scales.patience  # scales that are too large come down in time
+                if skipped_in_a_row >= patience:
+                    raise TrainingDiverged(f"gradient: expected a finite one, got none in {skipped_in_a_row} updates")
 
             last = state.step == config.steps
             bar.update()
@@ -193,6 +207,8 @@ def fit(task: Task[Model], config: TrainConfig, out: str | Path, resume: bool = 
                 counters = {"lr": lr, "skipped_updates": state.skipped_updates, "seconds": state.seconds}
                 record = meter.result() | counters
                 log.write(state.step, record)
+                if state.scales:
+                    log.write(state.step, state.scales.record())
                 bar.set_postfix(loss=record.get("loss"))
                 metrics |= record
             if last or state.step % config.val_every == 0:
@@ -213,11 +229,11 @@ def fit(task: Task[Model], config: TrainConfig, out: str | Path, resume: bool = 
     return model, metrics or {**validate(task, model, torch.device("cpu")), "seconds": state.seconds}
 
 
-def new_state(model: Model, config: TrainConfig) -> State[Model]:
+def new_state(model: Model, config: TrainConfig, scales: GradientScales | None = None) -> State[Model]:
     """The state before the first update."""
     average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = AdamW16(parameter_groups(model, config), config.lr, config.betas, config.eps)
-    return State(model.train(), average, optimizer, config.plateau())
+    return State(model.train(), average, optimizer, config.plateau(), scales)
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -243,21 +259,26 @@ def update(
 ) -> tuple[bool, Metrics]:
     """One update of the parameters and their average; whether it was made, and the metrics of the batch.
 
-    Without a finite loss and gradient nothing changes: an update that is skipped does less harm than a NaN.
+    Without a finite loss and gradient nothing changes: an update that is skipped does less harm than a NaN. The scales
+    may confine that to a resblock.
     """
     loss, metrics = task.loss(state.model, batch, state.step)
     loss.backward()
-    gradients = [p.grad for p in state.parameters if p.grad is not None]
-    norm, nonfinite = gradient_norm(gradients)
-    finite = bool(loss.isfinite() & ~nonfinite.any())
+    factors = state.scales.factors() if state.scales else None
+    norm, nonfinite = gradient_norm([cast(torch.Tensor, p.grad) for p in state.parameters], factors)
+    skip = state.scales.skip(nonfinite) if state.scales else nonfinite.any().expand_as(nonfinite)
+    finite = bool(loss.isfinite() & ~skip.all())
     if finite:
         for group in state.optimizer.param_groups:
             group["lr"] = lr * group["lr_share"]
-        state.optimizer.step(clip=(config.clip_norm / norm).clamp(max=1) if config.clip_norm else None)
+        clip = (config.clip_norm / norm).clamp(max=1) if config.clip_norm else None
+        state.optimizer.step(unscale=factors, clip=clip, skip=skip if state.scales else None)
         if state.plateau and state.step >= config.warmup_steps:
             state.plateau.update(loss.item())
         if (state.step + 1) % config.ema_every == 0:
             update_average(state.averages, state.parameters, config.ema_decay, (state.step + 1) // config.ema_every)
+    if state.scales:
+        state.scales.update()
     state.optimizer.zero_grad()
     return finite, {"loss": loss.detach(), "grad_norm": norm, **metrics}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -72,15 +73,19 @@ class Log:
         os.replace(temporary, path)  # a run that is killed here keeps its log
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, step: int, record: dict[str, float]) -> None:
-        """Append a record, unless it is empty; what is not finite becomes null, for JSON has no word for it."""
+    def write(self, step: int, record: Mapping[str, float | list[float]]) -> None:
+        """Append a record, unless it is empty; what is not finite becomes null, for JSON has no word for it.
+
+        Lists, whose numbers must be finite, go to the JSONL file alone.
+        """
         if not record:
             return
-        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        numbers = {name: value for name, value in record.items() if not isinstance(value, list)}
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        self._file.write(json.dumps({"step": step, **record, **finite}) + "\n")
         self._file.flush()
         if self._writer:
-            for name, value in record.items():
+            for name, value in numbers.items():
                 self._writer.add_scalar(name, value, step)
 
     def __enter__(self) -> Log:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ..data import (
 )
 from ..data.loader import Corpus
 from ..models import CLIP, DALLE, DiscreteVAE
+from ..models.precision import GradientScales, Precision, resblock_dtype
 from ..models.transformer import TEXT_WEIGHT
 from ..tokenizer import Tokenizer
 from .config import TrainCLIP, TrainConfig, TrainDALLE, TrainDVAE
@@ -96,6 +98,8 @@ def new_model(model_class: Callable[[Any], nn.Module], model_cfg: Any, seed: int
 
 class CorpusTask:
     """The data side of a task: ``sample`` is what training sees of a pair, ``val_sample`` what validation sees."""
+
+    scales: GradientScales | None = None
 
     def __init__(
         self,
@@ -281,6 +285,11 @@ class DALLETask(CorpusTask):
             pairs, val_pairs, sample, partial(_captioned_val_sample, size=size, tokenizer=tokenizer), train_cfg
         )
         self.model: DALLE = new_model(DALLE, model_cfg, train_cfg.seed)
+        dtype = resblock_dtype(train_cfg.resblock_dtype, train_cfg.device)
+        if dtype != torch.float32:
+            resblocks = [resblock for _, resblock in self.model.resblocks()]
+            self.scales = GradientScales(resblocks, skipping=train_cfg.skip_overflow, device=train_cfg.device)
+        self._precision = Precision(dtype, train_cfg.recompute, self.scales)
         self._dvae = dvae
         if dvae is not None:
             dvae.eval().to(memory_format=torch.channels_last).to(train_cfg.device)  # type: ignore[call-overload]
@@ -292,10 +301,13 @@ class DALLETask(CorpusTask):
         return self._dvae.encode(batch["image"].contiguous(memory_format=torch.channels_last))
 
     def loss(self, model: DALLE, batch: Batch, step: int) -> tuple[torch.Tensor, Metrics]:
-        text_loss, image_loss = model.losses(batch["text"], self._codes(batch))
-        loss = TEXT_WEIGHT * text_loss + (1 - TEXT_WEIGHT) * image_loss
-        return loss, {"text_loss": text_loss, "image_loss": image_loss}
+        return self._loss(model, batch, self._precision)
 
     def evaluate(self, model: DALLE, batch: Batch) -> Metrics:
-        loss, metrics = self.loss(model, batch, 0)
+        loss, metrics = self._loss(model, batch, replace(self._precision, scales=None))
         return {"loss": loss, **metrics}
+
+    def _loss(self, model: DALLE, batch: Batch, precision: Precision) -> tuple[torch.Tensor, Metrics]:
+        text_loss, image_loss = model.losses(batch["text"], self._codes(batch), precision)
+        loss = TEXT_WEIGHT * text_loss + (1 - TEXT_WEIGHT) * image_loss
+        return loss, {"text_loss": text_loss, "image_loss": image_loss}
