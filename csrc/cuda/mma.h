@@ -24,6 +24,12 @@
 #include "cuda/device.h"
 #include "cuda/half.h"
 
+#ifdef DALLE_FAST_CUDA_ON_CPU
+#include <deque>
+#include <utility>
+#include <vector>
+#endif
+
 namespace dalle_fast {
 
 #ifdef DALLE_FAST_CUDA_ON_CPU
@@ -78,21 +84,49 @@ inline void load_blocks_transposed(uint32_t (&blocks)[4], const void* row) {
   }
 }
 
+// Copies that the calling thread has started. They are made when it waits for them, no earlier.
+struct Copies {
+  struct Copy {
+    void* shared;
+    const void* global;  // null: zeros
+    size_t bytes;
+  };
+  std::vector<Copy> started;
+  std::deque<std::vector<Copy>> groups;
+
+  static Copies& of_thread() {
+    static std::vector<Copies> copies(1024);
+    return copies[threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)];
+  }
+};
+
 template <int kBytes>
 void copy_async(void* shared, const void* global, bool inside) {
   if (reinterpret_cast<uintptr_t>(shared) % kBytes != 0 || reinterpret_cast<uintptr_t>(global) % kBytes != 0) {
     cuda_on_cpu::fail("a copy that is not aligned");
   }
-  if (inside) {
-    std::memcpy(shared, global, kBytes);
-  } else {
-    std::memset(shared, 0, kBytes);
-  }
+  Copies::of_thread().started.push_back({shared, inside ? global : nullptr, kBytes});
 }
 
-inline void commit_copies() {}
+inline void commit_copies() {
+  Copies& copies = Copies::of_thread();
+  copies.groups.push_back(std::move(copies.started));
+  copies.started.clear();
+}
+
 template <int kGroups>
-void wait_copies() {}
+void wait_copies() {
+  auto& groups = Copies::of_thread().groups;
+  for (; groups.size() > kGroups; groups.pop_front()) {
+    for (const Copies::Copy& copy : groups.front()) {
+      if (copy.global != nullptr) {
+        std::memcpy(copy.shared, copy.global, copy.bytes);
+      } else {
+        std::memset(copy.shared, 0, copy.bytes);
+      }
+    }
+  }
+}
 
 #else
 
