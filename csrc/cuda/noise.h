@@ -13,8 +13,15 @@ struct alignas(kQuad * sizeof(T) < 16 ? kQuad * sizeof(T) : 16) Quad {
   T at[kQuad];
 };
 
-// -log(u) near u = 1 is what makes large noise: that logarithm must be exact in its last places, the outer one not.
-DF_DEVICE float gumbel_from_word(uint32_t word) { return -__logf(-logf(uniform_from_word(word))); }
+// log of a positive, normal x, within 2e-7. The special function unit is that close near 1 only.
+DF_DEVICE float log_of(float x) {
+  const int exponent = (__float_as_int(x) - 0x3F3504F3) >> 23;  // such that the mantissa lies in [sqrt(1/2), sqrt(2))
+  const float mantissa = __int_as_float(__float_as_int(x) - exponent * (1 << 23));
+  return static_cast<float>(exponent) * 0.693147181f + __logf(mantissa);
+}
+
+// -log(u) near u = 1 is what makes large noise: that logarithm must be close in its last places.
+DF_DEVICE float gumbel_from_word(uint32_t word) { return -log_of(-logf(uniform_from_word(word))); }
 
 // The words of elements `first` ... `first` + 3.
 DF_DEVICE Quad<uint32_t> quad_words(uint64_t seed, uint64_t first) {
