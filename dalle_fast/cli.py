@@ -179,6 +179,35 @@ def info() -> None:
         print(f"{name:8}{dvae:>16,}{clip:>16,}{dalle:>18,}")
 
 
+def plan(
+    preset: Preset = "tiny",
+    gpus: int = 1,
+    machines: int = 1,
+    batch: int | None = None,
+    memory: float = 16.0,
+    rank: int | None = None,
+) -> None:
+    """Reckon what training a transformer as the paper did takes of each GPU, without taking it; fail if it cannot fit.
+
+    Args:
+        gpus: Of a machine; they share the parameters.
+        machines: Each has all parameters; they exchange gradients.
+        batch: Samples of an update, all GPUs together; none is the preset's.
+        memory: GB of a GPU.
+        rank: Of PowerSGD between machines; none is the paper's.
+    """
+    from .training.plan import GB, plan_paper, what_fits
+
+    cfg = PRESETS[preset].dalle
+    batch = TRAIN_PRESETS[preset].dalle.batch_size if batch is None else batch
+    reckoned = plan_paper(cfg, batch, gpus, machines, memory * GB, rank)
+    print(f"{preset}: {reckoned}")
+    if not reckoned.fits:
+        ways = what_fits(cfg, batch, gpus, machines, memory * GB, rank)
+        got = f"{reckoned.total / GB:.2f} GB"
+        raise ValueError(f"memory: expected a plan that fits, got one of {got}; what would fit is {ways}")
+
+
 def data(
     corpus: Positional[Literal["emoji"]], out: Path, size: int = 64, language: str = "en", font: Path | None = None
 ) -> None:
@@ -355,7 +384,8 @@ def _print_metrics(path: Path, metrics: dict[str, float]) -> None:
 
 def _parse(args: Sequence[str]) -> None:
     """Find the command that the arguments name, and run it."""
-    top = {"demo": demo, "generate": generate, "reconstruct": reconstruct, "encode": encode, "data": data, "info": info}
+    top = {"demo": demo, "generate": generate, "reconstruct": reconstruct, "encode": encode, "data": data}
+    top |= {"plan": plan, "info": info}
     training = training_commands(_preset(args))
     every = top | {f"train {name}": function for name, function in training.items()}
     for words in (1, 2):

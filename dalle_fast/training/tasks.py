@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -30,7 +31,9 @@ from ..models.transformer import TEXT_WEIGHT
 from ..tokenizer import Tokenizer
 from .config import TrainCLIP, TrainConfig, TrainDALLE, TrainDVAE
 from .loop import Batch, fit
+from .memory import available_memory
 from .metrics import Metrics
+from .plan import plan_run, refuse_what_cannot_fit
 
 Sample = dict[str, Any]
 MAX_SEED = 2**63
@@ -56,6 +59,7 @@ def train_dvae(
     resume: bool = True,
 ) -> tuple[DiscreteVAE, dict[str, float]]:
     """Stage 1: learn image codes from the images of ``pairs``. Files, results and errors as in ``loop.fit``."""
+    check_memory(DiscreteVAE, model_cfg, train_cfg)
     return fit(DVAETask(pairs, val_pairs, model_cfg, train_cfg), train_cfg, out, resume)
 
 
@@ -69,6 +73,7 @@ def train_clip(
     resume: bool = True,
 ) -> tuple[CLIP, dict[str, float]]:
     """The reranker: learn which caption fits which image. Files, results and errors as in ``loop.fit``."""
+    check_memory(CLIP, model_cfg, train_cfg)
     return fit(CLIPTask(pairs, val_pairs, tokenizer, model_cfg, train_cfg), train_cfg, out, resume)
 
 
@@ -86,7 +91,21 @@ def train_dalle(
 
     Files, results and errors as in ``loop.fit``.
     """
+    check_memory(DALLE, model_cfg, train_cfg)
     return fit(DALLETask(pairs, val_pairs, tokenizer, model_cfg, train_cfg, dvae), train_cfg, out, resume)
+
+
+def check_memory(model_class: Callable[[Any], nn.Module], model_cfg: Any, train_cfg: TrainConfig) -> None:
+    """Say on stderr what a training will need, before it takes any of it.
+
+    Raises:
+        ValueError: more than the device has; the message names what would fit.
+    """
+    with torch.device("meta"):
+        model = model_class(model_cfg)
+    plan = plan_run(model, model_cfg, train_cfg, available_memory(torch.device(train_cfg.device)))
+    refuse_what_cannot_fit(plan, train_cfg.batch_size)
+    print(plan, file=sys.stderr)
 
 
 def new_model(model_class: Callable[[Any], nn.Module], model_cfg: Any, seed: int) -> Any:

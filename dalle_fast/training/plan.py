@@ -1,0 +1,256 @@
+"""What a training needs, before anything is allocated: memory by kind, FLOPs, and bytes between machines.
+
+After the paper: shards inside a machine and PowerSGD between machines (section 2.5, appendix E), which numbers have 16
+bits (section 2.4, appendix D), recompute of resblocks (appendix B). Activations are what autograd keeps, counted layer
+by layer. A GB has 2^30 bytes, as in the memory of GPUs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from torch import nn
+
+from ..config import CLIPConfig, DALLEConfig, DVAEConfig
+from ..mask import AttentionMask, layer_masks
+from .config import TrainConfig
+
+GB = 2**30
+FLOAT, HALF = 4, 2  # bytes
+POWERSGD_RANKS = {1920: 512, 2688: 640, 3968: 896}  # by d_model (table 1)
+MOST_GPUS = 64  # of a machine, when looking for what would fit
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes, by kind, on one device; and what an update computes and sends."""
+
+    title: str
+    memory: dict[str, float]
+    available: float  # bytes of the device
+    flops: float = 0.0  # an update, all devices together; 0: not counted
+    traffic: dict[str, float] = field(default_factory=dict)  # bytes that a machine sends in an update
+
+    @property
+    def total(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.available
+
+    def __str__(self) -> str:
+        lines = [self.title]
+        lines += [f"  {kind:32}{size / GB:10.2f} GB" for kind, size in self.memory.items()]
+        verdict = "fits" if self.fits else "does not fit"
+        lines += [f"  {'in all':32}{self.total / GB:10.2f} GB: {verdict} in {self.available / GB:.2f} GB"]
+        if self.flops:
+            lines += [f"  {'FLOPs of an update':32}{self.flops:10.3g}"]
+        lines += [f"  {kind:32}{size / GB:10.2f} GB an update" for kind, size in self.traffic.items()]
+        return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------- the transformer
+
+
+def dalle_parameters(cfg: DALLEConfig) -> tuple[int, int]:
+    """How many parameters are in matrices of resblocks, and how many are gains, biases, (un)embeddings."""
+    d, text, image = cfg.d_model, cfg.text_vocab + cfg.text_len, cfg.image_vocab
+    matrices = cfg.n_layer * 12 * d**2  # qkv 3, out 1, MLP 4 + 4
+    vectors = cfg.n_layer * 13 * d  # biases 3 + 1 + 4 + 1, two LayerNorms 2 + 2
+    embeddings = (text + cfg.text_len + image + cfg.height + cfg.width + 1) * d  # 1: start
+    unembeddings = 2 * d + (d + 1) * (text + image)  # 2: the last LayerNorm
+    return matrices, vectors + embeddings + unembeddings
+
+
+@lru_cache
+def attention_pairs(mask: AttentionMask) -> int:
+    """Pairs of a query and a key that it sees, of one head."""
+    t, n = mask.text_len, mask.image_len
+    text = t * (t + 1) // 2 + n * t
+    if mask.kind == "column":
+        return text + mask.width * mask.height * (mask.height + 1) // 2
+    radius = mask.kernel // 2
+    seen = {  # distances back in raster order
+        "full": range(n),
+        "row": range(mask.width + 1),
+        "conv": [
+            back
+            for back in range(n)
+            if (back + radius) // mask.width <= radius and (back + radius) % mask.width <= 2 * radius
+        ],
+    }[mask.kind]
+    return text + sum(max(0, n - back) for back in seen)
+
+
+def dalle_flops(cfg: DALLEConfig, recompute: bool) -> int:
+    """Multiplications and additions of one sample: forward, backward at twice its price, and resblocks once more."""
+    masks = layer_masks(cfg.n_layer, cfg.text_len, cfg.height, cfg.width, cfg.kernel)
+    matrices, _ = dalle_parameters(cfg)
+    resblocks = 2 * matrices * masks[0].seq_len + 4 * cfg.d_model * sum(map(attention_pairs, masks))
+    text, image = cfg.text_len * (cfg.text_vocab + cfg.text_len), cfg.image_len * cfg.image_vocab
+    return (4 if recompute else 3) * resblocks + 3 * 2 * cfg.d_model * (text + image)
+
+
+def dalle_activations(cfg: DALLEConfig, recompute: bool, inside: int) -> int:
+    """Bytes of one sample at the peak; ``inside`` resblocks a number has so many bytes, elsewhere 4."""
+    token = cfg.d_model * (cfg.text_len + cfg.image_len)  # one vector for each
+    kept = cfg.n_layer * 2 * FLOAT * token  # what each resblock starts from
+    # Inside: what LayerNorm gives, and qkv and what attention gives, or the MLP's hidden layer before and after GELU.
+    every = cfg.n_layer * ((1 + 3 + 1) + (1 + 4 + 4)) * inside * token
+    one = (1 + 4 + 4 + 4) * inside * token  # an MLP, and the gradient of its hidden layer
+    text, image = cfg.text_len * (cfg.text_vocab + cfg.text_len), cfg.image_len * cfg.image_vocab
+    ends = 3 * FLOAT * token + 3 * FLOAT * (text + image)  # into the logits; logits, their logarithms and gradients
+    return kept + (one if recompute else every) + ends
+
+
+def powersgd_saving(d_model: int, rank: int) -> float:
+    """Share of the bytes of resblock gradients that PowerSGD need not send, as table 1 reckons it."""
+    return 1 - 5 * rank / (8 * d_model)
+
+
+def plan_paper(
+    cfg: DALLEConfig, batch: int, gpus: int = 1, machines: int = 1, memory: float = 16 * GB, rank: int | None = None
+) -> Plan:
+    """The paper's training of the transformer, on each of ``machines`` times ``gpus`` GPUs of so much memory.
+
+    Matrices of resblocks, their gradients and their moments have 16 bits a number, all else has 32; every machine holds
+    it once, in equal shards. The running average is in the memory of the host.
+
+    Args:
+        batch: samples of an update, all GPUs together.
+        rank: of PowerSGD, for a whole matrix; None is the paper's for this d_model, and none for any other.
+
+    Raises:
+        ValueError: a number below 1, or a batch that the GPUs cannot share equally.
+    """
+    for name, value in {
+        "batch": batch,
+        "gpus": gpus,
+        "machines": machines,
+        "rank": 1 if rank is None else rank,
+    }.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected 1 or more, got {value}")
+    if not memory > 0:
+        raise ValueError(f"memory: expected more than 0, got {memory}")
+    if batch % (gpus * machines):
+        raise ValueError(f"batch: expected a multiple of the {gpus * machines} GPUs, got {batch}")
+    matrices, rest = dalle_parameters(cfg)
+    gradients = HALF * matrices + FLOAT * rest
+    sent = 2 * (machines - 1) / machines  # by a machine in an all-reduce, as a share of the bytes to reduce
+    rank = POWERSGD_RANKS.get(cfg.d_model) if rank is None else rank
+    layer = cfg.d_model**2 * HALF
+    needed: dict[str, float] = {
+        "parameters": (HALF * matrices + FLOAT * rest) / gpus,
+        "gradients": gradients / gpus,  # with PowerSGD these are its error buffers
+        "moments": 2 * (HALF * matrices + FLOAT * rest) / gpus,
+        "activations": dalle_activations(cfg, recompute=True, inside=HALF) * (batch // (gpus * machines)),
+    }
+    if gpus > 1:  # gathered: attention and MLP, one at work and one on its way; and the gradient of an MLP
+        needed["gathered resblocks"] = (4 + 8 + 8) * layer
+    traffic = {}
+    if machines > 1:
+        traffic["all-reduce between machines"] = sent * gradients
+        if rank is not None:
+            share = 1 - powersgd_saving(cfg.d_model, rank)
+            needed["PowerSGD's P and Q"] = share * HALF * matrices / gpus
+            name = f"with PowerSGD of rank {rank}"
+            traffic[name] = sent * (share * HALF * matrices + FLOAT * rest)
+    title = f"{matrices + rest:,} parameters on {machines} x {gpus} GPUs, a batch of {batch}; each GPU holds"
+    return Plan(title, needed, memory, batch * dalle_flops(cfg, recompute=True), traffic)
+
+
+def what_fits(cfg: DALLEConfig, batch: int, gpus: int, machines: int, memory: float, rank: int | None) -> str:
+    """The nearest changes of one number with which ``plan_paper`` fits, in words."""
+
+    def fits(batch: int = batch, gpus: int = gpus, machines: int = machines) -> bool:
+        return batch % (gpus * machines) == 0 and plan_paper(cfg, batch, gpus, machines, memory, rank).fits
+
+    ways = [f"a batch of {n}" for n in range(batch, 0, -1) if fits(batch=n)][:1]
+    shares = [(n, max(1, gpus * machines // n)) for n in range(gpus, MOST_GPUS + 1)]  # as many GPUs on fewer machines
+    ways += [f"{n} GPUs on each of {m} machines" for n, m in shares if fits(gpus=n, machines=m)][:1]
+    ways += [f"{n} machines" for n in range(machines, batch // gpus + 1) if fits(machines=n)][:1]
+    needed = plan_paper(cfg, batch, gpus, machines, memory, rank).total
+    return ", or ".join([*ways, f"{needed / GB:.2f} GB a GPU"])
+
+
+# ---------------------------------------------------------------------------------------------- a run on one device
+
+
+def _tower_activations(width: int, layers: int, tokens: int) -> int:
+    """Floats of one sample in a transformer of CLIP: as in ``dalle_activations``, and a sigmoid 4 in its GELU."""
+    return layers * (2 + 1 + 3 + 1 + 1 + 4 + 4 + 4) * width * tokens
+
+
+def clip_activations(cfg: CLIPConfig) -> int:
+    """Bytes of one sample; the logits of a batch are small beside it."""
+    patches = (cfg.image_size // cfg.patch_size) ** 2 + 1
+    vision = _tower_activations(cfg.vision_width, cfg.vision_layers, patches) + 3 * cfg.image_size**2
+    return FLOAT * (vision + _tower_activations(cfg.text_width, cfg.text_layers, cfg.text_len))
+
+
+def dvae_activations(cfg: DVAEConfig) -> int:
+    """Bytes of one sample."""
+
+    def stage(widths: list[int], sizes: list[int], pooled: bool) -> int:
+        """Floats in the resblocks from widths[0] through widths[1:], at so many pixels along an edge, and behind."""
+        floats = 0
+        for before, after, size in zip(widths, widths[1:], sizes, strict=False):
+            for n_in in [before] + [after] * (cfg.n_blk_per_group - 1):
+                shortcut = n_in if n_in != after else 0  # what its convolution reads
+                floats += (shortcut + n_in + 3 * (after // 4)) * size**2  # what the ReLUs give
+            floats += pooled * (after * size**2 + 2 * after * (size // 2) ** 2)  # what is pooled, and int64 indices
+        return floats + widths[-1] * sizes[-1] ** 2  # the last ReLU
+
+    encoder = [cfg.n_hid] + [cfg.n_hid * multiple for multiple in cfg.groups]
+    decoder = [cfg.n_init] + [cfg.n_hid * multiple for multiple in reversed(cfg.groups)]
+    sizes = [cfg.image_size >> i for i in range(len(cfg.groups))]
+    floats = stage(encoder, sizes, pooled=True) + stage(decoder, sizes[::-1], pooled=False)
+    logits, pixels = cfg.vocab_size * cfg.grid**2, 3 * cfg.image_size**2
+    return FLOAT * (floats + 2 * logits + 8 * pixels)  # logits and their gradient; the likelihood of each value
+
+
+def plan_run(
+    model: nn.Module, cfg: CLIPConfig | DALLEConfig | DVAEConfig, config: TrainConfig, available: float
+) -> Plan:
+    """A training of this program on one device with so many bytes.
+
+    Args:
+        model: for its parameters' names and sizes; may be on the device ``meta``.
+        cfg: its sizes.
+    """
+    parameters = moments = 0
+    for name, parameter in model.named_parameters():
+        parameters += parameter.numel()
+        short = parameter.ndim >= 2 and config.moments_of(name) == "16-bit"
+        moments += 2 * (HALF if short else FLOAT) * parameter.numel()
+    if isinstance(cfg, DALLEConfig):
+        activations = dalle_activations(cfg, recompute=False, inside=FLOAT)
+        flops = config.batch_size * dalle_flops(cfg, recompute=False)
+    else:
+        activations = clip_activations(cfg) if isinstance(cfg, CLIPConfig) else dvae_activations(cfg)
+        flops = 0
+    needed: dict[str, float] = {
+        "parameters": FLOAT * parameters,
+        "gradients": FLOAT * parameters,
+        "moments": moments,
+        "running average": FLOAT * parameters,
+        "activations": activations * config.batch_size,
+    }
+    title = f"{parameters:,} parameters on {config.device}, a batch of {config.batch_size}; it needs"
+    return Plan(title, needed, available, flops)
+
+
+def refuse_what_cannot_fit(plan: Plan, batch_size: int) -> None:
+    """Raise ValueError, naming what would fit, unless the plan of a run does."""
+    if plan.fits:
+        return
+    a_sample = plan.memory["activations"] / batch_size
+    fitting = int((plan.available - plan.total) / a_sample + batch_size) if a_sample else 0
+    what = f"a batch of {fitting}" if fitting > 0 else "a smaller model, or this one on more GPUs: see dalle-fast plan"
+    raise ValueError(
+        f"memory: expected at most {plan.available / GB:.2f} GB, got a training that needs {plan.total / GB:.2f} GB; "
+        f"what would fit is {what}"
+    )

@@ -1,0 +1,234 @@
+"""What a training is said to need: counted against real models, and against the paper's own numbers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from training_helpers import CLIP as CLIP_CFG
+from training_helpers import DALLE as DALLE_CFG
+from training_helpers import DVAE as DVAE_CFG
+from training_helpers import settings
+
+from dalle_fast import cli
+from dalle_fast.config import PRESETS, CLIPConfig, DALLEConfig, DVAEConfig
+from dalle_fast.mask import KINDS, AttentionMask
+from dalle_fast.models import CLIP, DALLE, DiscreteVAE
+from dalle_fast.training import plan, tasks
+from dalle_fast.training.memory import available_memory
+from dalle_fast.training.plan import (
+    GB,
+    attention_pairs,
+    dalle_flops,
+    dalle_parameters,
+    plan_paper,
+    plan_run,
+    powersgd_saving,
+    refuse_what_cannot_fit,
+    what_fits,
+)
+
+BIG = PRESETS["12B"].dalle
+
+
+# ---------------------------------------------------------------------------------------------- counts
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_are_those_of_the_model(name):
+    cfg = PRESETS[name].dalle
+    with torch.device("meta"):
+        model = DALLE(cfg)
+    matrices, rest = dalle_parameters(cfg)
+    assert matrices == sum(p.numel() for name, p in model.named_parameters() if "layers." in name and p.ndim == 2)
+    assert matrices + rest == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [(5, 4, 6, 3), (0, 3, 3, 11), (7, 9, 12, 5), (3, 1, 1, 3)])
+def test_pairs_are_those_of_the_mask(kind, sizes):
+    text_len, height, width, kernel = sizes
+    mask = AttentionMask(kind, text_len, height, width, kernel)
+    assert attention_pairs(mask) == mask.dense().sum()
+
+
+def test_pairs_of_the_paper():
+    pairs = {kind: attention_pairs(AttentionMask(kind, 256, 32, 32)) for kind in KINDS}
+    assert pairs == {"row": 328_304, "column": 311_936, "conv": 352_209, "full": 819_840}
+
+
+def test_flops_are_those_that_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    cfg = replace(DALLE_CFG, n_layer=1)
+    model = DALLE(cfg)
+    with FlopCounterMode(display=False) as counter:  # knows matrix products, not the op of attention
+        model.loss(torch.zeros(1, 6, dtype=torch.int64), torch.zeros(1, 4, 4, dtype=torch.int64)).backward()
+    attention = 3 * 4 * cfg.d_model * attention_pairs(model.layers[0].attn.mask)
+    assert dalle_flops(cfg, recompute=False) == counter.get_total_flops() + attention
+
+
+def test_recompute_adds_a_forward_of_the_resblocks():
+    logits = 3 * 2 * BIG.d_model * (256 * 16_640 + 1_024 * 8_192)
+    once = (dalle_flops(BIG, recompute=False) - logits) // 3
+    assert dalle_flops(BIG, recompute=True) == 4 * once + logits
+
+
+def kept_by_autograd(model: torch.nn.Module, loss) -> int:
+    """Bytes that are kept for the backward, but for the parameters."""
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss(model)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in kept}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in parameters)
+
+
+@pytest.mark.parametrize("groups", [(1, 2, 4, 8), (1, 2)])
+def test_activations_of_the_dvae(groups):
+    cfg = DVAEConfig(image_size=32, vocab_size=64, n_hid=16, n_init=16, groups=groups)
+    kept = kept_by_autograd(DiscreteVAE(cfg), lambda model: model.loss(torch.rand(3, 3, 32, 32), 1.0, 1.0, 0))
+    assert 3 * plan.dvae_activations(cfg) == pytest.approx(kept, rel=0.15)
+
+
+def test_activations_of_clip():
+    cfg = CLIPConfig(
+        image_size=32, patch_size=8, vision_width=64, vision_layers=3, text_vocab=270, text_len=12, text_width=48,
+        text_layers=3, head_dim=16, embed_dim=16,
+    )  # fmt: skip
+    text = torch.zeros(3, 12, dtype=torch.int64)
+    kept = kept_by_autograd(CLIP(cfg), lambda model: model.loss(torch.rand(3, 3, 32, 32), text))
+    assert 3 * plan.clip_activations(cfg) == pytest.approx(kept, rel=0.15)
+
+
+def test_activations_of_the_transformer():
+    cfg = DALLEConfig(
+        text_vocab=270, text_len=6, image_vocab=16, height=4, width=4, d_model=64, n_layer=4, head_dim=8, kernel=3
+    )
+    text, codes = torch.zeros(3, 6, dtype=torch.int64), torch.zeros(3, 4, 4, dtype=torch.int64)
+    kept = kept_by_autograd(DALLE(cfg), lambda model: model.loss(text, codes))
+    assert 3 * plan.dalle_activations(cfg, recompute=False, inside=4) == pytest.approx(kept, rel=0.15)
+
+
+def test_recompute_keeps_less():
+    kept = [plan.dalle_activations(BIG, recompute, inside=2) for recompute in (True, False)]
+    assert kept[0] < kept[1] / 3
+
+
+# ---------------------------------------------------------------------------------------------- the paper's training
+
+
+@pytest.mark.parametrize(("d_model", "rank", "percent"), [(1920, 512, 83), (2688, 640, 85), (3968, 896, 86)])
+def test_table_1(d_model, rank, percent):
+    assert round(100 * powersgd_saving(d_model, rank)) == percent
+    assert plan.POWERSGD_RANKS[d_model] == rank
+
+
+def test_12_billion_parameters_fit_the_papers_gpus():
+    paper = plan_paper(BIG, batch=1024, gpus=8, machines=128)
+    matrices, rest = dalle_parameters(BIG)
+    assert paper.memory["parameters"] == (2 * matrices + 4 * rest) / 8
+    assert paper.memory["moments"] == 2 * paper.memory["gradients"] == 2 * paper.memory["parameters"]
+    assert paper.memory["activations"] > 128 * 4 * 1280 * 3968  # what each resblock starts from
+    assert 14 * GB < paper.total <= 16 * GB
+    assert paper.fits
+    whole, compressed = paper.traffic.values()
+    assert whole == 2 * 127 / 128 * 8 * paper.memory["gradients"]
+    saved = 2 * 127 / 128 * 2 * matrices * powersgd_saving(3968, 896)
+    assert compressed == pytest.approx(whole - saved)
+
+
+def test_one_machine_sends_nothing_and_one_gpu_gathers_nothing():
+    alone = plan_paper(PRESETS["1.2B"].dalle, batch=8)
+    assert alone.traffic == {}
+    assert alone.memory.keys() == {"parameters", "gradients", "moments", "activations"}
+    assert list(plan_paper(PRESETS["1.2B"].dalle, 8, 2, 2).traffic) == ["all-reduce between machines"]
+    assert list(plan_paper(PRESETS["1.2B"].dalle, 8, 2, 2, rank=256).traffic)[1] == "with PowerSGD of rank 256"
+
+
+def test_what_would_fit_does_and_one_more_does_not():
+    assert what_fits(BIG, 2048, 8, 128, 16 * GB, None).startswith(
+        "a batch of 1024, or 16 GPUs on each of 64 machines, or 256 machines, or 18.1"
+    )
+    assert plan_paper(BIG, 1024, 8, 128).fits
+    assert not plan_paper(BIG, 2048, 8, 128).fits
+    assert plan_paper(BIG, 2048, 16, 64).fits
+    assert plan_paper(BIG, 2048, 8, 256).fits
+    small = what_fits(BIG, 1, 1, 1, GB, None)  # nothing but more memory helps
+    assert small.endswith(" GB a GPU")
+    assert "or" not in small
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"batch": 0}, "batch: expected 1 or more, got 0"),
+        ({"gpus": 0}, "gpus: expected 1 or more, got 0"),
+        ({"machines": -1}, "machines: expected 1 or more, got -1"),
+        ({"rank": 0}, "rank: expected 1 or more, got 0"),
+        ({"memory": float("nan")}, "memory: expected more than 0, got nan"),
+        ({"gpus": 3}, "batch: expected a multiple of the 3 GPUs, got 1024"),
+    ],
+)
+def test_impossible_sizes_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        plan_paper(BIG, **{"batch": 1024, **sizes})
+
+
+def test_the_command_prints_the_plan(capsys):
+    command = ["plan", "--preset", "12B", "--gpus", "8", "--machines", "128"]
+    assert cli.main([*command, "--batch", "1024"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("12B: 12,293,853,056 parameters on 128 x 8 GPUs, a batch of 1024")
+    assert "in all                               15.36 GB: fits in 16.00 GB" in said
+    assert "FLOPs of an update" in said
+    assert "with PowerSGD of rank 896" in said
+    assert cli.main([*command, "--memory", "12"]) == 2
+    said = capsys.readouterr()
+    assert "does not fit in 12.00 GB" in said.out
+    assert "what would fit is 16 GPUs on each of 64 machines, or 15.36 GB a GPU" in said.err
+
+
+# ---------------------------------------------------------------------------------------------- a run on one device
+
+
+def test_the_plan_of_a_run_counts_its_tensors():
+    config = settings("dalle", batch_size=5)
+    run = plan_run(DALLE(DALLE_CFG), DALLE_CFG, config, GB)
+    matrices, rest = dalle_parameters(DALLE_CFG)
+    assert run.memory["parameters"] == run.memory["gradients"] == run.memory["running average"] == 4 * (matrices + rest)
+    assert run.memory["moments"] == 2 * (2 * matrices + 4 * rest)
+    assert run.memory["activations"] == 5 * plan.dalle_activations(DALLE_CFG, recompute=False, inside=4)
+    assert run.flops == 5 * dalle_flops(DALLE_CFG, recompute=False)
+    config = settings("dvae")
+    run = plan_run(DiscreteVAE(DVAE_CFG), DVAE_CFG, config, GB)
+    assert run.memory["moments"] == 2 * run.memory["parameters"]
+
+
+def test_a_run_that_cannot_fit_names_the_batch_that_does():
+    config = settings("clip", batch_size=8)
+    model = CLIP(CLIP_CFG)
+    fixed = plan_run(model, CLIP_CFG, config, GB).total - 8 * plan.clip_activations(CLIP_CFG)
+    available = fixed + 5 * plan.clip_activations(CLIP_CFG)
+    tight = plan_run(model, CLIP_CFG, config, available)
+    with pytest.raises(ValueError, match=r"what would fit is a batch of 5$"):
+        refuse_what_cannot_fit(tight, 8)
+    assert plan_run(model, CLIP_CFG, settings("clip", batch_size=5), available).fits
+    with pytest.raises(ValueError, match="what would fit is a smaller model, or this one on more GPUs"):
+        refuse_what_cannot_fit(plan_run(model, CLIP_CFG, config, fixed / 2), 8)
+
+
+def test_training_says_what_it_needs_and_refuses_before_it_allocates(monkeypatch, capsys):
+    config = settings("dalle")
+    tasks.check_memory(DALLE, DALLE_CFG, config)
+    assert "parameters on cpu, a batch of 4; it needs" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"memory: expected at most .* GB, got a training that needs"):
+        tasks.train_dalle(None, None, None, replace(BIG, d_model=128_000), config, "nowhere")
+
+
+def test_memory_of_this_machine():
+    assert 2**20 < available_memory(torch.device("cpu")) < 2**60
