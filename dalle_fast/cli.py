@@ -157,6 +157,17 @@ def encode(data: Source, out: Path, model: Model = "tiny", batch_size: int = 64)
     print(f"{out}: {count} images as {dvae.cfg.grid} x {dvae.cfg.grid} codes")
 
 
+def plot(out: Positional[Path]) -> None:
+    """Draw the losses of a system's trainings, and the gradient scales of one in 16 bits.
+
+    Args:
+        out: Folder that training writes.
+    """
+    from .plots import draw_logs
+
+    print(*draw_logs(out), sep="\n")
+
+
 def info() -> None:
     """Print versions, the kernels of this install, and the sizes of the presets."""
     import torch
@@ -384,8 +395,8 @@ def _print_metrics(path: Path, metrics: dict[str, float]) -> None:
 
 def _parse(args: Sequence[str]) -> None:
     """Find the command that the arguments name, and run it."""
-    top = {"demo": demo, "generate": generate, "reconstruct": reconstruct, "encode": encode, "data": data}
-    top |= {"plan": plan, "info": info}
+    functions = (demo, generate, reconstruct, encode, data, plot, plan, info)
+    top = {function.__name__: function for function in functions}
     training = training_commands(_preset(args))
     every = top | {f"train {name}": function for name, function in training.items()}
     for words in (1, 2):

@@ -22,6 +22,7 @@ from .data.pairs import Pair
 from .data.scenes import Scene, SceneCorpus, all_scenes
 from .models import DiscreteVAE, load_model, save_model
 from .pipeline import BUILT_IN, TextToImage
+from .plots import draw_codes, draw_logs
 from .sheet import contact_sheet, save_image
 from .tokenizer import Tokenizer
 from .training import train_clip, train_dalle, train_dvae
@@ -65,44 +66,6 @@ def stack(pairs: Iterable[Pair]) -> torch.Tensor:
 def read_right(corpus: SceneCorpus, pictures: torch.Tensor) -> float:
     """The share of pictures, the i-th of scene i, in which the judge finds exactly that scene."""
     return round(float(np.mean([all(verdict(corpus.scene(i), found)) for i, found in enumerate(detect(pictures))])), 4)
-
-
-# ---------------------------------------------------------------------------------------------- pictures
-
-
-def draw_losses(out: Path) -> None:
-    """losses.png: training and validation loss of every stage, from the logs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    stages = ("dvae", "clip", "dalle")
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained")
-    for axis, stage in zip(axes, stages, strict=True):
-        lines = [json.loads(line) for line in (out / stage / "log.jsonl").read_text().splitlines()]
-        for name, label in (("loss", "training"), ("val_loss", "held-out data")):
-            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-            axis.plot(*zip(*points, strict=True), label=label)
-        axis.set(title=stage, xlabel="update", ylabel="loss (nats)")
-        axis.legend()
-    figure.savefig(out / "losses.png", dpi=90)
-    plt.close(figure)
-
-
-def draw_codes(counts: np.ndarray, path: Path) -> None:
-    """codes.png: how often each code is used, commonest first."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
-    axis.bar(range(len(counts)), np.sort(counts)[::-1] / counts.sum(), width=1.0)
-    axis.set(title=f"{(counts > 0).sum()} of {len(counts)} codes in use", xlabel="code, by use", ylabel="share")
-    axis.set_yscale("log")
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------- the run
@@ -166,7 +129,7 @@ def run(
     save_image(contact_sheet(both, ["picture", "through the dVAE"] * 16, columns=8), out / "reconstructions.png")
     counts = np.bincount(grids.flatten().numpy(), minlength=cfg.dvae.vocab_size)
     draw_codes(counts, out / "codes.png")
-    draw_losses(out)
+    draw_logs(out)
 
     pipe = TextToImage.load(out)
     rng = np.random.default_rng(0)

@@ -150,11 +150,13 @@ def test_demo_fills_its_folder(tmp_path):
         assert metrics[side]["captions"] == 1
         assert 0 <= metrics[side]["single"] <= metrics[side]["any"] <= 1
         assert metrics[f"detector_right_on_drawn_{side}"] >= 0.98
+    assert ok("plot", tmp_path) == f"{tmp_path / 'losses.png'}\n"
+    assert "expected the log of a training" in run("plot", tmp_path / "dvae").stderr
 
 
 def test_help_is_quick_and_names_the_commands():
     said = ok("--help")
-    assert all(name in said for name in ("demo", "train", "encode", "reconstruct", "generate", "info", "data"))
+    assert all(name in said for name in ("demo", "train", "encode", "reconstruct", "generate", "info", "data", "plot"))
     code = "import sys, dalle_fast.cli; print(sorted({'torch', 'numpy', 'PIL'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dalle_fast"
 
 # Each room of the package, and the rooms that it may import, from the bottom up.
-LEAVES = {"config", "mask", "minifloat", "sheet"}  # sheet: pictures of pictures
+LEAVES = {"config", "mask", "minifloat", "plots", "sheet"}  # sheet: pictures of pictures
 MODELS = {"ops", *LEAVES}
 TOOLS = {"models", "data", "tokenizer", *MODELS}
 LAYERS = {

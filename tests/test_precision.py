@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from training_helpers import checkpoint, same, settings, task
 
@@ -14,6 +15,7 @@ from dalle_fast.config import DALLEConfig
 from dalle_fast.models import DALLE
 from dalle_fast.models.precision import GradientScales, Precision, resblock_dtype, rounded_linear
 from dalle_fast.models.transformer import Linear
+from dalle_fast.plots import draw_logs
 from dalle_fast.training import AdamW16, TrainingDiverged, fit
 from dalle_fast.training import loop as training_loop
 
@@ -322,6 +324,8 @@ def test_the_log_has_the_scales(tmp_path):
         (3, [13.003] * 4), (6, [13.006] * 4), (7, [13.007] * 4),
     ]  # fmt: skip
     assert not any("overflows" in line for line in lines)
+    assert [path.name for path in draw_logs(tmp_path)] == ["losses.png", "scales.png"]
+    assert Image.open(tmp_path / "scales.png").size == (630, 360)
     trained.scales.nonfinite[2] = 1
     trained.scales.update()
     assert trained.scales.record()["overflows"] == [0, 0, 1, 0]

@@ -1,0 +1,82 @@
+"""Curves of a training, from its logs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+STAGES = ("dvae", "clip", "dalle")
+
+
+def draw_logs(out: Path) -> list[Path]:
+    """Draw what the logs of a system say, as far as it is trained: losses.png and, after 16 bits, scales.png.
+
+    Args:
+        out: the folder of the system, where the pictures go, too.
+
+    Raises:
+        FileNotFoundError: no log.
+    """
+    logs = {stage: _records(out / stage / "log.jsonl") for stage in STAGES if (out / stage / "log.jsonl").is_file()}
+    if not logs:
+        raise FileNotFoundError(f"out: expected the log of a training in {out}, got none")
+    drawn = [_draw_losses(logs, out / "losses.png")]
+    scales = [record for record in logs.get("dalle", []) if "log2_scales" in record]
+    return [*drawn, _draw_scales(scales, out / "scales.png")] if scales else drawn
+
+
+def _records(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+
+
+def _draw_losses(logs: dict[str, list[dict[str, Any]]], path: Path) -> Path:
+    """Training and validation loss of every stage."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(logs), figsize=(4 * len(logs), 3.2), layout="constrained", squeeze=False)
+    for axis, (stage, records) in zip(axes[0], logs.items(), strict=True):
+        for name, label in (("loss", "training"), ("val_loss", "held-out data")):
+            points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+            axis.plot([step for step, _ in points], [loss for _, loss in points], label=label)
+        axis.set(title=stage, xlabel="update", ylabel="loss (nats)")
+        axis.legend()
+    return _save(figure, path)
+
+
+def _draw_scales(records: list[dict[str, Any]], path: Path) -> Path:
+    """The gradient scale of every resblock, from the first, dark, to the last, bright: the paper's figure 12."""
+    plt = _pyplot()
+    steps = [record["step"] for record in records]
+    resblocks = list(zip(*(record["log2_scales"] for record in records), strict=True))
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for i, scales in enumerate(resblocks):
+        axis.plot(steps, scales, color=plt.cm.viridis(i / len(resblocks)), linewidth=0.8)
+    axis.set(title=f"gradient scales of {len(resblocks)} resblocks", xlabel="update", ylabel="log2 of the scale")
+    return _save(figure, path)
+
+
+def draw_codes(counts: np.ndarray, path: Path) -> None:
+    """How often each code is used, commonest first."""
+    figure, axis = _pyplot().subplots(figsize=(6, 3), layout="constrained")
+    axis.bar(range(len(counts)), sorted(counts / counts.sum(), reverse=True), width=1.0)
+    axis.set(title=f"{(counts > 0).sum()} of {len(counts)} codes in use", xlabel="code, by use", ylabel="share")
+    axis.set_yscale("log")
+    _save(figure, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=90)
+    _pyplot().close(figure)
+    return path
