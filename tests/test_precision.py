@@ -315,6 +315,15 @@ def test_resumed_scales_equal_uninterrupted_ones_bitwise(skip_overflow, tmp_path
     assert whole.scales.scale.tolist() == pytest.approx([2**13 * 2 ** (5 / 1000) / 2**0.5] * 4, rel=1e-6)
 
 
+def test_a_run_may_take_up_16_bits_and_leave_them(tmp_path):
+    for steps, dtype, log2 in ((2, "float32", None), (5, "float16", 13.003), (7, "float32", None)):
+        config = settings("dalle", steps=steps, resblock_dtype=dtype)
+        trained = task("dalle", config)
+        fit(trained, config, tmp_path)
+        assert checkpoint(tmp_path, "dalle")["step"] == steps
+        assert (trained.scales and trained.scales.record()["log2_scales"][0]) == log2
+
+
 def test_the_log_has_the_scales(tmp_path):
     config = settings("dalle", resblock_dtype="bfloat16", log_every=3)
     trained = overflowing(config, set())

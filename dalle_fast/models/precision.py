@@ -52,12 +52,13 @@ class Precision:
     scales: GradientScales | None = None
 
     def run(self, resblock: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """What a resblock makes of its normalised input."""
         if not (self.recompute and torch.is_grad_enabled()):
             return resblock(x)
         return checkpoint(resblock, x, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
 
     def between(self, i: int, n: int) -> Between:
-        """What ``residual_layer_norm`` must know where resblock i - 1 of n ends and resblock i starts."""
+        """What ``residual_layer_norm`` must know where resblock i - 1 of n ends and resblock i starts; 0 <= i <= n."""
         dtype = self.dtype if i < n else None  # the logits are computed in that of the stream
         if self.scales is None:
             return Between(dtype)
