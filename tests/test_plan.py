@@ -202,8 +202,11 @@ def test_the_plan_of_a_run_counts_its_tensors():
     matrices, rest = dalle_parameters(DALLE_CFG)
     assert run.memory["parameters"] == run.memory["gradients"] == run.memory["running average"] == 4 * (matrices + rest)
     assert run.memory["moments"] == 2 * (2 * matrices + 4 * rest)
-    assert run.memory["activations"] == 5 * plan.dalle_activations(DALLE_CFG, recompute=False, inside=4)
-    assert run.flops == 5 * dalle_flops(DALLE_CFG, recompute=False)
+    assert run.memory["activations"] == 5 * plan.dalle_activations(DALLE_CFG, recompute=True, inside=4)
+    assert run.flops == 5 * dalle_flops(DALLE_CFG, recompute=True)
+    config = settings("dalle", batch_size=5, recompute=False, resblock_dtype="bfloat16")
+    run = plan_run(DALLE(DALLE_CFG), DALLE_CFG, config, GB)
+    assert run.memory["activations"] == 5 * plan.dalle_activations(DALLE_CFG, recompute=False, inside=2)
     config = settings("dvae")
     run = plan_run(DiscreteVAE(DVAE_CFG), DVAE_CFG, config, GB)
     assert run.memory["moments"] == 2 * run.memory["parameters"]

@@ -4,10 +4,11 @@ import json
 import os
 import signal
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from dalle_fast.models import load_model
 from dalle_fast.training import TrainingDiverged, TrainingStopped, fit
 from dalle_fast.training import loop as training_loop
 from dalle_fast.training.loop import new_state, parameter_groups, update_average
-from dalle_fast.training.metrics import Log, perplexity
+from dalle_fast.training.metrics import Incidents, Log, LossSpikes, perplexity, resblock_of
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +133,61 @@ def test_an_update_without_a_finite_gradient_changes_nothing(tmp_path):
     assert [record["skipped_updates"] for record in lines] == [0, 1, 1, 1]
     assert ["loss" in record for record in lines] == [True, False, True, True]
     assert checkpoint(tmp_path, "dvae")["skipped_updates"] == 1
+
+
+def test_the_log_names_resblocks_whose_gradients_are_not_finite(tmp_path):
+    config = settings("dalle", steps=4, log_every=2)
+    broken = task("dalle", config)
+    loss = broken.loss
+
+    def overflow(model, batch, step):
+        value, metrics = loss(model, batch, step)
+        weight = model.layers[1].mlp[0].weight
+        return value + (weight.sum() * 1e30 * 1e30 if step == 2 else 0.0), metrics
+
+    broken.loss = overflow
+    fit(broken, config, tmp_path)
+    lines = [record for record in records(tmp_path, "dalle") if "skipped_updates" in record]
+    assert "nonfinite" not in lines[0]
+    assert lines[1]["nonfinite"] == {"layers.1.mlp": 1}
+    assert not any("loss_spikes" in record for record in lines)
+
+
+def test_a_loss_that_leaps_is_a_spike():
+    random = np.random.default_rng(0)
+    falling = [5 - i / 2000 + random.normal(0, 0.1) for i in range(500)]
+    spikes, young = LossSpikes(), LossSpikes()
+    assert not any(spikes.update(loss) for loss in falling)
+    resumed = LossSpikes(**json.loads(json.dumps(asdict(spikes))))
+    assert spikes.update(falling[-1] + 1)
+    assert not resumed.update(falling[-1] - 1)  # downwards is no harm
+    assert resumed.update(falling[-1] + 1)
+    assert not any(young.update(loss) for loss in (1.0, 1.0, 100.0))  # too early to tell
+
+
+def test_incidents_are_told_once():
+    incidents = Incidents()
+    assert incidents.result() == {}
+    incidents.add_spike(7)
+    incidents.add_nonfinite(["layers.3.mlp.0.weight", "layers.3.mlp_norm.bias"])
+    incidents.add_nonfinite(["layers.3.mlp.2.bias", "start"])
+    assert incidents.result() == {"loss_spikes": [7], "nonfinite": {"layers.3.mlp": 2, "start": 1}}
+    assert incidents.result() == {}
+
+
+@pytest.mark.parametrize(
+    ("parameter", "resblock"),
+    [
+        ("layers.12.attn.qkv.weight", "layers.12.attn"),
+        ("layers.12.attn_norm.bias", "layers.12.attn"),
+        ("visual.transformer.resblocks.3.mlp.c_fc.weight", "visual.transformer.resblocks.3.mlp"),
+        ("encoder.blocks.group_2.block_1.res_path.conv_1.w", "encoder.blocks.group_2.block_1"),
+        ("text_embedding.weight", "text_embedding"),
+        ("start", "start"),
+    ],
+)
+def test_the_resblock_of_a_parameter(parameter, resblock):
+    assert resblock_of(parameter) == resblock
 
 
 def test_training_that_has_diverged_ends(tmp_path, monkeypatch):

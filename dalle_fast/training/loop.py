@@ -32,7 +32,7 @@ from .checkpoint import (
 from .config import TrainConfig
 from .errors import TrainingDiverged, TrainingStopped
 from .memory import keep_freed_memory
-from .metrics import Log, Meter, Metrics
+from .metrics import Incidents, Log, LossSpikes, Meter, Metrics
 from .optimizer import AdamW16
 from .schedules import Plateau
 from .signals import stop_signals
@@ -74,9 +74,11 @@ class State(Generic[Model]):
     optimizer: AdamW16
     plateau: Plateau | None
     scales: GradientScales | None = None  # what gradients of resblocks are multiplied by
+    spikes: LossSpikes = field(default_factory=LossSpikes)
     step: int = 0  # finished updates, and so the position in the data
     skipped_updates: int = 0  # for want of a finite gradient
     seconds: float = 0.0
+    incidents: Incidents = field(default_factory=Incidents)  # since the last log record; not in checkpoints
     parameters: list[torch.Tensor] = field(init=False)  # in the order of the optimizer
     averages: list[torch.Tensor] = field(init=False)
 
@@ -111,6 +113,7 @@ class State(Generic[Model]):
         """The state but for its tensors."""
         return {
             "plateau": asdict(self.plateau) if self.plateau else None,
+            "spikes": asdict(self.spikes),
             "step": self.step,
             "skipped_updates": self.skipped_updates,
             "seconds": self.seconds,
@@ -125,6 +128,7 @@ class State(Generic[Model]):
         load_tensors(path, wanted)
         if self.plateau and values["plateau"]:
             self.plateau = Plateau(**values["plateau"])
+        self.spikes = LossSpikes(**values["spikes"])
         self.step, self.seconds = values["step"], values["seconds"]
         self.skipped_updates = values["skipped_updates"]
 
@@ -206,7 +210,7 @@ def fit(task: Task[Model], config: TrainConfig, out: str | Path, resume: bool = 
             if last or state.step % config.log_every == 0:
                 counters = {"lr": lr, "skipped_updates": state.skipped_updates, "seconds": state.seconds}
                 record = meter.result() | counters
-                log.write(state.step, record)
+                log.write(state.step, record | state.incidents.result())
                 if state.scales:
                     log.write(state.step, state.scales.record())
                 bar.set_postfix(loss=record.get("loss"))
@@ -267,8 +271,14 @@ def update(
     factors = state.scales.factors() if state.scales else None
     norm, nonfinite = gradient_norm([cast(torch.Tensor, p.grad) for p in state.parameters], factors)
     skip = state.scales.skip(nonfinite) if state.scales else nonfinite.any().expand_as(nonfinite)
-    finite = bool(loss.isfinite() & ~skip.all())
+    finite, blameless = torch.stack([loss.isfinite() & ~skip.all(), ~nonfinite.any()]).tolist()
+    if not blameless:
+        names: dict[torch.Tensor, str] = {p: name for name, p in state.model.named_parameters()}
+        bad = nonfinite.tolist()
+        state.incidents.add_nonfinite(names[p] for p, is_bad in zip(state.parameters, bad, strict=True) if is_bad)
     if finite:
+        if state.spikes.update(loss.item()):
+            state.incidents.add_spike(state.step + 1)
         for group in state.optimizer.param_groups:
             group["lr"] = lr * group["lr_share"]
         clip = (config.clip_norm / norm).clamp(max=1) if config.clip_norm else None

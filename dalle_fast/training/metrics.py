@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -47,6 +50,54 @@ def perplexity(counts: torch.Tensor) -> float:
     return torch.special.entr(p).sum().exp().item()
 
 
+@dataclass
+class LossSpikes:
+    """Tells a loss that leaps: by more than 6 standard deviations above its running mean. Its fields are its state.
+
+    Mean and variance weigh the last 100 losses or so; the first 100 are no spikes.
+    """
+
+    mean: float = 0.0
+    variance: float = 0.0
+    count: int = 0
+
+    def update(self, loss: float) -> bool:
+        """Take in the finite loss of one update; whether it is a spike."""
+        spike = self.count >= 100 and loss > self.mean + 6 * math.sqrt(self.variance)
+        self.count += 1
+        share, gap = max(1 / self.count, 0.01), loss - self.mean
+        self.mean += share * gap
+        self.variance = (1 - share) * (self.variance + share * gap**2)
+        return spike
+
+
+class Incidents:
+    """What the next log record must tell beside averages; nothing when all went well."""
+
+    def __init__(self) -> None:
+        self._spikes: list[int] = []
+        self._nonfinite: Counter[str] = Counter()
+
+    def add_spike(self, step: int) -> None:
+        self._spikes.append(step)
+
+    def add_nonfinite(self, names: Iterable[str]) -> None:
+        """Note an update in which the gradients of these parameters were not finite."""
+        self._nonfinite.update({resblock_of(name) for name in names})
+
+    def result(self) -> dict[str, Any]:
+        """``loss_spikes``, the updates that had one, and ``nonfinite``, in how many each resblock was. Starts anew."""
+        found: dict[str, Any] = {"loss_spikes": self._spikes, "nonfinite": dict(sorted(self._nonfinite.items()))}
+        self._spikes, self._nonfinite = [], Counter()
+        return {name: value for name, value in found.items() if value}
+
+
+def resblock_of(parameter: str) -> str:
+    """The resblock in which a parameter of this name is, such as ``layers.3.mlp``, or the module that is in none."""
+    found = re.match(r".*?(?:(?:layers|resblocks)\.\d+\.[a-z]+|block_\d+)", parameter)
+    return found[0] if found else parameter.rpartition(".")[0] or parameter
+
+
 class Log:
     """A JSONL file, a record a line, and optionally TensorBoard beside it.
 
@@ -73,14 +124,14 @@ class Log:
         os.replace(temporary, path)  # a run that is killed here keeps its log
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, step: int, record: Mapping[str, float | list[float]]) -> None:
+    def write(self, step: int, record: Mapping[str, Any]) -> None:
         """Append a record, unless it is empty; what is not finite becomes null, for JSON has no word for it.
 
-        Lists, whose numbers must be finite, go to the JSONL file alone.
+        Lists and dicts, whose numbers must be finite, go to the JSONL file alone.
         """
         if not record:
             return
-        numbers = {name: value for name, value in record.items() if not isinstance(value, list)}
+        numbers = {name: value for name, value in record.items() if not isinstance(value, (list, dict))}
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         self._file.write(json.dumps({"step": step, **record, **finite}) + "\n")
         self._file.flush()

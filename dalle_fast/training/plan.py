@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import cast
 
 from torch import nn
 
 from ..config import CLIPConfig, DALLEConfig, DVAEConfig
 from ..mask import AttentionMask, layer_masks
-from .config import TrainConfig
+from ..models.precision import resblock_dtype
+from .config import TrainConfig, TrainDALLE
 
 GB = 2**30
 FLOAT, HALF = 4, 2  # bytes
@@ -226,11 +228,12 @@ def plan_run(
         parameters += parameter.numel()
         short = parameter.ndim >= 2 and config.moments_of(name) == "16-bit"
         moments += 2 * (HALF if short else FLOAT) * parameter.numel()
-    if isinstance(cfg, DALLEConfig):
-        activations = dalle_activations(cfg, recompute=False, inside=FLOAT)
-        flops = config.batch_size * dalle_flops(cfg, recompute=False)
+    if isinstance(cfg, DALLEConfig) and isinstance(config, TrainDALLE):
+        inside = resblock_dtype(config.resblock_dtype, config.device).itemsize
+        activations = dalle_activations(cfg, config.recompute, inside)
+        flops = config.batch_size * dalle_flops(cfg, config.recompute)
     else:
-        activations = clip_activations(cfg) if isinstance(cfg, CLIPConfig) else dvae_activations(cfg)
+        activations = clip_activations(cfg) if isinstance(cfg, CLIPConfig) else dvae_activations(cast(DVAEConfig, cfg))
         flops = 0
     needed: dict[str, float] = {
         "parameters": FLOAT * parameters,
