@@ -122,7 +122,7 @@ def main(folder: Path, kills: int) -> None:
     seen = []
     for _ in range(kills):
         pid = fork(lambda: train(killed, 10**9))
-        time.sleep(moments.uniform(0, 2 * a_while))
+        time.sleep(moments.uniform(0, 1.5 * a_while))
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         if status != signal.SIGKILL:
