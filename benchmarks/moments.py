@@ -1,6 +1,6 @@
 """What 16-bit moments cost in training loss: the tiny transformer on drawn scenes, with them and with float32 ones.
 
-Run: python benchmarks/moments.py. It takes two minutes on one core and writes docs/moments.png.
+Run: python benchmarks/moments.py. It takes a few minutes on one core and writes docs/moments.png.
 """
 
 from __future__ import annotations
