@@ -395,8 +395,8 @@ def _print_metrics(path: Path, metrics: dict[str, float]) -> None:
 
 def _parse(args: Sequence[str]) -> None:
     """Find the command that the arguments name, and run it."""
-    functions = (demo, generate, reconstruct, encode, data, plot, plan, info)
-    top = {function.__name__: function for function in functions}
+    top = {"demo": demo, "generate": generate, "reconstruct": reconstruct, "encode": encode, "data": data}
+    top |= {"plot": plot, "plan": plan, "info": info}
     training = training_commands(_preset(args))
     every = top | {f"train {name}": function for name, function in training.items()}
     for words in (1, 2):
