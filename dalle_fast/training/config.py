@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +12,7 @@ Moments = Literal["16-bit", "float32"]  # what the optimizer's running averages 
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(ABC):
     """What every training has. The subclasses add their values and say how the step size runs."""
 
     steps: int  # updates
@@ -45,9 +46,9 @@ class TrainConfig:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: expected 0 or more and below 1, got {self.ema_decay}")
 
+    @abstractmethod
     def lr_at(self, step: int) -> float:
         """The step size of an update, before any halving on a plateau."""
-        raise NotImplementedError
 
     def lr_share(self, name: str) -> float:
         """What the step size is multiplied by for the parameter of this name."""

@@ -271,20 +271,22 @@ def update(
     factors = state.scales.factors() if state.scales else None
     norm, nonfinite = gradient_norm([cast(torch.Tensor, p.grad) for p in state.parameters], factors)
     skip = state.scales.skip(nonfinite) if state.scales else nonfinite.any().expand_as(nonfinite)
-    finite, blameless = torch.stack([loss.isfinite() & ~skip.all(), ~nonfinite.any()]).tolist()
+    # All that the host must know, in one wait for the device.
+    made, blameless, value = torch.stack([loss.isfinite() & ~skip.all(), ~nonfinite.any(), loss.detach()]).tolist()
+    finite = bool(made)
     if not blameless:
         names: dict[torch.Tensor, str] = {p: name for name, p in state.model.named_parameters()}
         bad = nonfinite.tolist()
         state.incidents.add_nonfinite(names[p] for p, is_bad in zip(state.parameters, bad, strict=True) if is_bad)
     if finite:
-        if state.spikes.update(loss.item()):
+        if state.spikes.update(value):
             state.incidents.add_spike(state.step + 1)
         for group in state.optimizer.param_groups:
             group["lr"] = lr * group["lr_share"]
         clip = (config.clip_norm / norm).clamp(max=1) if config.clip_norm else None
         state.optimizer.step(unscale=factors, clip=clip, skip=skip if state.scales else None)
         if state.plateau and state.step >= config.warmup_steps:
-            state.plateau.update(loss.item())
+            state.plateau.update(value)
         if (state.step + 1) % config.ema_every == 0:
             update_average(state.averages, state.parameters, config.ema_decay, (state.step + 1) // config.ema_every)
     if state.scales:
