@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from .data.augment import center_crop_resize
+from .data.encoded import sha256_of
 from .models import CLIP, DALLE, DiscreteVAE, load_model
 from .sheet import contact_sheet, save_image
 from .tokenizer import Tokenizer
@@ -26,6 +27,28 @@ def find_system(folder_or_name: str | Path) -> Path:
         names = ", ".join(sorted(p.name for p in BUILT_IN.glob("*/"))) or "none"
         raise FileNotFoundError(f"model: expected a folder or a built-in name ({names}), got {folder_or_name}")
     return folder
+
+
+def load_tokenizer(system: Path) -> Tokenizer:
+    """The tokenizer of a system; FileNotFoundError names the command that makes one."""
+    return Tokenizer.load(_part(system, "tokenizer", "tokenizer.json"))
+
+
+def load_dvae(system: Path) -> DiscreteVAE:
+    """The dVAE of a system; FileNotFoundError names the command that makes one."""
+    return load_model(_part(system, "dvae", "dvae.safetensors"), "dvae")
+
+
+def dvae_fingerprint(system: Path) -> str:
+    """Which dVAE codes are from: the hash of its file."""
+    return sha256_of(_part(system, "dvae", "dvae.safetensors"))
+
+
+def _part(system: Path, name: str, file: str) -> Path:
+    path = system / file
+    if not path.is_file():
+        raise FileNotFoundError(f"{name}: expected {path}, got none; make it with: dalle-fast train {name}")
+    return path
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ LAYERS = {
     "distributed": TOOLS,
     "training": {*TOOLS, "distributed"},
     "pipeline": {*TOOLS, "distributed", "training"},
+    "commands": {*TOOLS, "distributed", "training", "pipeline", "demo"},
+    "cli": {"commands", "config", "training"},  # the errors of training
 }
 # Each with its reason: the picture of a mask is its definition, and the fallback switch is where references run.
 EXCEPTIONS = {("mask.py", "reference"), ("ops/_library.py", "reference")}

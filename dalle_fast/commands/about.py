@@ -1,0 +1,75 @@
+"""Commands that tell: of this install, of a training before it and after it."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from ..config import PRESETS
+from ..training.config import TRAIN_PRESETS
+from .common import Preset
+
+
+def plot(out: Positional[Path]) -> None:
+    """Draw the losses of a system's trainings, and the gradient scales of one in 16 bits.
+
+    Args:
+        out: Folder that training writes.
+    """
+    from ..plots import draw_logs
+
+    print(*draw_logs(out), sep="\n")
+
+
+def plan(
+    preset: Preset = "tiny",
+    gpus: int = 1,
+    machines: int = 1,
+    batch: int | None = None,
+    memory: float = 16.0,
+    rank: int | None = None,
+) -> None:
+    """Reckon what training a transformer as the paper did takes of each GPU, without taking it; fail if it cannot fit.
+
+    Args:
+        gpus: Of a machine; they share the parameters.
+        machines: Each has all parameters; they exchange gradients.
+        batch: Samples of an update, all GPUs together; none is the preset's.
+        memory: GB of a GPU.
+        rank: Of PowerSGD between machines; none is the paper's.
+    """
+    from ..training.plan import GB, plan_paper, what_fits
+
+    cfg = PRESETS[preset].dalle
+    batch = TRAIN_PRESETS[preset].dalle.batch_size if batch is None else batch
+    reckoned = plan_paper(cfg, batch, gpus, machines, memory * GB, rank)
+    print(f"{preset}: {reckoned}")
+    if not reckoned.fits:
+        ways = what_fits(cfg, batch, gpus, machines, memory * GB, rank)
+        got = f"{reckoned.total / GB:.2f} GB"
+        raise ValueError(f"memory: expected a plan that fits, got one of {got}; what would fit is {ways}")
+
+
+def info() -> None:
+    """Print versions, the kernels of this install, and the sizes of the presets."""
+    import torch
+
+    from ..models import CLIP, DALLE, DiscreteVAE
+    from ..ops import backend
+
+    print(f"python {platform.python_version()}, {platform.platform()}, {torch.get_num_threads()} threads")
+    for package in ("dalle-fast", "torch", "numpy", "tokenizers", "safetensors", "pillow"):
+        try:
+            print(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            print(f"{package} not installed as a package")
+    print(f"kernels:\n  {str(backend()).replace(chr(10), chr(10) + '  ')}")
+    print(f"{'preset':8}{'dvae':>16}{'clip':>16}{'dalle':>18}  parameters")
+    for name, cfg in PRESETS.items():
+        with torch.device("meta"):
+            models = (DiscreteVAE(cfg.dvae), CLIP(cfg.clip), DALLE(cfg.dalle))
+        dvae, clip, dalle = (sum(p.numel() for p in model.parameters()) for model in models)
+        print(f"{name:8}{dvae:>16,}{clip:>16,}{dalle:>18,}")

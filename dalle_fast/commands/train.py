@@ -1,0 +1,105 @@
+"""Commands that train the four parts of a system."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import PRESETS, CLIPConfig, DALLEConfig, DVAEConfig
+from ..training.config import TRAIN_PRESETS, TrainCLIP, TrainDALLE, TrainDVAE
+from .common import HeldOut, Preset, Source, System, open_source
+
+if TYPE_CHECKING:
+    from ..data import EncodedPairs, Pairs
+
+
+def training_commands(preset: str) -> dict[str, Any]:
+    """The commands of ``train``, with the values of a preset as defaults."""
+    sizes, settings = PRESETS[preset], TRAIN_PRESETS[preset]
+
+    def tokenizer(
+        data: Source,
+        out: System,
+        preset: Preset = "tiny",
+        vocab_size: int = sizes.dalle.text_vocab,
+        text_len: int = sizes.dalle.text_len,
+    ) -> None:
+        """Learn the text vocabulary from captions. The first of the four to train.
+
+        Args:
+            vocab_size: Text tokens, the 256 bytes included.
+            text_len: Tokens of a caption, padding included.
+        """
+        from ..training import train_tokenizer
+
+        pairs = open_source(data)
+        train_tokenizer(pairs.captions(), out, vocab_size, text_len)
+        print(f"{out / 'tokenizer.json'}: {vocab_size} tokens from {len(pairs)} captions")
+
+    def dvae(
+        data: Source,
+        out: System,
+        val: HeldOut = None,
+        preset: Preset = "tiny",
+        model: DVAEConfig = sizes.dvae,
+        train: TrainDVAE = settings.dvae,
+    ) -> None:
+        """Learn image codes (stage 1)."""
+        from ..training import train_dvae
+
+        _, metrics = train_dvae(open_source(data), val and open_source(val), model, train, out)
+        _print_metrics(out / "dvae.safetensors", metrics)
+
+    def clip(
+        data: Source,
+        out: System,
+        val: HeldOut = None,
+        preset: Preset = "tiny",
+        model: CLIPConfig = sizes.clip,
+        train: TrainCLIP = settings.clip,
+    ) -> None:
+        """Learn which caption fits which image, to choose among candidates. Needs the tokenizer."""
+        from ..pipeline import load_tokenizer
+        from ..training import train_clip
+
+        _, metrics = train_clip(open_source(data), val and open_source(val), load_tokenizer(out), model, train, out)
+        _print_metrics(out / "clip.safetensors", metrics)
+
+    def dalle(
+        data: Source,
+        out: System,
+        val: HeldOut = None,
+        preset: Preset = "tiny",
+        model: DALLEConfig = sizes.dalle,
+        train: TrainDALLE = settings.dalle,
+    ) -> None:
+        """Learn to continue captions with image codes (stage 2). Needs the tokenizer and the dVAE.
+
+        The sources may also be folders that ``encode`` wrote.
+        """
+        from ..pipeline import load_dvae, load_tokenizer
+        from ..training import train_dalle
+
+        tokenizer, vae = load_tokenizer(out), load_dvae(out)
+        pairs, held_out = _open_or_encoded(data, out), val and _open_or_encoded(val, out)
+        _, metrics = train_dalle(pairs, held_out, tokenizer, model, train, out, vae)
+        _print_metrics(out / "dalle.safetensors", metrics)
+
+    return {"tokenizer": tokenizer, "dvae": dvae, "clip": clip, "dalle": dalle}
+
+
+def _open_or_encoded(source: str, system: Path) -> Pairs | EncodedPairs:
+    """A source of images, or codes that the dVAE of this system made."""
+    from ..data import EncodedPairs
+    from ..pipeline import dvae_fingerprint
+
+    if not (Path(source) / "meta.json").is_file():
+        return open_source(source)
+    pairs = EncodedPairs(source)
+    if pairs.fingerprint != dvae_fingerprint(system):
+        raise ValueError(f"data: expected codes of the dVAE in {system}, got another dVAE's in {source}")
+    return pairs
+
+
+def _print_metrics(path: Path, metrics: dict[str, float]) -> None:
+    print(f"{path}: " + ", ".join(f"{name} {value:.5g}" for name, value in metrics.items()))
