@@ -2,16 +2,16 @@
 
 What is in a batch follows from (seed, step) alone. Sample number ``n`` is the ``n mod N``-th pair of epoch ``n div N``,
 whose order is a keyed permutation of the N pairs, and its random choices come from a generator of (seed, n). So a run
-that goes on at step k sees what it would have seen, whatever the number of workers.
+that goes on at step k sees what it would have seen, whatever the number of workers and of ranks, which share a batch.
 """
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,11 +20,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .pairs import BrokenSample, Skipped
+from .permutation import shuffled
 
 Batch = dict[str, Any]
 Transform = Callable[[Any, np.random.Generator], dict[str, Any]]
 
-_ROUNDS = 6
+MAX_BROKEN_IN_A_ROW = 1000  # samples, after which the corpus is given up
 
 
 class Corpus(Protocol):
@@ -33,27 +34,6 @@ class Corpus(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any: ...
-
-
-def shuffled(index: int, n: int, seed: int, epoch: int) -> int:
-    """Where a permutation of ``range(n)``, another one for each (seed, epoch), sends ``index``.
-
-    A Feistel network permutes the next larger 2^(2b); walking on until the result is below ``n`` (at most four steps
-    on average) makes it a permutation of ``range(n)`` that takes no memory.
-    """
-    if not 0 <= index < n:
-        raise ValueError(f"index: expected 0 to {n - 1}, got {index}")
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    key = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=16).digest()
-    while True:
-        left, right = index >> half, index & mask
-        for i in range(_ROUNDS):
-            digest = hashlib.blake2b(right.to_bytes(8, "little"), digest_size=8, key=key, salt=bytes([i])).digest()
-            left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
-        index = left << half | right
-        if index < n:
-            return index
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> Batch:
@@ -77,31 +57,49 @@ def _stack(values: list[Any]) -> torch.Tensor | list[Any]:
 
 
 class Batches:
-    """An endless, shuffled stream of batches over the epochs of a corpus.
+    """An endless, shuffled stream of batches over the epochs of a corpus: all of each batch, or the share of one rank.
 
     Args:
-        pairs: the corpus. A sample that raises :class:`BrokenSample`, here or in ``transform``, is left out.
-        batch_size: samples per batch. Batches run across the ends of epochs, so none is cut short there.
+        pairs: the corpus. A sample that raises :class:`BrokenSample`, here or in ``transform``, is left out, and one
+            at random takes its place.
+        batch_size: samples per batch, those of all ranks. Batches run across the ends of epochs, so none is cut short.
         transform: ``(pair, rng) -> dict``; what to make of a pair, with all randomness from ``rng``.
         seed: 0 or more.
         workers: processes of :meth:`iterate` that prepare batches ahead; 0 does it in the loop.
+        rank: which of the ``ranks`` contiguous parts of each batch this process gets.
+        ranks: processes that train together; a divisor of the batch size.
 
-    ``skipped`` counts what was left out, beginning with what the corpus skipped when it was opened.
+    ``skipped`` counts the samples left out so far.
     """
 
-    def __init__(self, pairs: Corpus, batch_size: int, transform: Transform, seed: int, workers: int = 0) -> None:
+    def __init__(
+        self,
+        pairs: Corpus,
+        batch_size: int,
+        transform: Transform,
+        seed: int,
+        workers: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
         if len(pairs) < 1:
             raise ValueError("pairs: expected at least one pair, got none")
         if batch_size < 1:
             raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
         if seed < 0 or workers < 0:
             raise ValueError(f"seed and workers: expected 0 or more, got {seed} and {workers}")
+        if ranks < 1 or batch_size % ranks:
+            raise ValueError(f"batch_size: expected a multiple of the {ranks} ranks, got {batch_size}")
+        if not 0 <= rank < ranks:
+            raise ValueError(f"rank: expected 0 to {ranks - 1}, got {rank}")
         self.pairs = pairs
         self.batch_size = batch_size
         self.transform = transform
         self.seed = seed
         self.workers = workers
-        self.skipped: Counter[Skipped] = Counter(getattr(pairs, "skipped", ()))
+        self.rank = rank
+        self.ranks = ranks
+        self.skipped: Counter[Skipped] = Counter()
 
     def batch_at(self, step: int) -> Batch:
         """The batch of one step; see :func:`collate` for what it holds."""
@@ -126,32 +124,49 @@ class Batches:
             self.skipped.update(skipped)
             yield batch
 
-    def write_report(self, path: str | Path) -> None:
-        """Write what was left out as JSON lines: name, reason and count."""
+    def write_report(self, path: str | Path, others: Iterable[Counter[Skipped]] = ()) -> None:
+        """Write what was left out as JSON lines: name, reason and count.
+
+        First what the corpus skipped when it was opened, then what could not be read: by this process, and by other
+        ranks as ``others`` say.
+        """
+        unreadable = sum(others, self.skipped)
         with open(path, "w", encoding="utf-8") as file:
-            for (name, reason), count in sorted(self.skipped.items()):
+            at_opening = ((skipped, 1) for skipped in getattr(self.pairs, "skipped", ()))
+            for (name, reason), count in itertools.chain(at_opening, sorted(unreadable.items())):
                 file.write(json.dumps({"name": name, "reason": reason, "count": count}) + "\n")
 
     def _load(self, step: int) -> tuple[Batch, list[Skipped]]:
-        """A batch and what is missing from it.
-
-        Where a whole batch is broken the next step's stands in, so that a step always has a batch and a number.
-        """
+        """This rank's part of a batch, and the samples that others had to take the place of."""
         if step < 0:
             raise ValueError(f"step: expected 0 or more, got {step}")
+        share = self.batch_size // self.ranks
+        first = step * self.batch_size + self.rank * share
         skipped: list[Skipped] = []
-        for stand_in in range(step, step + len(self.pairs) // self.batch_size + 2):  # an epoch's worth of attempts
-            samples = []
-            for number in range(stand_in * self.batch_size, (stand_in + 1) * self.batch_size):
-                epoch, index = divmod(number, len(self.pairs))
-                try:
-                    pair = self.pairs[shuffled(index, len(self.pairs), self.seed, epoch)]
-                    samples.append(self.transform(pair, np.random.default_rng((self.seed, number))))
-                except BrokenSample as error:
-                    skipped.append(Skipped(error.name, error.reason))
-            if samples:
-                return collate(samples), skipped
-        raise ValueError(f"pairs: expected at least one readable sample, got none; the last {skipped[-1]}")
+        samples = [
+            self._sample(number, index, skipped)
+            for number, index in enumerate(pairs_of(first, share, len(self.pairs), self.seed), start=first)
+        ]
+        return collate(samples), skipped
+
+    def _sample(self, number: int, index: int, skipped: list[Skipped]) -> dict[str, Any]:
+        """Sample ``number``, of pair ``index`` or, for as long as it is broken, of another."""
+        rng = np.random.default_rng((self.seed, number))
+        for _ in range(MAX_BROKEN_IN_A_ROW):
+            try:
+                return self.transform(self.pairs[index], rng)
+            except BrokenSample as error:
+                skipped.append(Skipped(error.name, error.reason))
+                index = int(rng.integers(len(self.pairs)))
+        last = f"{skipped[-1].name}: {skipped[-1].reason}"
+        raise ValueError(f"pairs: expected readable ones, got {MAX_BROKEN_IN_A_ROW} broken in a row, the last {last}")
+
+
+def pairs_of(first: int, count: int, n: int, seed: int) -> list[int]:
+    """Which of ``n`` pairs the samples ``first`` to ``first + count - 1`` are of."""
+    epochs, positions = np.divmod(np.arange(first, first + count), n)
+    parts = [shuffled(positions[epochs == epoch], n, seed, epoch) for epoch in range(epochs[0], epochs[-1] + 1)]
+    return np.concatenate(parts).tolist()
 
 
 class _Steps(Dataset[tuple[Batch, list[Skipped]]]):
