@@ -210,6 +210,8 @@ def test_the_plan_of_a_run_counts_its_tensors():
     config = settings("dvae")
     run = plan_run(DiscreteVAE(DVAE_CFG), DVAE_CFG, config, GB)
     assert run.memory["moments"] == 2 * run.memory["parameters"]
+    on_cuda = plan_run(DiscreteVAE(DVAE_CFG), DVAE_CFG, settings("dvae", device="cuda"), GB)
+    assert "running average" in run.memory.keys() - on_cuda.memory.keys()  # there it is in the memory of the host
 
 
 def test_a_run_that_cannot_fit_names_the_batch_that_does():

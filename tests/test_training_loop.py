@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from training_helpers import KINDS, checkpoint, part, same, settings, task
+from training_helpers import KINDS, checkpoint, same, settings, task
 
 from dalle_fast.models import load_model
 from dalle_fast.training import TrainingDiverged, TrainingStopped, fit
 from dalle_fast.training import loop as training_loop
-from dalle_fast.training.loop import new_state, parameter_groups, update_average
+from dalle_fast.training.loop import new_state, parameter_groups
 from dalle_fast.training.metrics import Incidents, Log, LossSpikes, perplexity, resblock_of
 
 
@@ -257,27 +257,6 @@ def test_a_model_learns_as_with_float32_moments():
     assert full.max() < 2.0  # of 2.8 at first: something is learnt
     assert not torch.equal(half, full)
     assert (half - full).abs().max() < noise / 10
-
-
-def test_the_average_follows_the_parameters():
-    average, parameter = [torch.zeros(3)], [torch.ones(3)]
-    update_average(average, parameter, decay=0.99, count=1)  # early: 1/10 of the old value stays
-    torch.testing.assert_close(average[0], torch.full((3,), 0.9))
-    average = [torch.zeros(3)]
-    update_average(average, parameter, decay=0.99, count=10**6)
-    torch.testing.assert_close(average[0], torch.full((3,), 0.01))
-
-
-def test_the_average_moves_every_few_updates_and_is_what_is_exported(tmp_path):
-    config = settings("dvae", steps=3, ema_every=2)
-    model, _ = fit(task("dvae", config), config, tmp_path)
-    content = checkpoint(tmp_path, "dvae")
-    assert same(part(content, "average"), dict(model.state_dict()))
-    assert not same(part(content, "average"), part(content, "model"))
-    never = settings("dvae", steps=3, ema_every=4)
-    start = task("dvae", never).model.state_dict()
-    model, _ = fit(task("dvae", never), never, tmp_path / "never")
-    assert same(dict(model.state_dict()), dict(start))
 
 
 @pytest.mark.parametrize("kind", KINDS)

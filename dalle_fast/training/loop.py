@@ -6,7 +6,6 @@ the parameters. Now and then: a log record, a validation with the averaged param
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from ..models import save_model
 from ..models.precision import GradientScales
 from ..ops import gradient_norm
+from .average import RunningAverage
 from .checkpoint import (
     CheckpointWriter,
     load_tensors,
@@ -70,7 +70,7 @@ class State(Generic[Model]):
     """Everything that changes while training; a checkpoint is this and the random state."""
 
     model: Model
-    average: Model  # its parameters are the exponential moving average of the model's
+    average: RunningAverage[Model]
     optimizer: AdamW16
     plateau: Plateau | None
     scales: GradientScales | None = None  # what gradients of resblocks are multiplied by
@@ -80,13 +80,9 @@ class State(Generic[Model]):
     seconds: float = 0.0
     incidents: Incidents = field(default_factory=Incidents)  # since the last log record; not in checkpoints
     parameters: list[torch.Tensor] = field(init=False)  # in the order of the optimizer
-    averages: list[torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        pairs = zip(self.model.parameters(), self.average.parameters(), strict=True)
-        average_of: dict[torch.Tensor, torch.Tensor] = dict(pairs)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.averages = [average_of[p] for p in self.parameters]
         if self.scales:
             self.scales.watch(self.parameters)
 
@@ -94,7 +90,7 @@ class State(Generic[Model]):
         """Every tensor of the state, by a name of its own."""
         return {
             **{f"model/{name}": tensor for name, tensor in self.model.state_dict().items()},
-            **{f"average/{name}": tensor for name, tensor in self.average.state_dict().items()},
+            **{f"average/{name}": tensor for name, tensor in self.average.tensors().items()},
             **{
                 f"optimizer/{name}/{key}": value
                 for name, parameter in self.model.named_parameters()
@@ -216,11 +212,13 @@ def fit(task: Task[Model], config: TrainConfig, out: str | Path, resume: bool = 
                 bar.set_postfix(loss=record.get("loss"))
                 metrics |= record
             if last or state.step % config.val_every == 0:
-                record = validate(task, state.average, device)
+                with state.average.in_model() as model:
+                    record = validate(task, model, device)
                 log.write(state.step, record)
                 metrics |= record
             if last or signals:
-                save_model(state.average, out / f"{task.kind}.safetensors")
+                with state.average.in_model() as model:
+                    save_model(model, out / f"{task.kind}.safetensors")
             if last or signals or state.step % config.save_every == 0:
                 run = {"fingerprint": fingerprint, "random": random_state(device), **state.values()}
                 writer.save(state.step, state.tensors(), run)
@@ -229,15 +227,15 @@ def fit(task: Task[Model], config: TrainConfig, out: str | Path, resume: bool = 
                 writer.wait()
             if signals:
                 raise TrainingStopped(signals[0], state.step)
-    model = state.average.cpu()
+    state.average.swap()  # for good
+    model = state.model.cpu().eval().requires_grad_(False)
     return model, metrics or {**validate(task, model, torch.device("cpu")), "seconds": state.seconds}
 
 
 def new_state(model: Model, config: TrainConfig, scales: GradientScales | None = None) -> State[Model]:
     """The state before the first update."""
-    average = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = AdamW16(parameter_groups(model, config), config.lr, config.betas, config.eps)
-    return State(model.train(), average, optimizer, config.plateau(), scales)
+    return State(model.train(), RunningAverage(model, config.ema_decay), optimizer, config.plateau(), scales)
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -284,26 +282,16 @@ def update(
         for group in state.optimizer.param_groups:
             group["lr"] = lr * group["lr_share"]
         clip = (config.clip_norm / norm).clamp(max=1) if config.clip_norm else None
+        state.average.keep_parameters()
         state.optimizer.step(unscale=factors, clip=clip, skip=skip if state.scales else None)
         if state.plateau and state.step >= config.warmup_steps:
             state.plateau.update(value)
         if (state.step + 1) % config.ema_every == 0:
-            update_average(state.averages, state.parameters, config.ema_decay, (state.step + 1) // config.ema_every)
+            state.average.update((state.step + 1) // config.ema_every)
     if state.scales:
         state.scales.update()
     state.optimizer.zero_grad()
     return finite, {"loss": loss.detach(), "grad_norm": norm, **metrics}
-
-
-@torch.no_grad()
-def update_average(averages: list[torch.Tensor], parameters: list[torch.Tensor], decay: float, count: int) -> None:
-    """Move the running average towards the parameters, for the ``count``-th time.
-
-    The decay starts low and rises to its value over about 10 / (1 - decay) counts: else the average of a short run
-    would mostly be the random start.
-    """
-    decay = min(decay, count / (9 + count))
-    torch._foreach_lerp_(averages, parameters, 1 - decay)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import cast
 
+import torch
 from torch import nn
 
 from ..config import CLIPConfig, DALLEConfig, DVAEConfig
@@ -239,9 +240,10 @@ def plan_run(
         "parameters": FLOAT * parameters,
         "gradients": FLOAT * parameters,
         "moments": moments,
-        "running average": FLOAT * parameters,
-        "activations": activations * config.batch_size,
     }
+    if torch.device(config.device).type == "cpu":  # else it is in the memory of the host
+        needed["running average"] = FLOAT * parameters
+    needed["activations"] = activations * config.batch_size
     title = f"{parameters:,} parameters on {config.device}, a batch of {config.batch_size}; it needs"
     return Plan(title, needed, available, flops)
 
