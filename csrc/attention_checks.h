@@ -17,22 +17,6 @@ namespace dalle_fast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Double:
-      return DType::kFloat64;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    default:
-      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half,
-                      "dtype: expected float32, float64, bfloat16 or float16, got ",
-                      torch::headeronly::toString(x.scalar_type()));
-      return DType::kFloat16;
-  }
-}
-
 inline ScalarType accumulate_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -63,11 +47,7 @@ inline View view_of(const Tensor& x) {
 
 // x, or a copy of it whose rows the kernel of its device takes: those on tensor cores load 16 bytes at a time.
 inline Tensor with_fitting_rows(const Tensor& x, const AttentionShape& shape) {
-  if (!on_cuda(x) || !on_tensor_cores(shape)) return x;
-  constexpr int64_t kElements = 8;  // in 16 bytes
-  bool fits = x.stride(-1) == 1 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
-  for (int64_t d = 0; d < x.dim() - 1; ++d) fits = fits && x.stride(d) % kElements == 0;
-  if (fits) return x;
+  if (!on_cuda(x) || !on_tensor_cores(shape) || has_aligned_rows(view_of(x))) return x;
   Tensor copy = torch::stable::new_empty(x, x.sizes());
   return torch::stable::copy_(copy, x);
 }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "format.h"
 #include "mask.h"
 
 #ifdef DALLE_FAST_CUDA
@@ -10,8 +11,6 @@
 #endif
 
 namespace dalle_fast {
-
-enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 // A tensor [B, H, N, D], or of fewer dimensions: then the leading strides are 0.
 struct View {
@@ -23,15 +22,22 @@ struct AttentionShape {
   int batch, heads, channels;  // B, H, D
   MaskKind kind;
   Grid grid;
-  DType dtype;   // of every view
-  double scale;  // of the scores
+  Format format;  // of every view
+  double scale;   // of the scores
 };
 
 // Whether CUDA's tensor cores take the shape; then the views' channels must lie side by side and their rows be aligned
 // to 16 bytes.
 inline bool on_tensor_cores(const AttentionShape& shape) {
-  const bool half = shape.dtype == DType::kBFloat16 || shape.dtype == DType::kFloat16;
+  const bool half = shape.format == Format::kBFloat16 || shape.format == Format::kFloat16;
   return half && shape.channels % 8 == 0 && shape.channels <= 128;
+}
+
+// Whether rows can be read 16 bytes at a time.
+inline bool has_aligned_rows(const View& view) {
+  constexpr int64_t kElements = 8;  // of 16 bits
+  return view.channel == 1 && view.batch % kElements == 0 && view.head % kElements == 0 &&
+         view.token % kElements == 0 && reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
 }
 
 struct SparseAttentionForward {

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cpu/huge_pages.h"
+#include "format.h"
 
 #ifdef DALLE_FAST_CUDA
 #include "cuda/runtime.h"
@@ -24,6 +25,22 @@ inline bool on_cuda(const torch::stable::Tensor& x) {
 #else
   return false;
 #endif
+}
+
+inline Format format_of(torch::headeronly::ScalarType dtype, const char* name) {
+  using torch::headeronly::ScalarType;
+  switch (dtype) {
+    case ScalarType::Float:
+      return Format::kFloat32;
+    case ScalarType::Double:
+      return Format::kFloat64;
+    case ScalarType::BFloat16:
+      return Format::kBFloat16;
+    default:
+      STD_TORCH_CHECK(dtype == ScalarType::Half, name, ": expected float32, float64, bfloat16 or float16, got ",
+                      torch::headeronly::toString(dtype));
+      return Format::kFloat16;
+  }
 }
 
 // For error messages: "the CPU" or "CUDA device 1".

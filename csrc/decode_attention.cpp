@@ -34,7 +34,7 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
                              static_cast<int>(channels),
                              mask_kind,
                              grid,
-                             dtype_of(q),
+                             format_of(q.scalar_type(), "dtype"),
                              scale};
   const Tensor fit_q = with_fitting_rows(q, shape), fit_k = with_fitting_rows(k, shape);
   const Tensor fit_v = with_fitting_rows(v, shape);

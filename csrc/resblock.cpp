@@ -18,19 +18,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-Format format_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return Format::kFloat32;
-    case ScalarType::Double:
-      return Format::kFloat64;
-    case ScalarType::BFloat16:
-      return Format::kBFloat16;
-    default:
-      return Format::kFloat16;
-  }
-}
-
 // `like` says on which device.
 void check(const Tensor& x, const char* name, int64_t numel, const Tensor& like) {
   STD_TORCH_CHECK(x.device() == like.device() && x.is_contiguous() && x.numel() == numel, name, ": expected ", numel,
@@ -97,12 +84,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Option
   params.eps = eps;
   params.x = static_cast<const T*>(x.const_data_ptr());
   params.branch = data_or_null<void>(branch);
-  params.branch_format = branch ? format_of(branch->scalar_type()) : format_of(stream);
+  params.branch_format = format_of(branch ? branch->scalar_type() : stream, "branch");
   params.weight = static_cast<const T*>(weight.const_data_ptr());
   params.bias = static_cast<const T*>(bias.const_data_ptr());
   params.total = static_cast<T*>(total.mutable_data_ptr());
   params.normed = normed.mutable_data_ptr();
-  params.normed_format = format_of(dtype);
+  params.normed_format = format_of(dtype, "dtype");
   params.mean = static_cast<T*>(mean.mutable_data_ptr());
   params.rstd = static_cast<T*>(rstd.mutable_data_ptr());
   DF_RUN(residual_layer_norm, x, params);
@@ -137,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const OptionalTensor& grad_t
   params.width = width;
   params.grad_total = data_or_null<T>(grad_total);
   params.grad_normed = grad_normed.const_data_ptr();
-  params.normed_format = format_of(grad_normed.scalar_type());
+  params.normed_format = format_of(grad_normed.scalar_type(), "grad_normed");
   params.scale_in = data_or_null<float>(scale_in);
   params.scale_out = data_or_null<float>(scale_out);
   params.nonfinite = nonfinite ? static_cast<int32_t*>(nonfinite->mutable_data_ptr()) : nullptr;
@@ -147,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const OptionalTensor& grad_t
   params.rstd = static_cast<const T*>(rstd.const_data_ptr());
   params.grad_x = static_cast<T*>(grad_x.mutable_data_ptr());
   params.grad_branch = own_grad_branch ? grad_branch.mutable_data_ptr() : nullptr;
-  params.branch_format = format_of(branch_dtype);
+  params.branch_format = format_of(branch_dtype, "branch_dtype");
   params.grad_weight = static_cast<T*>(grad_weight.mutable_data_ptr());
   params.grad_bias = static_cast<T*>(grad_bias.mutable_data_ptr());
 #ifdef DALLE_FAST_CUDA
@@ -198,10 +185,10 @@ GradientScaling scaling(const Tensor& in, const Tensor& scale, Tensor& out) {
   GradientScaling params;
   params.n = in.numel();
   params.in = in.const_data_ptr();
-  params.in_format = format_of(in.scalar_type());
+  params.in_format = format_of(in.scalar_type(), "grad");
   params.scale = static_cast<const float*>(scale.const_data_ptr());
   params.out = out.mutable_data_ptr();
-  params.out_format = format_of(out.scalar_type());
+  params.out_format = format_of(out.scalar_type(), "dtype");
   return params;
 }
 

@@ -13,19 +13,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Format checked_format(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return Format::kFloat32;
-    case ScalarType::BFloat16:
-      return Format::kBFloat16;
-    default:
-      STD_TORCH_CHECK(dtype == ScalarType::Half, "logits: expected float32, bfloat16 or float16, got ",
-                      torch::headeronly::toString(dtype));
-      return Format::kFloat16;
-  }
-}
-
 // The value of a tensor of one int64 where logits are.
 const int64_t* checked_scalar(const Tensor& x, const char* name, const Tensor& logits) {
   STD_TORCH_CHECK(x.device() == logits.device() && x.scalar_type() == ScalarType::Long && x.numel() == 1, name,
@@ -39,7 +26,10 @@ Tensor sample(const Tensor& logits, const Tensor& seed, const Tensor& first, dou
   STD_TORCH_CHECK(logits.dim() == 2 && logits.numel() > 0 && (logits.size(1) == 1 || logits.stride(1) == 1),
                   "logits: expected a non-empty [C, K] with contiguous rows");
   const int64_t rows = logits.size(0), codes = logits.size(1);
-  const Format format = checked_format(logits.scalar_type());
+  const ScalarType dtype = logits.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                  "logits: expected float32, bfloat16 or float16, got ", torch::headeronly::toString(dtype));
+  const Format format = format_of(dtype, "logits");
   STD_TORCH_CHECK(temperature > 0 && std::isfinite(temperature), "temperature: expected a finite number above 0, got ",
                   temperature);
   STD_TORCH_CHECK(top_k >= 1 && top_p > 0, "top_k, top_p: expected 1 or more and above 0, got ", top_k, ", ", top_p);

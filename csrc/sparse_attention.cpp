@@ -18,7 +18,7 @@ AttentionShape checked_shape(const Tensor& q, const Tensor& k, const Tensor& v, 
           static_cast<int>(q.size(3)),
           static_cast<MaskKind>(kind),
           grid,
-          dtype_of(q),
+          format_of(q.scalar_type(), "dtype"),
           scale};
 }
 

@@ -239,14 +239,14 @@ void decode_attention_cpu(const DecodeAttention& params) {
       for (int key = run.begin; key < run.end; ++key) window.push_back(mask.cache_slot(key));
     }
   });
-  switch (params.shape.dtype) {
-    case DType::kFloat32:
+  switch (params.shape.format) {
+    case Format::kFloat32:
       return Decoder<float, float>(params, slot, window).run();
-    case DType::kFloat64:
+    case Format::kFloat64:
       return Decoder<double, double>(params, slot, window).run();
-    case DType::kBFloat16:
+    case Format::kBFloat16:
       return Decoder<c10::BFloat16, float>(params, slot, window).run();
-    case DType::kFloat16:
+    case Format::kFloat16:
       return Decoder<c10::Half, float>(params, slot, window).run();
   }
 }

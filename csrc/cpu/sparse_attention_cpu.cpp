@@ -262,14 +262,14 @@ void backward(const SparseAttentionBackward& p, const Mask& mask) {
 
 void sparse_attention_forward_cpu(const SparseAttentionForward& params) {
   with_mask(params.shape.kind, params.shape.grid, [&](const auto& mask) {
-    switch (params.shape.dtype) {
-      case DType::kFloat32:
+    switch (params.shape.format) {
+      case Format::kFloat32:
         return forward<float, float>(params, mask);
-      case DType::kFloat64:
+      case Format::kFloat64:
         return forward<double, double>(params, mask);
-      case DType::kBFloat16:
+      case Format::kBFloat16:
         return forward<c10::BFloat16, float>(params, mask);
-      case DType::kFloat16:
+      case Format::kFloat16:
         return forward<c10::Half, float>(params, mask);
     }
   });
@@ -277,14 +277,14 @@ void sparse_attention_forward_cpu(const SparseAttentionForward& params) {
 
 void sparse_attention_backward_cpu(const SparseAttentionBackward& params) {
   with_mask(params.shape.kind, params.shape.grid, [&](const auto& mask) {
-    switch (params.shape.dtype) {
-      case DType::kFloat32:
+    switch (params.shape.format) {
+      case Format::kFloat32:
         return backward<float, float>(params, mask);
-      case DType::kFloat64:
+      case Format::kFloat64:
         return backward<double, double>(params, mask);
-      case DType::kBFloat16:
+      case Format::kBFloat16:
         return backward<c10::BFloat16, float>(params, mask);
-      case DType::kFloat16:
+      case Format::kFloat16:
         return backward<c10::Half, float>(params, mask);
     }
   });

@@ -236,6 +236,49 @@ struct Ring {
   DF_DEVICE Rows tile(int slot) const { return {data + slot * kTile * kChannels}; }
   DF_DEVICE Rows first(int slot) const { return tile(slot); }
   DF_DEVICE Rows second(int slot) const { return {data + (slot * kTile + kBlock) * kChannels}; }
+
+  // Starts to load a block of two tensors, whose tokens end at `end`.
+  DF_DEVICE void load(int slot, const TokenRows<const T>& a, const TokenRows<const T>& b, const StreamMask& mask,
+                      int block, int end) const {
+    first(slot).template load<kBlock>(a, mask, block, end);
+    second(slot).template load<kBlock>(b, mask, block, end);
+  }
+};
+
+// The way of blocks through the ring, kStages - 1 of them ahead of the one in use. `load(slot)` starts the copies of
+// the next block and returns its first token, or -1 after the last. All threads of the block take every step.
+template <typename Load>
+class Pipeline {
+ public:
+  DF_DEVICE explicit Pipeline(const Load& load) : load_(load) {
+#pragma unroll
+    for (int slot = 0; slot < kStages - 1; ++slot) pending_[slot] = load_next(slot);
+  }
+
+  // Calls use(block, slot) for one block after the other; then the ring is free.
+  template <typename Use>
+  DF_DEVICE void run(const Use& use) {
+    for (int slot = 0; pending_[0] >= 0; slot = (slot + 1) % kStages) {
+      const int block = pending_[0];
+      wait_copies<kStages - 2>();
+      __syncthreads();  // the block is there, and nobody reads the one before it
+#pragma unroll
+      for (int i = 0; i < kStages - 2; ++i) pending_[i] = pending_[i + 1];
+      pending_[kStages - 2] = load_next((slot + kStages - 1) % kStages);
+      use(block, slot);
+    }
+    __syncthreads();
+  }
+
+ private:
+  DF_DEVICE int load_next(int slot) {
+    const int block = load_(slot);
+    commit_copies();
+    return block;
+  }
+
+  const Load& load_;
+  int pending_[kStages - 1];
 };
 
 // Which pairs of a strip, the rows, and a block, the columns, see each other.
@@ -325,7 +368,7 @@ cudaError_t with_tile_kernel(const AttentionShape& shape, const F& f) {
     if (shape.channels <= 64) return f(element, std::integral_constant<int, 64>());
     return f(element, std::integral_constant<int, 128>());
   };
-  return shape.dtype == DType::kFloat16 ? with_channels(Half()) : with_channels(BFloat16());
+  return shape.format == Format::kFloat16 ? with_channels(Half()) : with_channels(BFloat16());
 }
 
 }  // namespace dalle_fast

@@ -9,13 +9,6 @@ namespace {
 
 constexpr int kMostWindow = 8192;  // tokens, whose slots the kernel on tensor cores keeps in shared memory
 
-// Whether rows can be read 16 bytes at a time.
-bool has_fitting_rows(const View& view) {
-  constexpr int64_t kElements = 8;
-  return view.channel == 1 && view.batch % kElements == 0 && view.head % kElements == 0 &&
-         view.token % kElements == 0 && reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
-}
-
 }  // namespace
 
 cudaError_t launch_decode_attention(const DecodeAttention& params, cudaStream_t stream) {
@@ -25,7 +18,7 @@ cudaError_t launch_decode_attention(const DecodeAttention& params, cudaStream_t 
   bool tiles = on_tensor_cores(params.shape) && window <= kMostWindow;
   for (const View* view : {&params.q, &params.k, &params.v, &params.out, &params.text_k, &params.text_v,
                            &params.cache_k, &params.cache_v}) {
-    tiles = tiles && has_fitting_rows(*view);
+    tiles = tiles && has_aligned_rows(*view);
   }
   return tiles ? launch_tile_decode(params, window, stream) : launch_plain_decode(params, stream);
 }

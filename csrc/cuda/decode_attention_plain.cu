@@ -9,6 +9,7 @@
 #include "cuda/decode_attention.h"
 #include "cuda/device.h"
 #include "cuda/half.h"
+#include "cuda/reduce.h"
 #include "cuda/stream_mask.h"
 
 namespace dalle_fast {
@@ -31,21 +32,6 @@ struct HeadRows {
 
   DF_DEVICE T* at(int row, int d) const { return data + row * token + d * channel; }
 };
-
-template <typename C>
-DF_DEVICE C largest_of_warp(C x) {
-  for (int lanes = 1; lanes < kWarp; lanes *= 2) {
-    const C other = __shfl_xor_sync(kAllLanes, x, lanes);
-    x = other > x ? other : x;
-  }
-  return x;
-}
-
-template <typename C>
-DF_DEVICE C sum_of_warp(C x) {
-  for (int lanes = 1; lanes < kWarp; lanes *= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
-  return x;
-}
 
 // The online softmax of one query over 128 channels of the values.
 template <typename T>
@@ -71,10 +57,10 @@ class Query {
       for (int d = 0; d < channels_; ++d) score += static_cast<C>(widen(*q_.at(0, d))) * widen(*k.at(row, d));
       score *= scale_;
     }
-    const C most = largest_of_warp(score > maximum_ ? score : maximum_);
+    const C most = warp_reduce(score > maximum_ ? score : maximum_, Larger{});
     const C correction = std::exp(maximum_ - most), weight = std::exp(score - most);
     maximum_ = most;
-    sum_ = sum_ * correction + sum_of_warp(weight);
+    sum_ = sum_ * correction + warp_reduce(weight, Add{});
     for (C& x : out_) x *= correction;
 
     keys_->weight[lane] = weight;
@@ -158,21 +144,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, 4) plain_kernel(DecodeAttention
 }  // namespace
 
 cudaError_t launch_plain_decode(const DecodeAttention& params, cudaStream_t stream) {
-  const auto run = [&](auto element) {
+  return with_element_type(params.shape.format, [&](auto element) {
     const int blocks = (params.shape.batch * params.shape.heads + kWarps - 1) / kWarps;
     return launch(plain_kernel<decltype(element)>, blocks, kWarps * kWarp, 0, stream, params);
-  };
-  switch (params.shape.dtype) {
-    case DType::kFloat32:
-      return run(float());
-    case DType::kFloat64:
-      return run(double());
-    case DType::kBFloat16:
-      return run(BFloat16());
-    case DType::kFloat16:
-      return run(Half());
-  }
-  return cudaErrorInvalidValue;
+  });
 }
 
 }  // namespace dalle_fast

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "format.h"
 #include "host_device.h"
 
 namespace dalle_fast {
@@ -113,6 +114,21 @@ DF_HOST_DEVICE inline BFloat16 narrow<BFloat16>(float x) {
   y.bits = half_detail::encode_bfloat16(x);
 #endif
   return y;
+}
+
+// Calls f(T()) with the element type T of a format.
+template <typename F>
+auto with_element_type(Format format, const F& f) {
+  switch (format) {
+    case Format::kFloat64:
+      return f(double());
+    case Format::kBFloat16:
+      return f(BFloat16());
+    case Format::kFloat16:
+      return f(Half());
+    default:
+      return f(float());
+  }
 }
 
 }  // namespace dalle_fast

@@ -69,8 +69,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kChannels>) dkv_kernel(Spars
   const auto load = [&](int slot) {
     const int block = blocks.next(), end = blocks.end(block);
     if (block >= 0) {
-      ring.first(slot).template load<kBlock>(q, mask, block, end);
-      ring.second(slot).template load<kBlock>(dout, mask, block, end);
+      ring.load(slot, q, dout, mask, block, end);
       if (threadIdx.x < 2 * kBlock) {
         const int query = block + threadIdx.x % kBlock;
         const bool inside = query < end;
@@ -78,26 +77,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kChannels>) dkv_kernel(Spars
         copy_async<4>(shared.stats(slot) + threadIdx.x, from + (inside ? mask.token(query) : 0), inside);
       }
     }
-    commit_copies();
     return block;
   };
-  int pending[kStages - 1];
-#pragma unroll
-  for (int slot = 0; slot < kStages - 1; ++slot) pending[slot] = load(slot);
+  Pipeline pipeline(load);
 
   const float to_log2 = static_cast<float>(shape.scale) * kLog2E;
   float dk[kChannels / 8][4] = {}, dv[kChannels / 8][4] = {};
-  for (int slot = 0; pending[0] >= 0; slot = (slot + 1) % kStages) {
-    const int block = pending[0];
-    wait_copies<kStages - 2>();
-    __syncthreads();  // the block is there, and nobody reads the one before it
-#pragma unroll
-    for (int i = 0; i < kStages - 2; ++i) pending[i] = pending[i + 1];
-    pending[kStages - 2] = load((slot + kStages - 1) % kStages);
-    if (idle) continue;
+  pipeline.run([&](int block, int slot) {
+    if (idle) return;
     const int query = block + lane;
     const StripMask strip = StripMask::of_keys(query < blocks.end(block) ? mask.keep(query, first) : 0);
-    if (!strip.any) continue;
+    if (!strip.any) return;
 
     float weights[kBlock / 8][4], dscores[kBlock / 8][4];
     if (shared.kKeeps) {
@@ -117,10 +107,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kChannels>) dkv_kernel(Spars
     }
     ring.second(slot).weigh(weights, dv);
     ring.first(slot).weigh(dscores, dk);
-  }
+  });
 
-  __syncthreads();  // the first slots now hold the results, a strip for each warp
   if (idle) return;
+  // The first slots now hold the results, a strip for each warp.
   const float scale = static_cast<float>(shape.scale);
   ring.tile(0).store(row, dk, {scale, scale}, TokenRows<T>(p.dk, shape, tile.head), mask, first, tile.end);
   ring.tile(1).store(row, dv, {1.0f, 1.0f}, TokenRows<T>(p.dv, shape, tile.head), mask, first, tile.end);

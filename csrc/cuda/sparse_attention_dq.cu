@@ -67,31 +67,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kChannels>) dq_kernel(Sparse
 
   Blocks<true> blocks(mask, tile);
   const auto load = [&](int slot) {
-    const int block = blocks.next(), end = blocks.end(block);
-    if (block >= 0) {
-      ring.first(slot).template load<kBlock>(k, mask, block, end);
-      ring.second(slot).template load<kBlock>(v, mask, block, end);
-    }
-    commit_copies();
+    const int block = blocks.next();
+    if (block >= 0) ring.load(slot, k, v, mask, block, blocks.end(block));
     return block;
   };
-  int pending[kStages - 1];
-#pragma unroll
-  for (int slot = 0; slot < kStages - 1; ++slot) pending[slot] = load(slot);
+  Pipeline pipeline(load);
 
   const float to_log2 = static_cast<float>(shape.scale) * kLog2E;
   float dq[kChannels / 8][4] = {};
-  for (int slot = 0; pending[0] >= 0; slot = (slot + 1) % kStages) {
-    const int block = pending[0];
-    wait_copies<kStages - 2>();
-    __syncthreads();  // the block is there, and nobody reads the one before it
-#pragma unroll
-    for (int i = 0; i < kStages - 2; ++i) pending[i] = pending[i + 1];
-    pending[kStages - 2] = load((slot + kStages - 1) % kStages);
-    if (idle) continue;
+  pipeline.run([&](int block, int slot) {
+    if (idle) return;
     const int query = min(first + lane % kStrip, tile.end - 1);
     const StripMask strip = StripMask::of_queries(mask.keep(query, block));
-    if (!strip.any) continue;
+    if (!strip.any) return;
 
     float scores[kBlock / 8][4], dweights[kBlock / 8][4];
     ring.first(slot).score(queries, scores);
@@ -103,10 +91,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kChannels>) dq_kernel(Sparse
       }
     }
     ring.first(slot).weigh(scores, dq);
-  }
+  });
 
-  __syncthreads();  // the first slot now holds the result, a strip for each warp
   if (idle) return;
+  // The first slot now holds the result, a strip for each warp.
   const float scale = static_cast<float>(shape.scale);
   ring.tile(0).store(row, dq, {scale, scale}, TokenRows<T>(p.dq, shape, tile.head), mask, first, tile.end);
 }

@@ -23,12 +23,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kChannels>) forward_kernel(S
 
   Blocks<true> blocks(mask, tile);
   const auto load = [&](int slot) {
-    const int block = blocks.next(), end = blocks.end(block);
-    if (block >= 0) {
-      ring.first(slot).template load<kBlock>(k, mask, block, end);
-      ring.second(slot).template load<kBlock>(v, mask, block, end);
-    }
-    commit_copies();
+    const int block = blocks.next();
+    if (block >= 0) ring.load(slot, k, v, mask, block, blocks.end(block));
     return block;
   };
 
@@ -36,9 +32,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kChannels>) forward_kernel(S
   const bool idle = first >= tile.end;
   // The queries pass through the slot that is needed last.
   ring.tile(kStages - 1).template load<kTile>(q, mask, tile.first, tile.end);
-  int pending[kStages - 1];
-#pragma unroll
-  for (int slot = 0; slot < kStages - 1; ++slot) pending[slot] = load(slot);
+  Pipeline pipeline(load);
   wait_copies<kStages - 2>();
   __syncthreads();
   uint32_t queries[kChannels / 16][4];
@@ -47,17 +41,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kChannels>) forward_kernel(S
   const float to_log2 = static_cast<float>(shape.scale) * kLog2E;
   float out[kChannels / 8][4] = {};
   StripSoftmax softmax;
-  for (int slot = 0; pending[0] >= 0; slot = (slot + 1) % kStages) {
-    const int block = pending[0];
-    wait_copies<kStages - 2>();
-    __syncthreads();  // the block is there, and nobody reads the one before it
-#pragma unroll
-    for (int i = 0; i < kStages - 2; ++i) pending[i] = pending[i + 1];
-    pending[kStages - 2] = load((slot + kStages - 1) % kStages);
-    if (idle) continue;
+  pipeline.run([&](int block, int slot) {
+    if (idle) return;
     const int query = min(first + lane % kStrip, tile.end - 1);
     const StripMask strip = StripMask::of_queries(mask.keep(query, block));
-    if (!strip.any) continue;
+    if (!strip.any) return;
 
     float scores[kBlock / 8][4];
     ring.first(slot).score(queries, scores);
@@ -66,10 +54,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kChannels>) forward_kernel(S
     }
     softmax.add(scores, out);
     ring.second(slot).weigh(scores, out);
-  }
+  });
 
-  __syncthreads();  // the first slot now holds the output, a strip for each warp
   if (idle) return;
+  // The first slot now holds the output, a strip for each warp.
   softmax.finish();
   float inverse[2];
   for (int i = 0; i < 2; ++i) {

@@ -8,6 +8,7 @@
 
 #include "cuda/device.h"
 #include "cuda/half.h"
+#include "cuda/reduce.h"
 #include "cuda/sparse_attention.h"
 #include "cuda/stream_mask.h"
 
@@ -162,18 +163,14 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(SparseAttentionFor
   C out[kOwned] = {}, sum = 0, maximum = -INFINITY;
   for_each_group_of_keys(part, group, [&](bool inside) {
     const C product = group.dot(query, k, part.channels), score = inside ? product * scale : C(-INFINITY);
-    C most = score > maximum ? score : maximum;
-    for (int lanes = 1; lanes < kWarp; lanes *= 2) {
-      const C other = __shfl_xor_sync(kAllLanes, most, lanes);
-      most = other > most ? other : most;
-    }
+    const C most = warp_reduce(score > maximum ? score : maximum, Larger{});
     const C correction = std::exp(maximum - most), weight = std::exp(score - most);
     maximum = most;
     sum = sum * correction + weight;
     for (C& x : out) x *= correction;
     group.weigh(weight, v, part, out);
   });
-  for (int lanes = 1; lanes < kWarp; lanes *= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
+  sum = warp_reduce(sum, Add{});
   part.store(out, 1 / sum, Head<T>(p.out, shape, part.head));
   if (part.first_lane()) static_cast<C*>(p.lse)[part.first_row() + part.token] = maximum + std::log(sum);
 }
@@ -235,37 +232,21 @@ cudaError_t launch_parts(Kernel kernel, const Params& params, cudaStream_t strea
   return launch(kernel, grid, kThreads, 0, stream, params);
 }
 
-// Calls f(element type).
-template <typename F>
-cudaError_t with_element_type(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(float());
-    case DType::kFloat64:
-      return f(double());
-    case DType::kBFloat16:
-      return f(BFloat16());
-    case DType::kFloat16:
-      return f(Half());
-  }
-  return cudaErrorInvalidValue;
-}
-
 }  // namespace
 
 cudaError_t launch_plain_forward(const SparseAttentionForward& params, cudaStream_t stream) {
-  return with_element_type(params.shape.dtype, [&](auto element) {
+  return with_element_type(params.shape.format, [&](auto element) {
     return launch_parts(forward_kernel<decltype(element)>, params, stream);
   });
 }
 
 cudaError_t launch_plain_dq(const SparseAttentionBackward& params, cudaStream_t stream) {
-  return with_element_type(params.shape.dtype,
+  return with_element_type(params.shape.format,
                            [&](auto element) { return launch_parts(dq_kernel<decltype(element)>, params, stream); });
 }
 
 cudaError_t launch_plain_dkv(const SparseAttentionBackward& params, cudaStream_t stream) {
-  return with_element_type(params.shape.dtype,
+  return with_element_type(params.shape.format,
                            [&](auto element) { return launch_parts(dkv_kernel<decltype(element)>, params, stream); });
 }
 
