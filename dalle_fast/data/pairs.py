@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import glob
 import os
-from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
-
-from .image import decode_image
 
 
 class Pair(NamedTuple):
@@ -44,7 +41,7 @@ class Pairs(Protocol):
     """What :func:`open_pairs` returns. Reading a pair may raise :class:`BrokenSample`."""
 
     @property
-    def skipped(self) -> Sequence[Skipped]: ...
+    def skipped(self) -> Collection[Skipped]: ...
 
     def __len__(self) -> int: ...
 
@@ -54,54 +51,7 @@ class Pairs(Protocol):
         """All captions in order, without reading an image."""
 
 
-class IndexedPairs:
-    """Pairs whose images are stretches of bytes in files.
-
-    The index is a few flat arrays, which forked data workers share: about 32 bytes a pair, its name and its caption.
-    """
-
-    def __init__(self) -> None:
-        self.skipped: list[Skipped] = []
-        self._paths: list[str] = []
-        self._records = array("q")  # path number, offset, size, end of text: 4 numbers a pair
-        self._text = bytearray()  # name, NUL, caption of every pair
-
-    def add(self, name: str, caption: str, path: str, offset: int, size: int) -> None:
-        """Append the pair whose image is ``size`` bytes from ``offset`` of the file ``path``."""
-        if not self._paths or self._paths[-1] != path:
-            self._paths.append(path)
-        self._text += name.encode(errors="surrogateescape") + b"\0" + caption.encode()
-        self._records.extend((len(self._paths) - 1, offset, size, len(self._text)))
-
-    def skip(self, name: str, reason: str) -> None:
-        self.skipped.append(Skipped(name, reason))
-
-    def __len__(self) -> int:
-        return len(self._records) // 4
-
-    def __getitem__(self, index: int) -> Pair:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
-        number, offset, size, _ = self._records[4 * index : 4 * index + 4]
-        raw_name, caption = self._name_and_caption(index)
-        name = raw_name.decode(errors="surrogateescape")
-        try:
-            with open(self._paths[number], "rb") as file:
-                file.seek(offset)
-                content = file.read(size)
-            return Pair(decode_image(content), caption.decode())
-        except Exception as error:  # on damaged bytes Pillow's decoders raise nearly anything
-            raise BrokenSample(name, f"{type(error).__name__}: {error}") from error
-
-    def captions(self) -> Iterator[str]:
-        return (self._name_and_caption(index)[1].decode() for index in range(len(self)))
-
-    def _name_and_caption(self, index: int) -> list[bytearray]:
-        begin = self._records[4 * index - 1] if index else 0
-        return self._text[begin : self._records[4 * index + 3]].split(b"\0", 1)
-
-
-def open_pairs(source: str | Path) -> Pairs:
+def open_pairs(source: str | Path, workers: int | None = None) -> Pairs:
     """Open a source of image-caption pairs.
 
     Args:
@@ -110,14 +60,16 @@ def open_pairs(source: str | Path) -> Pairs:
             - ``"scenes"`` or ``"scenes:held-out"``: drawn scenes, see :mod:`dalle_fast.data.scenes`;
             - a folder of images, each with a ``.txt`` of the same stem beside it, searched recursively;
             - a ``.csv`` or ``.jsonl`` manifest with ``image`` (relative to the manifest) and ``caption``;
-            - a ``.tar`` in WebDataset naming, a folder of them, or a glob such as ``"shards/*.tar"``.
+            - a ``.tar`` in WebDataset naming, a folder of them, or a glob such as ``"shards/*.tar"``; they are indexed
+              on the first time, see :mod:`dalle_fast.data.index`.
+        workers: processes that index tar shards; None is one for each processor.
 
     Samples that cannot be used are named in ``skipped``. A caption is stripped of the white space around it.
 
     Raises:
         ValueError: there is no such source, or it holds no pair at all.
     """
-    from . import scenes, sources  # here, because both are written in terms of this module
+    from . import scenes, shards, sources  # here, because they are written in terms of this module
 
     drawn: dict[str, Callable[[], Pairs]] = {
         "scenes": scenes.SceneCorpus,
@@ -126,25 +78,30 @@ def open_pairs(source: str | Path) -> Pairs:
     if str(source) in drawn:
         return drawn[str(source)]()
     path = Path(source)
-    pairs = IndexedPairs()
-    if path.is_dir():
-        shards = sorted(path.glob("*.tar"))
-        if shards:
-            sources.index_shards(pairs, shards)
-        else:
-            sources.index_folder(pairs, path)
-    elif path.is_file() and path.suffix.lower() == ".tar":
-        sources.index_shards(pairs, [path])
+    pairs: Pairs
+    if tars := find_shards(source):
+        pairs = shards.ShardPairs(tars, workers)
+    elif path.is_dir():
+        pairs = sources.index_folder(path)
     elif path.is_file() and path.suffix.lower() in (".csv", ".jsonl"):
-        sources.index_manifest(pairs, path)
-    elif not path.exists() and glob.has_magic(str(source)):
-        sources.index_shards(pairs, [Path(name) for name in sorted(glob.glob(os.fspath(source)))])
+        pairs = sources.index_manifest(path)
     else:
         problem = "a file of another kind" if path.exists() else "nothing there"
         raise ValueError(f"source: expected a folder, .csv, .jsonl, .tar or 'scenes', got {source} ({problem})")
     if not len(pairs):
-        first = f", the first {pairs.skipped[0].name}: {pairs.skipped[0].reason}" if pairs.skipped else ""
+        first = next(iter(pairs.skipped), None)
+        reason = f", the first {first.name}: {first.reason}" if first else ""
         raise ValueError(
-            f"source: expected image-caption pairs, got none in {source} ({len(pairs.skipped)} skipped{first})"
+            f"source: expected image-caption pairs, got none in {source} ({len(pairs.skipped)} skipped{reason})"
         )
     return pairs
+
+
+def find_shards(source: str | Path) -> list[Path]:
+    """The tar shards that a source names, in order: one, those of a folder, or those that match a glob."""
+    path = Path(source)
+    if path.is_dir():
+        return sorted(path.glob("*.tar"))
+    if path.is_file():
+        return [path] if path.suffix.lower() == ".tar" else []
+    return [Path(name) for name in sorted(glob.glob(os.fspath(source)))] if glob.has_magic(str(source)) else []

@@ -1,69 +1,111 @@
-"""Indexing of what pairs are stored in. Whatever is wrong with a sample, it is skipped by name and the rest goes on."""
+"""Folders and manifests of pairs. Whatever is wrong with a sample, it is skipped by name and the rest goes on."""
 
 from __future__ import annotations
 
 import csv
 import json
 import os
-import tarfile
+from array import array
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from pathlib import Path
+from typing import Any
 
-from .pairs import IndexedPairs
+from .image import decode_image
+from .pairs import BrokenSample, Pair, Skipped
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
     """Why one sample cannot be used."""
 
 
-def _caption(caption: object) -> str:
+def caption_of(caption: object) -> str:
+    """A caption, text or UTF-8, as training gets it. Raises Unusable."""
     if isinstance(caption, bytes):
         caption = caption.decode("utf-8-sig", errors="surrogateescape")
     if not isinstance(caption, str) or not caption.strip():
-        raise _Unusable("no caption")
+        raise Unusable("no caption")
     try:
         caption.encode()
     except UnicodeEncodeError:
-        raise _Unusable("the caption is not valid Unicode") from None
+        raise Unusable("the caption is not valid Unicode") from None
     return caption.strip()
 
 
-def _image_size(path: Path) -> int:
-    """Bytes of an image file."""
+def _check_image(path: Path) -> None:
     if not path.is_file():
-        raise _Unusable("no image")
-    size = path.stat().st_size
-    if not size:
-        raise _Unusable("the image file is empty")
-    return size
+        raise Unusable("no image")
+    if not path.stat().st_size:
+        raise Unusable("the image file is empty")
 
 
-def _extension(name: str) -> str:
+def extension_of(name: str) -> str:
+    """What follows the last dot, in lower case."""
     return name.rpartition(".")[2].lower()
 
 
-def index_folder(pairs: IndexedPairs, root: Path) -> None:
-    """Add every image below ``root`` whose caption is in a ``.txt`` of the same stem."""
+class FilePairs:
+    """Pairs whose images are files of their own.
+
+    In memory are names, paths and captions as two flat arrays, which forked data workers share.
+    """
+
+    def __init__(self) -> None:
+        self.skipped: list[Skipped] = []
+        self._text = bytearray()  # name, NUL, path, NUL, caption of every pair
+        self._ends = array("q")  # where each pair's text ends
+
+    def add(self, name: str, path: Path, caption: str) -> None:
+        self._text += b"\0".join((os.fsencode(name), os.fsencode(path), caption.encode()))
+        self._ends.append(len(self._text))
+
+    def skip(self, name: str, reason: str) -> None:
+        self.skipped.append(Skipped(name, reason))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> Pair:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
+        name, path, caption = self._texts(index)
+        try:
+            return Pair(decode_image(Path(os.fsdecode(path)).read_bytes()), caption.decode())
+        except Exception as error:  # on damaged bytes Pillow's decoders raise nearly anything
+            raise BrokenSample(os.fsdecode(name), f"{type(error).__name__}: {error}") from error
+
+    def captions(self) -> Iterator[str]:
+        return (self._texts(index)[2].decode() for index in range(len(self)))
+
+    def _texts(self, index: int) -> list[bytes]:
+        """Name, path and caption of a pair."""
+        begin = self._ends[index - 1] if index else 0
+        return bytes(self._text[begin : self._ends[index]]).split(b"\0", 2)
+
+
+def index_folder(root: Path) -> FilePairs:
+    """Every image below ``root`` whose caption is in a ``.txt`` of the same stem."""
+    pairs = FilePairs()
     for folder, subfolders, files in os.walk(root):
         subfolders.sort()
         visible = sorted(file for file in files if not file.startswith("."))
-        images = [file for file in visible if _extension(file) in IMAGE_EXTENSIONS]
-        captions = {Path(file).stem: file for file in visible if _extension(file) == "txt"}
+        images = [file for file in visible if extension_of(file) in IMAGE_EXTENSIONS]
+        captions = {Path(file).stem: file for file in visible if extension_of(file) == "txt"}
         for file in images:
             path = Path(folder, file)
             name = str(path.relative_to(root))
             try:
                 if path.stem not in captions:
-                    raise _Unusable("no caption")
-                caption = _caption(Path(folder, captions[path.stem]).read_bytes())
-                pairs.add(name, caption, str(path), 0, _image_size(path))
-            except (_Unusable, OSError) as error:
+                    raise Unusable("no caption")
+                caption = caption_of(Path(folder, captions[path.stem]).read_bytes())
+                _check_image(path)
+                pairs.add(name, path, caption)
+            except (Unusable, OSError) as error:
                 pairs.skip(name, str(error))
         for stem in sorted(captions.keys() - {Path(file).stem for file in images}):
             pairs.skip(str(Path(folder, captions[stem]).relative_to(root)), "no image")
+    return pairs
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -92,82 +134,21 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
                     yield number, error
 
 
-def index_manifest(pairs: IndexedPairs, path: Path) -> None:
-    """Add the rows of a CSV or JSONL file with ``image``, relative to the file's folder, and ``caption``."""
-    rows = _csv_rows(path) if _extension(path.name) == "csv" else _jsonl_rows(path)
+def index_manifest(path: Path) -> FilePairs:
+    """The rows of a CSV or JSONL file with ``image``, relative to the file's folder, and ``caption``."""
+    pairs = FilePairs()
+    rows = _csv_rows(path) if extension_of(path.name) == "csv" else _jsonl_rows(path)
     for number, row in rows:
         name = f"{path.name}:{number}"
         try:
             if not isinstance(row, dict):
-                raise _Unusable(f"not a row: {row}")
+                raise Unusable(f"not a row: {row}")
             if not isinstance(row.get("image"), str) or not row["image"]:
-                raise _Unusable("no image")
-            caption = _caption(row.get("caption"))
+                raise Unusable("no image")
+            caption = caption_of(row.get("caption"))
             image = path.parent / row["image"]
-            pairs.add(f"{name} {row['image']}", caption, str(image), 0, _image_size(image))
-        except (_Unusable, OSError, ValueError) as error:  # ValueError: a path with a NUL in it
+            _check_image(image)
+            pairs.add(f"{name} {row['image']}", image, caption)
+        except (Unusable, OSError, ValueError) as error:  # ValueError: a path with a NUL in it
             pairs.skip(name, str(error))
-
-
-def index_shards(pairs: IndexedPairs, shards: list[Path]) -> None:
-    """Add the samples of tar files: members that share their name up to its first dot (WebDataset naming).
-
-    A sample is an image and a ``.txt``, or a ``.json`` with ``caption``. Only offsets are kept.
-    """
-    for shard in shards:
-        try:
-            with shard.open("rb") as file:
-                _index_shard(pairs, shard, file)
-        except (tarfile.TarError, OSError) as error:
-            pairs.skip(shard.name, str(error))
-
-
-def _index_shard(pairs: IndexedPairs, shard: Path, file: BinaryIO) -> None:
-    file_size = os.fstat(file.fileno()).st_size
-    if not file_size:
-        raise tarfile.ReadError("the file is empty")
-    samples: dict[str, dict[str, tuple[int, int]]] = {}  # key -> "image", "txt", "json" -> offset, size
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        try:
-            while member := tar.next():
-                path = PurePosixPath(member.name)
-                stem, _, rest = path.name.partition(".")
-                extension = _extension(rest)
-                kind = "image" if extension in IMAGE_EXTENSIONS else extension
-                if member.isreg() and stem and kind in ("image", "txt", "json"):
-                    samples.setdefault(str(path.with_name(stem)), {})[kind] = (member.offset_data, member.size)
-            file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a broken header for the end
-                raise tarfile.ReadError("expected a header or the end mark")
-        except tarfile.TarError as error:
-            pairs.skip(shard.name, f"truncated or damaged at byte {min(tar.offset, file_size)}: {error}")
-    for key, parts in samples.items():
-        name = f"{shard.name}:{key}"
-        try:
-            if any(offset + size > file_size for offset, size in parts.values()):
-                raise _Unusable("truncated")
-            if "image" not in parts:
-                raise _Unusable("no image")
-            if not parts["image"][1]:
-                raise _Unusable("the image file is empty")
-            pairs.add(name, _shard_caption(file, parts), str(shard), *parts["image"])
-        except _Unusable as error:
-            pairs.skip(name, str(error))
-
-
-def _shard_caption(file: BinaryIO, parts: dict[str, tuple[int, int]]) -> str:
-    for kind in ("txt", "json"):
-        if kind in parts:
-            offset, size = parts[kind]
-            file.seek(offset)
-            content = file.read(size)
-            break
-    else:
-        raise _Unusable("no caption")
-    if kind == "txt":
-        return _caption(content)
-    try:
-        fields = json.loads(content)
-    except ValueError as error:
-        raise _Unusable(f"the caption is not JSON: {error}") from None
-    return _caption(fields.get("caption") if isinstance(fields, dict) else None)
+    return pairs

@@ -1,0 +1,90 @@
+"""Pairs in tar shards, read where their index files say. Memory holds the names and lengths of the shards alone."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .image import decode_image
+from .index import OpenShard, Record, ShardIndex, index_shards
+from .pairs import BrokenSample, Pair, Skipped
+
+MAX_OPEN = 128  # shards of a process, at two files each
+
+
+class ShardPairs:
+    """Image-caption pairs by number, counted through the shards.
+
+    Args:
+        shards: tar files in WebDataset naming. Those without an index file get one, see :mod:`dalle_fast.data.index`.
+        workers: processes that index them; None is one for each processor.
+
+    Raises:
+        ValueError: a shard changes while it is indexed.
+        OSError: an index cannot be written anywhere.
+    """
+
+    def __init__(self, shards: Sequence[Path], workers: int | None = None) -> None:
+        indexes, unreadable = index_shards(shards, workers)
+        self.skipped: Collection[Skipped] = SkippedInShards(indexes, unreadable)
+        self._indexes = [index for index in indexes if index.samples]
+        self._ends = np.cumsum([index.samples for index in self._indexes], dtype=np.int64)
+        self._opened = functools.lru_cache(MAX_OPEN)(OpenShard)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, number: int) -> Pair:
+        files, record = self.find(number)
+        try:
+            return Pair(decode_image(files.image(record)), files.caption(record))
+        except Exception as error:  # on damaged bytes Pillow's decoders raise nearly anything
+            raise BrokenSample(files.name(record), f"{type(error).__name__}: {error}") from error
+
+    def find(self, number: int) -> tuple[OpenShard, Record]:
+        """The files of a pair, and where it is in them. Raises BrokenSample where they are not as they were."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {number}")
+        shard = int(self._ends.searchsorted(number, side="right"))
+        index = self._indexes[shard]
+        try:
+            files = self._opened(index)
+            return files, files.record(number - int(self._ends[shard]) + index.samples)
+        except (OSError, ValueError) as error:
+            raise BrokenSample(os.path.basename(index.shard), f"{type(error).__name__}: {error}") from error
+
+    def captions(self) -> Iterator[str]:
+        """All captions in order, shard after shard, without reading an image."""
+        for index in self._indexes:
+            yield from map(OpenShard(index).caption, index.records())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For data workers that are spawned: each opens files of its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_opened"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state
+        self._opened = functools.lru_cache(MAX_OPEN)(OpenShard)
+
+
+class SkippedInShards(Collection[Skipped]):
+    """What cannot be used of some shards. Only the number of them is in memory."""
+
+    def __init__(self, indexes: list[ShardIndex], unreadable: list[Skipped]) -> None:
+        self._indexes = [index for index in indexes if index.skipped]
+        self._unreadable = unreadable
+
+    def __len__(self) -> int:
+        return sum(index.skipped for index in self._indexes) + len(self._unreadable)
+
+    def __iter__(self) -> Iterator[Skipped]:
+        return chain(self._unreadable, chain.from_iterable(index.skipped_samples() for index in self._indexes))
+
+    def __contains__(self, sample: object) -> bool:
+        return any(sample == skipped for skipped in self)
