@@ -13,7 +13,7 @@ from training_helpers import checkpoint, same, settings, task
 import dalle_fast as df
 from dalle_fast.config import DALLEConfig
 from dalle_fast.models import DALLE
-from dalle_fast.models.precision import GradientScales, Precision, resblock_dtype, rounded_linear
+from dalle_fast.models.precision import GradientScales, Precision, dtype_of, rounded_linear
 from dalle_fast.models.transformer import Linear
 from dalle_fast.plots import draw_logs
 from dalle_fast.training import AdamW16, TrainingDiverged, fit
@@ -53,9 +53,9 @@ def gradients(model: DALLE, precision: Precision) -> list[torch.Tensor]:
 
 
 def test_the_default_is_float16_on_cuda():
-    assert resblock_dtype("auto", "cuda:1") == torch.float16
-    assert resblock_dtype("auto", "cpu") == torch.float32
-    assert [resblock_dtype(name, "cuda") for name in ("float32", "bfloat16")] == [torch.float32, torch.bfloat16]
+    assert dtype_of("auto", "cuda:1") == torch.float16
+    assert dtype_of("auto", "cpu") == torch.float32
+    assert [dtype_of(name, "cuda") for name in ("float32", "bfloat16")] == [torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..config import DVAEConfig
 from ..ops import gumbel_quantize
+from .precision import rounded_conv2d
 
 PIXEL_MARGIN = 0.1  # e of appendix A.3: keeps pixels away from 0 and 1, where the logit is infinite
 
@@ -39,7 +40,7 @@ def logit_laplace_nll(pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tenso
 
 
 class Conv2d(nn.Module):
-    """Same-size convolution whose parameters are called ``w`` and ``b``, as in the release."""
+    """Same-size convolution, in the dtype of its input, whose parameters are called ``w`` and ``b`` in the release."""
 
     def __init__(self, n_in: int, n_out: int, kw: int) -> None:
         super().__init__()
@@ -48,7 +49,7 @@ class Conv2d(nn.Module):
         self.b = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, n_in, h, w] -> [B, n_out, h, w]
-        return F.conv2d(x, self.w, self.b, padding=(self.kw - 1) // 2)
+        return rounded_conv2d(x, self.w, self.b, padding=(self.kw - 1) // 2)
 
 
 class ResBlock(nn.Module):
@@ -99,8 +100,9 @@ class Encoder(nn.Module):
         blocks["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Conv2d(widths[-1], cfg.vocab_size, 1)))
         self.blocks = nn.Sequential(blocks)
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.blocks(pixels)
+    def forward(self, pixels: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        features = self.blocks[:-1](pixels.to(dtype))
+        return self.blocks.output(features.to(pixels.dtype))
 
 
 class Decoder(nn.Module):
@@ -122,8 +124,10 @@ class Decoder(nn.Module):
         """One row for each code, [K, n_init]."""
         return self.blocks.input.w[:, :, 0, 0].T
 
-    def forward(self, z: torch.Tensor) -> torch.Tensor:  # z [B, n_init, h, w], codes times the codebook
-        return self.blocks[1:](z + self.blocks.input.b[:, None, None])
+    def forward(self, z: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """z [B, n_init, h, w]: codes times the codebook."""
+        z = z + self.blocks.input.b[:, None, None]
+        return self.blocks[1:](z.to(dtype)).to(z.dtype)
 
 
 class DiscreteVAE(nn.Module):
@@ -140,10 +144,10 @@ class DiscreteVAE(nn.Module):
         if images.ndim != 4 or images.shape[1:] != (3, s, s) or not images.is_floating_point():
             raise ValueError(f"images: expected float [B, 3, {s}, {s}], got {images.dtype} {list(images.shape)}")
 
-    def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """Unnormalised log-probabilities of the codes, [B, K, h, w]."""
+    def logits(self, images: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Unnormalised log-probabilities of the codes, [B, K, h, w]; ``dtype`` as in ``loss``."""
         self._check(images)
-        return self.encoder(map_pixels(images))
+        return self.encoder(map_pixels(images), dtype)
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
@@ -185,7 +189,7 @@ class DiscreteVAE(nn.Module):
         conv.b.copy_(-scale * picked.square().sum(1) / 2)
 
     def loss(
-        self, images: torch.Tensor, tau: float, beta: float, seed: int | torch.Tensor
+        self, images: torch.Tensor, tau: float, beta: float, seed: int | torch.Tensor, dtype: torch.dtype | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The negative evidence lower bound in nats per pixel value (section 2.1, appendix A.2).
 
@@ -194,14 +198,15 @@ class DiscreteVAE(nn.Module):
             tau: temperature of the relaxation.
             beta: weight of the KL to the uniform prior, which is summed over an image and averaged over the batch.
             seed: of the Gumbel noise.
+            dtype: of the convolutions, see ``precision.py``; None is that of the images.
 
         Returns:
             The loss, and its parts: ``nll`` (nats per value), ``kl`` (nats per image), ``mse`` of the
             reconstruction, and ``code_counts`` [K], how often each code was the sampled one.
         """
-        logits = self.logits(images)
+        logits = self.logits(images, dtype)
         z, kl, codes = gumbel_quantize(logits, self.decoder.codebook, tau, seed)
-        mu, log_b = self.decoder(z).chunk(2, dim=1)
+        mu, log_b = self.decoder(z, dtype).chunk(2, dim=1)
         nll = logit_laplace_nll(map_pixels(images), mu, log_b).mean()
         loss = nll + beta * kl.mean() / images[0].numel()
         with torch.no_grad():

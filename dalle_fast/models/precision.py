@@ -1,4 +1,6 @@
-"""Which numbers of a training have 16 bits: the policy in one place (section 2.4, appendix D).
+"""Which numbers of a training have 16 bits: the policy in one place (section 2.4, appendices A and D).
+
+The transformer:
 
 float32: the residual stream and its gradient, LayerNorms, embeddings, unembeddings and logits; all gains and biases;
     the gradients and moments of all these.
@@ -7,6 +9,13 @@ float32: the residual stream and its gradient, LayerNorms, embeddings, unembeddi
     the resblock runs.
 
 Gradients inside a resblock are times a scale of its own, for the range of float16 is too small for all depths at once.
+
+The dVAE:
+
+float32: the encoder's last convolution and the logits, the relaxed sample and the codebook, the KL, the likelihood.
+16 bits: all other convolutions and what is between them; their filters are stored in float32 as well.
+
+All its gradients are times one scale: that of the loss.
 """
 
 from __future__ import annotations
@@ -14,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +36,14 @@ from ..ops.resblock import WINDOW
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def resblock_dtype(name: Literal["auto", "float16", "bfloat16", "float32"], device: torch.device | str) -> torch.dtype:
-    """The dtype of resblocks that a setting means: "auto" is float16 on CUDA, as in the paper, and float32 elsewhere.
+def dtype_of(setting: Literal["auto", "float16", "bfloat16", "float32"], device: torch.device | str) -> torch.dtype:
+    """The dtype that a setting means: "auto" is float16 on CUDA, as in the paper, and float32 elsewhere.
 
     On a CPU 16 bits save nothing: they are there to see what they do to a training.
     """
-    if name == "auto":
+    if setting == "auto":
         return torch.float16 if torch.device(device).type == "cuda" else torch.float32
-    return DTYPES[name]
+    return DTYPES[setting]
 
 
 @dataclass(frozen=True)
@@ -83,17 +92,50 @@ class Between(NamedTuple):
 # ---------------------------------------------------------------------------------------------- gradient scales
 
 
-class GradientScales:
-    """The gradient scale of every resblock while a model trains, and which updates are left out (appendix D).
+class Scales(Protocol):
+    """What gradients are multiplied by while a model trains, so that 16 bits hold them, and which updates are left out.
 
-    The state are tensors [n_resblocks] on the device: ``scale``, ``since_division`` and ``nonfinite``, explained in
-    ``ops/resblock.py``, and ``overflows``. An update::
+    The state is on the device. An update::
 
-        loss.backward()  # sets nonfinite of resblocks whose activations had gradients that overflowed
+        loss.backward()
         factors = scales.factors()
         norm, nonfinite = gradient_norm(gradients, factors)
         optimizer.step(unscale=factors, clip=limit / norm, skip=scales.skip(nonfinite))
         scales.update()
+    """
+
+    def watch(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Say which parameters ``factors`` and ``skip`` speak of, in their order."""
+
+    def factors(self) -> torch.Tensor:
+        """What makes the gradients of the parameters true to size, [n_parameters]."""
+
+    def skip(self, nonfinite: torch.Tensor) -> torch.Tensor:
+        """Which parameters to leave out of the update, [n_parameters] bool, and note what is to blame.
+
+        nonfinite: [n_parameters] bool, whose gradients are not finite.
+        """
+
+    def update(self) -> None:
+        """Let scales grow, or shrink where gradients were not finite; for every update, also one that was skipped."""
+
+    @property
+    def patience(self) -> int:
+        """Updates in which any scale comes down to the least; no more of them in a row will end overflows."""
+
+    def record(self) -> dict[str, Any]:
+        """For the log."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The state between updates; a checkpoint is read into these."""
+
+
+class GradientScales:
+    """``Scales`` with one for every resblock (appendix D).
+
+    The state are tensors [n_resblocks]: ``scale``, ``since_division`` and ``nonfinite``, explained in
+    ``ops/resblock.py``, and ``overflows``. The backward sets ``nonfinite`` of resblocks whose activations had gradients
+    that overflowed.
 
     Args:
         resblocks: the parts of the model with a scale each.
@@ -120,19 +162,14 @@ class GradientScales:
         self._homes = self.scale.new_empty(0, dtype=torch.int64)  # resblock of each parameter; n for those of none
 
     def watch(self, parameters: Sequence[torch.Tensor]) -> None:
-        """Say which parameters ``factors`` and ``skip`` speak of, in their order."""
         homes = {id(parameter): i for i, resblock in enumerate(self._resblocks) for parameter in resblock.parameters()}
         self._homes = self._homes.new_tensor([homes.get(id(parameter), len(self.scale)) for parameter in parameters])
 
     def factors(self) -> torch.Tensor:
-        """What makes the gradients of the parameters true to size, [n_parameters]: 1 / scale inside of resblocks."""
+        """1 / scale inside of resblocks, 1 elsewhere."""
         return torch.cat([1 / self.scale, self.scale.new_ones(1)])[self._homes]
 
     def skip(self, nonfinite: torch.Tensor) -> torch.Tensor:
-        """Which parameters to leave out of the update, [n_parameters] bool, and note which resblocks are to blame.
-
-        nonfinite: [n_parameters] bool, whose gradients are not finite.
-        """
         n = len(self.scale)
         found = torch.zeros(n + 1, dtype=torch.int32, device=self.scale.device)
         found.index_add_(0, self._homes, nonfinite.int())
@@ -143,26 +180,82 @@ class GradientScales:
 
     @property
     def patience(self) -> int:
-        """Updates in which any scale comes down to the least; no more of them in a row will end overflows."""
         return 2 * (24 - 7) * WINDOW  # divisions by sqrt(2), from the largest
 
     def update(self) -> None:
-        """Let scales grow, or shrink where gradients were not finite; for every update, also one that was skipped."""
         self.overflows += self.nonfinite
         update_scales(self.scale, self.since_division, self.nonfinite, self.replicas)
 
     def record(self) -> dict[str, list[float]]:
-        """For the log, by resblock: the scales as powers of 2, and how many updates have overflowed, if any."""
+        """By resblock: the scales as powers of 2, and how many updates have overflowed, if any."""
         scales = {"log2_scales": [round(math.log2(scale), 3) for scale in self.scale.tolist()]}
         overflows = self.overflows.tolist()
         return scales | ({"overflows": overflows} if any(overflows) else {})
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The state between updates, when ``nonfinite`` is 0; a checkpoint is read into these."""
+        """The state between updates, when ``nonfinite`` is 0."""
         return {"scale": self.scale, "since_division": self.since_division, "overflows": self.overflows}
 
 
-# ---------------------------------------------------------------------------------------------- linear layers
+class LossScale:
+    """``Scales`` with one for the whole model: that of the loss (appendix A.2), ruled as by ``torch.amp.GradScaler``.
+
+    A gradient that is not finite halves the scale and leaves out the update; 2000 updates without one double it.
+
+    The state are tensors [1]: ``scale``, ``finite_updates``, made since it last changed, and ``overflows``.
+
+    Args:
+        device: of the state.
+    """
+
+    FIRST, GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0**16, 2.0, 0.5, 2000
+    LARGEST = 2.0**100  # gradients of 16 bits have overflowed long before, unless all are 0
+
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        self.scale = torch.full((1,), self.FIRST, device=device)
+        self.finite_updates = torch.zeros(1, dtype=torch.int32, device=device)
+        self.overflows = torch.zeros_like(self.finite_updates)
+        self.nonfinite = torch.zeros(1, dtype=torch.bool, device=device)  # in the update at hand
+        self._n_parameters = 0
+
+    def multiply(self, loss: torch.Tensor) -> torch.Tensor:
+        """The same loss, whose gradients will be times the scale."""
+        loss.register_hook(lambda grad: grad * self.scale.reshape(()))
+        return loss
+
+    def watch(self, parameters: Sequence[torch.Tensor]) -> None:
+        self._n_parameters = len(parameters)
+
+    def factors(self) -> torch.Tensor:
+        return (1 / self.scale).repeat(self._n_parameters)
+
+    def skip(self, nonfinite: torch.Tensor) -> torch.Tensor:
+        self.nonfinite |= nonfinite.any()
+        return self.nonfinite.expand_as(nonfinite)
+
+    @property
+    def patience(self) -> int:
+        return 40  # halvings through the range of float16, from 2^16 to 2^-24
+
+    def update(self) -> None:
+        self.overflows += self.nonfinite
+        self.finite_updates.add_(1).masked_fill_(self.nonfinite, 0)
+        grows = self.finite_updates == self.GROWTH_INTERVAL
+        self.finite_updates.masked_fill_(grows, 0)
+        self.scale *= torch.where(self.nonfinite, self.BACKOFF, torch.where(grows, self.GROWTH, 1.0))
+        self.scale.clamp_(max=self.LARGEST)
+        self.nonfinite.zero_()
+
+    def record(self) -> dict[str, Any]:
+        """The scale as a power of 2, and how many updates have overflowed, if any."""
+        overflows = int(self.overflows)
+        return {"log2_scale": math.log2(self.scale.item())} | ({"overflows": overflows} if overflows else {})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"scale": self.scale, "finite_updates": self.finite_updates, "overflows": self.overflows}
+
+
+# ---------------------------------------------------------------------------------------------- layers
 
 
 def rounded_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -193,3 +286,17 @@ class _RoundedLinear(torch.autograd.Function):
         rows = grad.flatten(0, -2)
         grad_weight = rows.t() @ x.flatten(0, -2)
         return (grad @ rounded).to(dtype), grad_weight.to(dtype).float(), rows.sum(0, dtype=torch.float32)
+
+
+def rounded_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding: int) -> torch.Tensor:
+    """``F.conv2d`` in the dtype of x [B, n_in, h, w], to which filters and biases are rounded, and their gradients.
+
+    On a CPU the rounded filters are multiplied in float32, as in ``rounded_linear``.
+    """
+    dtype = x.dtype
+    if dtype == weight.dtype:
+        return F.conv2d(x, weight, bias, padding=padding)
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    if x.device.type == "cpu":
+        return F.conv2d(x.float(), weight.float(), bias.float(), padding=padding).to(dtype)
+    return F.conv2d(x, weight, bias, padding=padding)

@@ -9,6 +9,7 @@ from typing import Literal
 from .schedules import Plateau, cosine, warmup
 
 Moments = Literal["16-bit", "float32"]  # what the optimizer's running averages are stored in, see optimizer.py
+DType = Literal["auto", "float16", "bfloat16", "float32"]  # auto: float16 on CUDA, float32 on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,7 @@ class TrainDVAE(TrainConfig):
     beta_steps: int = 5_000
     init_codes: bool = False  # start the codes at patches of the data, see DiscreteVAE.init_codes
     encoder_lr: float = 1.0  # step size of the encoder, as a share of lr
+    conv_dtype: DType = "auto"  # of the convolutions; in float16 the loss has a scale
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 1e-4
@@ -132,7 +134,7 @@ class TrainDALLE(TrainConfig):
     plateau_patience: int = 10  # windows without gain before a halving
     bpe_dropout: bool = True  # captions are cut differently each time they are seen
     caption_dropout: float = 0.0  # share of captions replaced by the empty one, which guidance needs
-    resblock_dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"  # float16 on CUDA, float32 on a CPU
+    resblock_dtype: DType = "auto"  # of what happens inside them
     skip_overflow: Literal["update", "resblock"] = "update"  # what an Inf or NaN gradient in one resblock leaves out
     recompute: bool = True  # run resblocks again for their gradients, and keep only their inputs
     moments: Moments = "16-bit"  # of the matrices of resblocks; all others are float32

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..models import save_model
-from ..models.precision import GradientScales
+from ..models.precision import Scales
 from ..ops import gradient_norm
 from .average import RunningAverage
 from .checkpoint import (
@@ -47,7 +47,7 @@ class Task(Protocol[Model]):
 
     kind: str  # names the model's file and the folder of its training
     model: Model  # with its sizes in ``cfg``
-    scales: GradientScales | None  # of the gradients in its resblocks, in 16 bits
+    scales: Scales | None  # of its gradients, in 16 bits
 
     def batches(self, start: int) -> Iterator[Batch]:
         """The batches of steps ``start``, ``start + 1``, ...; a pure function of the step."""
@@ -73,7 +73,7 @@ class State(Generic[Model]):
     average: RunningAverage[Model]
     optimizer: AdamW16
     plateau: Plateau | None
-    scales: GradientScales | None = None  # what gradients of resblocks are multiplied by
+    scales: Scales | None = None  # what gradients are multiplied by
     spikes: LossSpikes = field(default_factory=LossSpikes)
     step: int = 0  # finished updates, and so the position in the data
     skipped_updates: int = 0  # for want of a finite gradient
@@ -232,7 +232,7 @@ def fit(task: Task[Model], config: TrainConfig, out: str | Path, resume: bool = 
     return model, metrics or {**validate(task, model, torch.device("cpu")), "seconds": state.seconds}
 
 
-def new_state(model: Model, config: TrainConfig, scales: GradientScales | None = None) -> State[Model]:
+def new_state(model: Model, config: TrainConfig, scales: Scales | None = None) -> State[Model]:
     """The state before the first update."""
     optimizer = AdamW16(parameter_groups(model, config), config.lr, config.betas, config.eps)
     return State(model.train(), RunningAverage(model, config.ema_decay), optimizer, config.plateau(), scales)

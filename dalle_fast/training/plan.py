@@ -16,7 +16,7 @@ from torch import nn
 
 from ..config import CLIPConfig, DALLEConfig, DVAEConfig
 from ..mask import AttentionMask, layer_masks
-from ..models.precision import resblock_dtype
+from ..models.precision import dtype_of
 from .config import TrainConfig, TrainDALLE
 
 GB = 2**30
@@ -230,7 +230,7 @@ def plan_run(
         short = parameter.ndim >= 2 and config.moments_of(name) == "16-bit"
         moments += 2 * (HALF if short else FLOAT) * parameter.numel()
     if isinstance(cfg, DALLEConfig) and isinstance(config, TrainDALLE):
-        inside = resblock_dtype(config.resblock_dtype, config.device).itemsize
+        inside = dtype_of(config.resblock_dtype, config.device).itemsize
         activations = dalle_activations(cfg, config.recompute, inside)
         flops = config.batch_size * dalle_flops(cfg, config.recompute)
     else:

@@ -26,7 +26,7 @@ from ..data import (
 )
 from ..data.loader import Corpus
 from ..models import CLIP, DALLE, DiscreteVAE
-from ..models.precision import GradientScales, Precision, resblock_dtype
+from ..models.precision import GradientScales, LossScale, Precision, Scales, dtype_of
 from ..models.transformer import TEXT_WEIGHT
 from ..tokenizer import Tokenizer
 from .config import TrainCLIP, TrainConfig, TrainDALLE, TrainDVAE
@@ -118,7 +118,7 @@ def new_model(model_class: Callable[[Any], nn.Module], model_cfg: Any, seed: int
 class CorpusTask:
     """The data side of a task: ``sample`` is what training sees of a pair, ``val_sample`` what validation sees."""
 
-    scales: GradientScales | None = None
+    scales: Scales | None = None
 
     def __init__(
         self,
@@ -183,14 +183,22 @@ class DVAETask(CorpusTask):
             images = torch.cat([self._batches.batch_at(step)["image"] for step in steps])
             self.model.init_codes(images, seed=train_cfg.seed)
         self.model.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+        self._loss_scale: LossScale | None = None
+        self._dtype = dtype_of(train_cfg.conv_dtype, train_cfg.device)
+        if self._dtype == torch.float16:
+            self._loss_scale = self.scales = LossScale(train_cfg.device)
 
     def loss(self, model: DiscreteVAE, batch: Batch, step: int) -> tuple[torch.Tensor, Metrics]:
         images = batch["image"].contiguous(memory_format=torch.channels_last)
         seed = int(np.random.default_rng((self.config.seed, step)).integers(MAX_SEED))
-        return model.loss(images, self.config.tau_at(step), self.config.beta_at(step), seed)
+        loss, metrics = model.loss(images, self.config.tau_at(step), self.config.beta_at(step), seed, self._dtype)
+        return (self._loss_scale.multiply(loss) if self._loss_scale else loss), metrics
 
     def evaluate(self, model: DiscreteVAE, batch: Batch) -> Metrics:
-        """The loss at the final temperature and KL weight; error and code use without noise, as stage 2 sees them."""
+        """The loss at the final temperature and KL weight; error and code use without noise, as stage 2 sees them.
+
+        All in float32, as the exported model computes.
+        """
         images = batch["image"].contiguous(memory_format=torch.channels_last)
         loss, metrics = model.loss(images, self.config.tau_end, self.config.beta_end, seed=0)
         codes = model.encode(images)
@@ -304,11 +312,12 @@ class DALLETask(CorpusTask):
             pairs, val_pairs, sample, partial(_captioned_val_sample, size=size, tokenizer=tokenizer), train_cfg
         )
         self.model: DALLE = new_model(DALLE, model_cfg, train_cfg.seed)
-        dtype = resblock_dtype(train_cfg.resblock_dtype, train_cfg.device)
+        dtype = dtype_of(train_cfg.resblock_dtype, train_cfg.device)
+        scales = None
         if dtype != torch.float32:
             resblocks = [resblock for _, resblock in self.model.resblocks()]
-            self.scales = GradientScales(resblocks, skipping=train_cfg.skip_overflow, device=train_cfg.device)
-        self._precision = Precision(dtype, train_cfg.recompute, self.scales)
+            self.scales = scales = GradientScales(resblocks, skipping=train_cfg.skip_overflow, device=train_cfg.device)
+        self._precision = Precision(dtype, train_cfg.recompute, scales)
         self._dvae = dvae
         if dvae is not None:
             dvae.eval().to(memory_format=torch.channels_last).to(train_cfg.device)  # type: ignore[call-overload]
