@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from tars import BLUE, RED, png, shard_of, write_tar
 
 from dalle_fast.data import BrokenSample, open_pairs
+from dalle_fast.data import image as images
 from dalle_fast.data.image import decode_image
 
 
@@ -74,6 +76,46 @@ def test_exif_rotation_is_applied() -> None:
     assert image.shape == (16, 8, 3)
     assert np.abs(image[2, 4].astype(int) - RED).max() <= 2
     assert image[13, 4].min() >= 253
+
+
+def jpeg(size: tuple[int, int], mode: str = "RGB", **options) -> bytes:
+    noise = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).resize(size).convert(mode).save(buffer, "JPEG", quality=90, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("size", [(64, 48), (33, 17), (1, 1)])
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [("RGB", {"subsampling": i}) for i in range(3)] + [("RGB", {"progressive": True}), ("L", {})],
+    ids=str,
+)
+def test_simplejpeg_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], mode: str, options: dict
+) -> None:
+    """It is within a level of Pillow's own decoder."""
+    content = jpeg(size, mode, **options)
+    decoders = MagicMock(wraps=images.simplejpeg)
+    monkeypatch.setattr(images, "simplejpeg", decoders)
+    ours = decode_image(content)
+    decoders.decode_jpeg.assert_called_once()
+    monkeypatch.setattr(images, "simplejpeg", None)
+    pillows = decode_image(content)
+    assert ours.shape == pillows.shape == (size[1], size[0], 3)
+    assert ours.dtype == np.uint8
+    assert np.abs(ours.astype(int) - pillows).max() <= 1
+
+
+def test_damaged_jpegs_are_the_same_with_simplejpeg_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut off is broken, rubbish after the end is not."""
+    content = jpeg((64, 48))
+    longer = decode_image(content + b"rubbish")
+    for decoder in (images.simplejpeg, None):
+        monkeypatch.setattr(images, "simplejpeg", decoder)
+        with pytest.raises(OSError, match="image file is truncated"):
+            decode_image(content[:-40])
+        assert np.array_equal(decode_image(content + b"rubbish"), longer)
 
 
 # ---------------------------------------------------------------------------------------------- folder

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import io
+from contextlib import suppress
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
+
+try:
+    import simplejpeg
+except ImportError:  # optional: the same pixels in half the time
+    simplejpeg = None
 
 
 def decode_image(content: bytes) -> np.ndarray:
@@ -14,6 +20,9 @@ def decode_image(content: bytes) -> np.ndarray:
     Pillow's own errors (OSError, ValueError, SyntaxError, ...) pass through for broken content.
     """
     with Image.open(io.BytesIO(content)) as file:
+        if simplejpeg and file.format == "JPEG" and file.mode in ("RGB", "L") and _is_upright(file):
+            with suppress(ValueError):  # what is damaged is up to Pillow, with or without the other package
+                return simplejpeg.decode_jpeg(content)
         image = ImageOps.exif_transpose(file)
         if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 255
             grey = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
@@ -23,3 +32,7 @@ def decode_image(content: bytes) -> np.ndarray:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
         return np.array(image.convert("RGB"))
+
+
+def _is_upright(file: Image.Image) -> bool:
+    return file.getexif().get(ExifTags.Base.Orientation, 1) == 1
