@@ -1,8 +1,7 @@
 """The 16-bit number formats of Adam's moments (section 2.4, appendix D), named sign-exponent-significand.
 
 "1-6-9" stores running means, "0-6-10" running variances. Both have 6 bits of exponent: float16 reaches down to 6e-8,
-these to 1e-18. Here is what they mean, for any device and slowly; the kernels of :func:`dalle_fast.adamw16` have their
-own in ``csrc/minifloat.h``.
+these to 1e-18. The kernels of :func:`dalle_fast.adamw16` have their own codec in ``csrc/minifloat.h``.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ def encode(x: torch.Tensor, format: str) -> torch.Tensor:
     sign_bits, significand_bits = _bits(format)
     if not x.is_floating_point():
         raise TypeError(f"x: expected a float dtype, got {x.dtype}")
-    steps = 2**significand_bits  # from one power of two to the next
-    exponents = 2**EXPONENT_BITS
-    largest = (2 - 1 / steps) * 2.0 ** (exponents - 1 - EXPONENT_BIAS)
-    size = x.double().abs().nan_to_num(nan=largest).clamp(max=largest)
-    mantissa, exponent = torch.frexp(size)  # size = mantissa * 2^exponent, mantissa in [0.5, 1)
-    rounded = torch.floor(mantissa * 2 * steps + 0.5).to(torch.int64)  # in [steps, 2 * steps]; the last carries
-    code = (exponent - 1 + EXPONENT_BIAS) * steps + rounded - steps
-    code = torch.where(size == 0, 0, code).clamp(min=0)
-    negative = x.signbit() & ~x.isnan()
-    code = torch.where(negative, code + exponents * steps if sign_bits else 0, code)
+    # What is below works on the bits of a float: sign, exponent, significand. In float32 wherever that is exact.
+    x = (x if x.dtype == torch.float64 else x.float()).contiguous()
+    integer, bias, stored = (torch.int64, 1023, 52) if x.dtype == torch.float64 else (torch.int32, 127, 23)
+    shift = stored - significand_bits
+    pattern = x.view(integer)
+    size = (pattern & torch.iinfo(integer).max).clamp_(max=(2 * bias + 1) << stored)  # NaN becomes infinity
+    code = ((size + (1 << (shift - 1))) >> shift) - ((bias - EXPONENT_BIAS) << significand_bits)  # may carry
+    code.clamp_(0, (1 << (EXPONENT_BITS + significand_bits)) - 1)
+    negative = (pattern < 0) & ~x.isnan()
+    code = torch.where(negative, code | 0x8000 if sign_bits else 0, code)
     return code.to(torch.uint16)
 
 
@@ -64,12 +63,11 @@ def decode(codes: torch.Tensor, format: str) -> torch.Tensor:
     sign_bits, significand_bits = _bits(format)
     if codes.dtype not in (torch.uint16, torch.int16):
         raise TypeError(f"codes: expected torch.uint16 or torch.int16, got {codes.dtype}")
-    steps = 2**significand_bits
-    code = codes.to(torch.int64) & 0xFFFF
-    size = code % (2**EXPONENT_BITS * steps)  # without the sign
-    value = torch.ldexp(1 + (size % steps).double() / steps, size // steps - EXPONENT_BIAS)
-    value = torch.where(size == 0, 0.0, value)
-    return torch.where((code != size) & bool(sign_bits), -value, value).float()
+    code = codes.view(torch.int16).int()
+    size = code & ((1 << (EXPONENT_BITS + significand_bits)) - 1)  # without the sign
+    pattern = (size << (23 - significand_bits)) + ((127 - EXPONENT_BIAS) << 23)
+    value = torch.where(size == 0, 0.0, pattern.view(torch.float32))
+    return torch.where(code < 0, -value, value) if sign_bits else value
 
 
 def _bits(format: str) -> tuple[int, int]:
