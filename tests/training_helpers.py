@@ -9,6 +9,7 @@ import torch
 from dalle_fast.config import CLIPConfig, DALLEConfig, DVAEConfig
 from dalle_fast.data.encoded import EncodedPair
 from dalle_fast.data.pairs import Pair
+from dalle_fast.distributed.world import ALONE, World
 from dalle_fast.tokenizer import Tokenizer
 from dalle_fast.training import TrainCLIP, TrainDALLE, TrainDVAE
 from dalle_fast.training.checkpoint import RUN_FILE, load_tensors, saved_tensors
@@ -50,12 +51,12 @@ def settings(kind: str, **changes):
     return {"dvae": TrainDVAE, "clip": TrainCLIP, "dalle": TrainDALLE}[kind](**(values | changes))
 
 
-def task(kind: str, config):
+def task(kind: str, config, world: World = ALONE):
     if kind == "dvae":
-        return DVAETask(pairs(), pairs(6, seed=1), DVAE, config)
+        return DVAETask(pairs(), pairs(6, seed=1), DVAE, config, world)
     if kind == "clip":
-        return CLIPTask(pairs(), pairs(6, seed=1), tokenizer(), CLIP, config)
-    return DALLETask(codes(), codes(6, seed=1), tokenizer(), DALLE, config, None)
+        return CLIPTask(pairs(), pairs(6, seed=1), tokenizer(), CLIP, config, world)
+    return DALLETask(codes(), codes(6, seed=1), tokenizer(), DALLE, config, None, world)
 
 
 def checkpoint(out: Path, kind: str) -> dict:

@@ -102,4 +102,7 @@ def _open_or_encoded(source: str, system: Path) -> Pairs | EncodedPairs:
 
 
 def _print_metrics(path: Path, metrics: dict[str, float]) -> None:
-    print(f"{path}: " + ", ".join(f"{name} {value:.5g}" for name, value in metrics.items()))
+    from ..distributed.world import is_first_process
+
+    if is_first_process():
+        print(f"{path}: " + ", ".join(f"{name} {value:.5g}" for name, value in metrics.items()))

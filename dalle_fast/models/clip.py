@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,10 @@ class VisionTransformer(nn.Module):
         return self.ln_post(self.transformer(self.ln_pre(x))[:, 0]) @ self.proj
 
 
+def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
 class CLIP(nn.Module):
     """Images [B, 3, S, S] in [0, 1] and encoded captions [B, T] in one space."""
 
@@ -118,15 +123,29 @@ class CLIP(nn.Module):
         scale = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
         return scale * self.encode_image(images) @ self.encode_text(text_tokens).T
 
-    def loss(self, images: torch.Tensor, text_tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(
+        self,
+        images: torch.Tensor,
+        text_tokens: torch.Tensor,
+        gather: Callable[[torch.Tensor], torch.Tensor] = _as_it_is,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Symmetric contrastive cross-entropy in nats; pair i of the batch belongs together. Also ``accuracy``.
 
         Equal captions within a batch are all counted as right, in equal shares.
+
+        Args:
+            images, text_tokens: the pairs, [B, 3, S, S] and [B, T].
+            gather: makes tensors of a larger batch [W * B, ...], of which this is a part, from those of the part. The
+                loss is the mean over the part; each of its images and captions is told from all of the larger batch.
         """
-        logits = self.logits(images, text_tokens)
-        same = (text_tokens[:, None] == text_tokens[None, :]).all(-1).to(logits.dtype)
+        scale = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+        of_images, of_texts = self.encode_image(images), self.encode_text(text_tokens)
+        all_images, all_texts, all_tokens = gather(of_images), gather(of_texts), gather(text_tokens)
+        logits = scale * of_images @ all_texts.T
+        logits_of_texts = logits.T if all_images is of_images else scale * of_texts @ all_images.T
+        same = (text_tokens[:, None] == all_tokens[None, :]).all(-1).to(logits.dtype)
         target = same / same.sum(1, keepdim=True)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits_of_texts, target)) / 2
         best = logits.argmax(1)
         return loss, {"accuracy": same[torch.arange(len(best), device=best.device), best].mean()}
 

@@ -102,7 +102,13 @@ class Scales(Protocol):
         norm, nonfinite = gradient_norm(gradients, factors)
         optimizer.step(unscale=factors, clip=limit / norm, skip=scales.skip(nonfinite))
         scales.update()
+
+    Attributes:
+        nonfinite: what is to blame in the update at hand, 0 where nothing is. Processes that train together must agree
+            on it before they call ``skip``.
     """
+
+    nonfinite: torch.Tensor
 
     def watch(self, parameters: Sequence[torch.Tensor]) -> None:
         """Say which parameters ``factors`` and ``skip`` speak of, in their order."""

@@ -13,7 +13,8 @@ from typing import Generic, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+
+from ..distributed.sharding import local
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -129,8 +130,3 @@ def host_like(tensor: torch.Tensor) -> torch.Tensor:
     """A float32 tensor on the CPU, with anything in it, to which the device of ``tensor`` can copy it unattended."""
     pinned = tensor.device.type == "cuda"
     return torch.empty_like(tensor, device="cpu", dtype=torch.float32, pin_memory=pinned)
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this process holds, in the same memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -4,6 +4,8 @@ A checkpoint is a folder such as ``step-00001000``: the tensors as ``torch.distr
 ``run.json`` with all else and the checksums of the files. A thread writes it under a name that ends in ``.tmp`` while
 training goes on, and renames it when all of it is on the disk. So a folder ``step-...`` is complete, whenever the
 machine stopped.
+
+Of many processes each writes, and later reads, its shards of the tensors. They need not be as many then as before.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from ..distributed.sharding import local, sharded_like
+from ..distributed.world import ALONE, World
 
 RUN_FILE = "run.json"  # written last
 UNFINISHED = ".tmp"  # ends the name of a folder that is being written or deleted
@@ -63,11 +68,12 @@ class CheckpointWriter:
     Args:
         folder: where they are kept; made if it does not exist.
         keep: so many of the newest are kept, the others deleted.
+        world: the processes of the run. All must make the same calls.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, world: World = ALONE) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.keep = folder, keep
+        self.folder, self.keep, self.world = folder, keep, world
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
 
@@ -76,11 +82,14 @@ class CheckpointWriter:
 
         Args:
             step: finished updates.
-            tensors: may change as soon as this returns.
+            tensors: may change as soon as this returns. Those that are not sharded are the same in all processes.
             values: all else that the run needs, for JSON.
         """
         self.wait()
-        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        copies = {
+            name: sharded_like(local(tensor.detach()).to("cpu", copy=True), tensor, self.world)
+            for name, tensor in tensors.items()
+        }
         self._writing = self._thread.submit(self._write, step, copies, json.dumps(values))
 
     def wait(self) -> None:
@@ -95,14 +104,18 @@ class CheckpointWriter:
             _delete(path)
 
     def _write(self, step: int, tensors: dict[str, torch.Tensor], values: str) -> None:
-        for path in self.folder.glob(f"*{UNFINISHED}"):
-            shutil.rmtree(path)
+        if self.world.is_first:  # the others write nothing before the first has made its plan
+            for path in self.folder.glob(f"*{UNFINISHED}"):
+                shutil.rmtree(path)
         path = self.folder / f"step-{step:08}"
         unfinished = path.with_name(path.name + UNFINISHED)
+        group, alone = self.world.checkpoints, self.world.size == 1
         try:
-            dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(unfinished), no_dist=True)
+            dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(unfinished), process_group=group, no_dist=alone)
         except dcp.CheckpointException as error:  # a BaseException, of which nobody thinks
             raise OSError(f"checkpoint {path}: expected to write it, got {_first_failure(error)}") from error
+        if not self.world.is_first:
+            return
         run = {"files": {file.name: _checksum(file) for file in unfinished.iterdir()}, **json.loads(values)}
         with (unfinished / RUN_FILE).open("w", encoding="utf-8") as file:
             json.dump(run, file)

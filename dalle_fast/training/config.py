@@ -34,6 +34,7 @@ class TrainConfig(ABC):
     keep_checkpoints: int = 2  # the newest
     tensorboard: bool = False  # event files beside the log
     device: str = "cpu"
+    parallel: Literal["fsdp", "ddp"] = "fsdp"  # processes of a machine share the parameters, or each has them all
     warmup_steps: int = 0  # updates of linear growth of the step size
 
     def __post_init__(self) -> None:

@@ -9,33 +9,27 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..distributed.sharding import backward, counted_here, gather_model
+from ..distributed.world import ALONE, World
 from ..models import save_model
 from ..models.precision import Scales
 from ..ops import gradient_norm
-from .average import RunningAverage
-from .checkpoint import (
-    CheckpointWriter,
-    load_tensors,
-    newest_checkpoint,
-    random_state,
-    saved_tensors,
-    set_random_state,
-)
+from .checkpoint import CheckpointWriter, newest_checkpoint, random_state, set_random_state
 from .config import TrainConfig
 from .errors import TrainingDiverged, TrainingStopped
 from .memory import keep_freed_memory
-from .metrics import Incidents, Log, LossSpikes, Meter, Metrics
-from .optimizer import AdamW16
-from .schedules import Plateau
+from .metrics import Log, Meter, Metrics
 from .signals import stop_signals
+from .state import State, new_state, parameter_groups
 
 MAX_SKIPPED_IN_A_ROW = 100  # updates without a finite gradient, after which training is given up
 Batch = dict[str, Any]
@@ -65,99 +59,26 @@ class Task(Protocol[Model]):
         """Write which samples were left out, and why."""
 
 
-@dataclass
-class State(Generic[Model]):
-    """Everything that changes while training; a checkpoint is this and the random state."""
-
-    model: Model
-    average: RunningAverage[Model]
-    optimizer: AdamW16
-    plateau: Plateau | None
-    scales: Scales | None = None  # what gradients are multiplied by
-    spikes: LossSpikes = field(default_factory=LossSpikes)
-    step: int = 0  # finished updates, and so the position in the data
-    skipped_updates: int = 0  # for want of a finite gradient
-    seconds: float = 0.0
-    incidents: Incidents = field(default_factory=Incidents)  # since the last log record; not in checkpoints
-    parameters: list[torch.Tensor] = field(init=False)  # in the order of the optimizer
-
-    def __post_init__(self) -> None:
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if self.scales:
-            self.scales.watch(self.parameters)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor of the state, by a name of its own."""
-        return {
-            **{f"model/{name}": tensor for name, tensor in self.model.state_dict().items()},
-            **{f"average/{name}": tensor for name, tensor in self.average.tensors().items()},
-            **{
-                f"optimizer/{name}/{key}": value
-                for name, parameter in self.model.named_parameters()
-                for key, value in self.optimizer.state.get(parameter, {}).items()
-            },
-            **{
-                f"group/{i}/{key}": value
-                for i, group in enumerate(self.optimizer.param_groups)
-                for key, value in group.items()
-                if isinstance(value, torch.Tensor)
-            },
-            **{f"scales/{name}": tensor for name, tensor in (self.scales.tensors() if self.scales else {}).items()},
-        }
-
-    def values(self) -> dict[str, Any]:
-        """The state but for its tensors."""
-        return {
-            "plateau": asdict(self.plateau) if self.plateau else None,
-            "spikes": asdict(self.spikes),
-            "step": self.step,
-            "skipped_updates": self.skipped_updates,
-            "seconds": self.seconds,
-        }
-
-    def load(self, path: Path, values: dict[str, Any]) -> None:
-        """Become the state of a checkpoint: its folder, and what ``values`` returned when it was written."""
-        saved = saved_tensors(path)
-        self._make_room(saved)
-        # Without scales in it, the run had no 16 bits so far.
-        wanted = {name: t for name, t in self.tensors().items() if name in saved or not name.startswith("scales/")}
-        load_tensors(path, wanted)
-        if self.plateau and values["plateau"]:
-            self.plateau = Plateau(**values["plateau"])
-        self.spikes = LossSpikes(**values["spikes"])
-        self.step, self.seconds = values["step"], values["seconds"]
-        self.skipped_updates = values["skipped_updates"]
-
-    def _make_room(self, saved: dict[str, torch.Tensor]) -> None:
-        """Give the optimizer the tensors that it otherwise makes in its first update, with anything in them."""
-        parameters, device = dict(self.model.named_parameters()), self.parameters[0].device
-        groups = dict(enumerate(self.optimizer.param_groups))
-        for name, tensor in saved.items():
-            part, _, rest = name.partition("/")
-            owner, _, key = rest.rpartition("/")
-            if part == "group" and int(owner) in groups:
-                groups[int(owner)][key] = torch.empty_like(tensor, device=device)
-            elif part == "optimizer" and owner in parameters:
-                parameter = parameters[owner].detach()
-                like = parameter if tensor.shape == parameter.shape else tensor  # as strided, if it can be
-                self.optimizer.state[parameters[owner]][key] = torch.empty_like(like, dtype=tensor.dtype, device=device)
-
-
-def fit(task: Task[Model], config: TrainConfig, out: str | Path, resume: bool = True) -> tuple[Model, dict[str, float]]:
+def fit(
+    task: Task[Model], config: TrainConfig, out: str | Path, resume: bool = True, world: World = ALONE
+) -> tuple[Model, dict[str, float]]:
     """Train a model to the end, or on to the end from the checkpoint of an earlier run.
 
     Args:
         task: the model and its data.
         config: how to train it.
         out: the folder of the text-to-image system. The averaged model is written to ``<kind>.safetensors``, and
-            ``checkpoints``, ``log.jsonl`` and ``skipped.jsonl`` to the folder ``<kind>``.
-        resume: go on from the newest intact checkpoint found there. Otherwise all are deleted.
+            ``checkpoints``, ``log.jsonl`` and ``skipped.jsonl`` to the folder ``<kind>``. Many machines must share it.
+        resume: go on from the newest intact checkpoint found there, of whatever number of processes. Otherwise all are
+            deleted.
+        world: the processes that train together. All must call this.
 
     Returns:
         the averaged model, on the CPU and in eval mode, and its metrics: those of the last validation as ``val_...``.
+        Of many processes only the first has the model's values; the others have it on the device "meta".
 
     Raises:
-        TrainingStopped: on SIGINT or SIGTERM, after saving.
+        TrainingStopped: on SIGINT or SIGTERM, to any of the processes, after saving.
         ValueError: the checkpoint belongs to another model, seed or batch size, or none is intact.
         TrainingDiverged: the loss is not finite any more.
     """
@@ -165,23 +86,25 @@ def fit(task: Task[Model], config: TrainConfig, out: str | Path, resume: bool = 
     folder = out / task.kind
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = fingerprint_of(task, config)
-    checkpoint = newest_checkpoint(folder / "checkpoints", fingerprint) if resume else None
+    checkpoint = world.ask_first(lambda: newest_checkpoint(folder / "checkpoints", fingerprint)) if resume else None
 
     if device.type == "cpu":
         keep_freed_memory()
-    state = new_state(task.model.to(device), config, task.scales)
+    state = new_state(task.model, config, task.scales, world)
     if checkpoint:
         state.load(*checkpoint)
-        set_random_state(checkpoint[1]["random"], device)
-    writer = CheckpointWriter(folder / "checkpoints", config.keep_checkpoints)
+        if world.is_first:  # whose it is; no training of many processes draws from it
+            set_random_state(checkpoint[1]["random"], device)
+    writer = CheckpointWriter(folder / "checkpoints", config.keep_checkpoints, world)
     if not resume:
-        writer.clear()
+        world.ask_first(writer.clear)
 
     metrics: dict[str, float] = {}  # the newest of each
-    meter, skipped_in_a_row = Meter(), 0
+    meter, skipped_in_a_row = Meter(world), 0
     start = time.perf_counter() - state.seconds
-    bar = tqdm(total=config.steps, initial=state.step, desc=task.kind, unit="step", disable=None)  # None: on a tty only
-    log = Log(folder / "log.jsonl", state.step, config.tensorboard)
+    hidden = None if world.is_first else True  # None: on a tty only
+    bar = tqdm(total=config.steps, initial=state.step, desc=task.kind, unit="step", disable=hidden)
+    log = Log(folder / "log.jsonl" if world.is_first else None, state.step, config.tensorboard)
     with stop_signals() as signals, writer, log, bar:
         batches = task.batches(state.step)
         while state.step < config.steps:
@@ -202,6 +125,7 @@ def fit(task: Task[Model], config: TrainConfig, out: str | Path, resume: bool = 
                     raise TrainingDiverged(f"gradient: expected a finite one, got none in {skipped_in_a_row} updates")
 
             last = state.step == config.steps
+            stop = world.largest(signals[0] if signals else 0)  # a signal to any process stops all, after this update
             bar.update()
             if last or state.step % config.log_every == 0:
                 counters = {"lr": lr, "skipped_updates": state.skipped_updates, "seconds": state.seconds}
@@ -213,47 +137,24 @@ def fit(task: Task[Model], config: TrainConfig, out: str | Path, resume: bool = 
                 metrics |= record
             if last or state.step % config.val_every == 0:
                 with state.average.in_model() as model:
-                    record = validate(task, model, device)
+                    record = validate(task, model, device, world)
                 log.write(state.step, record)
                 metrics |= record
-            if last or signals:
+            if last or stop:
                 with state.average.in_model() as model:
-                    save_model(model, out / f"{task.kind}.safetensors")
-            if last or signals or state.step % config.save_every == 0:
+                    export(model, out / f"{task.kind}.safetensors", world)
+            if last or stop or state.step % config.save_every == 0:
                 run = {"fingerprint": fingerprint, "random": random_state(device), **state.values()}
                 writer.save(state.step, state.tensors(), run)
                 task.report_skipped(folder / "skipped.jsonl")
-            if last or signals:
+            if last or stop:
                 writer.wait()
-            if signals:
-                raise TrainingStopped(signals[0], state.step)
+            if stop:
+                raise TrainingStopped(stop, state.step)
     state.average.swap()  # for good
-    model = state.model.cpu().eval().requires_grad_(False)
-    return model, metrics or {**validate(task, model, torch.device("cpu")), "seconds": state.seconds}
-
-
-def new_state(model: Model, config: TrainConfig, scales: Scales | None = None) -> State[Model]:
-    """The state before the first update."""
-    optimizer = AdamW16(parameter_groups(model, config), config.lr, config.betas, config.eps)
-    return State(model.train(), RunningAverage(model, config.ema_decay), optimizer, config.plateau(), scales)
-
-
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Groups for the optimizer: matrices and filters decay; gains, biases and embeddings do not.
-
-    ``lr_share`` of a group is what the step size is multiplied by for it, ``moments`` what its moments are stored in.
-    """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    groups: dict[tuple[float, float, str], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        decays = parameter.ndim >= 2 and id(parameter) not in embeddings and "embedding" not in name
-        moments = config.moments_of(name) if parameter.ndim >= 2 else "float32"
-        key = (config.weight_decay if decays else 0.0, config.lr_share(name), moments)
-        groups.setdefault(key, []).append(parameter)
-    return [
-        {"params": parameters, "weight_decay": weight_decay, "lr_share": lr_share, "moments": moments}
-        for (weight_decay, lr_share, moments), parameters in groups.items()
-    ]
+    model = state.model.eval().requires_grad_(False)
+    metrics = metrics or {**validate(task, model, device, world), "seconds": state.seconds}
+    return gather_model(model, world) if world.size > 1 else model.cpu(), metrics
 
 
 def update(
@@ -265,12 +166,13 @@ def update(
     may confine that to a resblock.
     """
     loss, metrics = task.loss(state.model, batch, state.step)
-    loss.backward()
+    backward(loss, state.model, state.world)
     factors = state.scales.factors() if state.scales else None
-    norm, nonfinite = gradient_norm([cast(torch.Tensor, p.grad) for p in state.parameters], factors)
+    gradients = [counted_here(cast(torch.Tensor, p.grad), state.world) for p in state.parameters]
+    loss, norm, nonfinite = of_all_processes(state, loss.detach(), *gradient_norm(gradients, factors))
     skip = state.scales.skip(nonfinite) if state.scales else nonfinite.any().expand_as(nonfinite)
     # All that the host must know, in one wait for the device.
-    made, blameless, value = torch.stack([loss.isfinite() & ~skip.all(), ~nonfinite.any(), loss.detach()]).tolist()
+    made, blameless, value = torch.stack([loss.isfinite() & ~skip.all(), ~nonfinite.any(), loss]).tolist()
     finite = bool(made)
     if not blameless:
         names: dict[torch.Tensor, str] = {p: name for name, p in state.model.named_parameters()}
@@ -291,16 +193,43 @@ def update(
     if state.scales:
         state.scales.update()
     state.optimizer.zero_grad()
-    return finite, {"loss": loss.detach(), "grad_norm": norm, **metrics}
+    return finite, {"loss": loss, "grad_norm": norm, **metrics}
+
+
+def of_all_processes(
+    state: State[Model], loss: torch.Tensor, norm: torch.Tensor, nonfinite: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The mean loss, the norm of all shards, and the parameters any of whose shards is not finite; by one message.
+
+    So that the processes decide alike, their scales learn here what any of them has found, too.
+    """
+    if state.world.size == 1:
+        return loss, norm, nonfinite
+    squares = norm.double().square() / state.world.copies  # every shard is there so many times
+    blocks = state.scales.nonfinite if state.scales else nonfinite.new_empty(0)
+    loss, squares, nonfinite, found = state.world.sum([loss / state.world.size, squares, nonfinite, blocks])
+    blocks.copy_(found > 0)
+    return loss.float(), squares.sqrt().float(), nonfinite > 0
 
 
 @torch.no_grad()
-def validate(task: Task[Model], model: Model, device: torch.device) -> dict[str, float]:
-    """Metrics over the held-out data as ``val_...``; nothing when there is none."""
-    meter = Meter()
-    for batch, size in task.validation():
-        meter.add(task.evaluate(model, to_device(batch, device)), size)
+def validate(task: Task[Model], model: Model, device: torch.device, world: World) -> dict[str, float]:
+    """Metrics over the held-out data as ``val_...``; nothing when there is none.
+
+    The processes take turns. One that is left without a batch must still compute, for the others need its shard.
+    """
+    meter, batches = Meter(world), iter(task.validation())
+    while turn := list(islice(batches, world.size)):
+        batch, size = turn[min(world.rank, len(turn) - 1)]
+        meter.add(task.evaluate(model, to_device(batch, device)), size if world.rank < len(turn) else 0)
     return {f"val_{name}": value for name, value in meter.result().items()}
+
+
+def export(model: Model, path: Path, world: World) -> None:
+    """Write the model to a file."""
+    whole = gather_model(model, world) if world.size > 1 else model
+    if world.is_first:
+        save_model(whole, path)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -11,32 +11,37 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import torch
+
+from ..distributed.world import ALONE, World
 
 Metrics = dict[str, torch.Tensor]
 
 
 class Meter:
-    """Running averages: scalars are averaged, vectors [K] are counts of codes and are added up."""
+    """Running averages over processes: scalars are averaged, vectors [K] are counts of codes and are added up."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: World = ALONE) -> None:
+        self._world = world
         self._sums: Metrics = {}
         self._weight = 0
 
     def add(self, metrics: Metrics, weight: int = 1) -> None:
+        """Take in the metrics of a batch; with weight 0 only their names, which must be the same in all processes."""
         for name, value in metrics.items():
-            value = value.detach() * weight if value.ndim == 0 else value
+            value = value.detach() * (weight if value.ndim == 0 else weight > 0)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._weight += weight
 
     def result(self) -> dict[str, float]:
         """The averages; counts become ``codes_used`` (codes seen at all) and ``code_perplexity``. Starts anew."""
         result: dict[str, float] = {}
-        for name, value in self._sums.items():
+        *sums, weight = self._world.sum([*self._sums.values(), torch.tensor(float(self._weight))])
+        for name, value in zip(self._sums, sums, strict=True):
             if value.ndim == 0:
-                result[name] = value.item() / self._weight
+                result[name] = value.item() / weight.item()
             else:
                 result["codes_used"] = int((value > 0).sum())
                 result["code_perplexity"] = perplexity(value)
@@ -103,12 +108,16 @@ class Log:
 
     Args:
         path: continued if it exists; records of steps after ``step`` are dropped, for a resumed run makes them again.
+            None writes nothing, for all processes but the first.
         step: where the run starts.
         tensorboard: also write event files to the folder ``tensorboard`` beside the file.
     """
 
-    def __init__(self, path: Path, step: int, tensorboard: bool = False) -> None:
+    def __init__(self, path: Path | None, step: int, tensorboard: bool = False) -> None:
         self._writer: Any = None
+        self._file: IO[str] | None = None
+        if path is None:
+            return
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -129,7 +138,7 @@ class Log:
 
         Lists and dicts, whose numbers must be finite, go to the JSONL file alone.
         """
-        if not record:
+        if not record or self._file is None:
             return
         numbers = {name: value for name, value in record.items() if not isinstance(value, (list, dict))}
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
@@ -145,7 +154,8 @@ class Log:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._writer:
             self._writer.close()
 

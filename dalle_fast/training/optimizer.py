@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
+from ..distributed.sharding import local
 from ..ops import adamw16
 from ..ops.adamw16 import check_option
 
@@ -23,6 +24,8 @@ class AdamW16(torch.optim.Optimizer):
     :func:`dalle_fast.adamw16`, which updates the group. The paper does so for the matrices of resblocks.
     ``moments="float32"``: torch's fused AdamW, to the bit. The paper does so for gains, biases, embeddings and
     unembeddings.
+
+    Of a sharded parameter, the shard of this process is updated, and its state has the moments of the shard.
 
     Nothing is read back on the host. In a state dict ``exp_avg`` and ``exp_avg_sq`` are the moments; those of 16 bits
     are bit patterns, int16.
@@ -122,13 +125,14 @@ class AdamW16(torch.optim.Optimizer):
     ) -> None:
         for p in params:
             if p not in self.state:
-                self.state[p] = {name: torch.zeros_like(p, dtype=torch.int16) for name in ("exp_avg", "exp_avg_sq")}
+                shard = local(p)
+                self.state[p] = {name: torch.zeros_like(shard, dtype=torch.int16) for name in ("exp_avg", "exp_avg_sq")}
         if "step" not in group:  # the updates that moved any of its parameters, counted on the device
             group["step"] = torch.zeros((), dtype=torch.int64, device=params[0].device)
         group["step"] += 1 if skip is None else ~skip.all()
         beta1, beta2 = group["betas"]
         adamw16(
-            params,
+            [local(p) for p in params],
             _gradients(params),
             [self.state[p]["exp_avg"] for p in params],
             [self.state[p]["exp_avg_sq"] for p in params],
@@ -153,8 +157,8 @@ class AdamW16(torch.optim.Optimizer):
     ) -> None:
         for p in params:
             if p not in self.state:
-                step = torch.zeros((), dtype=torch.float32, device=p.device)
-                self.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                step, shard = torch.zeros((), dtype=torch.float32, device=p.device), local(p)
+                self.state[p] = {name: torch.zeros_like(shard) for name in ("exp_avg", "exp_avg_sq")} | {"step": step}
         beta1, beta2 = group["betas"]
         # One call of torch's kernel has one divisor and one skip. Where these differ, each parameter takes a call.
         each = unscale is not None or skip is not None
@@ -167,7 +171,7 @@ class AdamW16(torch.optim.Optimizer):
         for some, divisor, skipped in zip(calls, divisors, skips, strict=True):
             states = [self.state[p] for p in some]
             adamw(
-                some,
+                [local(p) for p in some],
                 _gradients(some),
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
@@ -210,4 +214,4 @@ def _split(x: torch.Tensor | None, counts: list[int]) -> Sequence[torch.Tensor |
 
 
 def _gradients(params: Tensors) -> Tensors:
-    return [p.grad for p in params if p.grad is not None]
+    return [local(p.grad) for p in params if p.grad is not None]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..config import CLIPConfig, DALLEConfig, DVAEConfig
+from ..distributed.sharding import resblocks_of
 from ..mask import AttentionMask, layer_masks
 from ..models.precision import dtype_of
 from .config import TrainConfig, TrainDALLE
@@ -220,13 +221,20 @@ def dvae_activations(cfg: DVAEConfig) -> int:
 
 
 def plan_run(
-    model: nn.Module, cfg: CLIPConfig | DALLEConfig | DVAEConfig, config: TrainConfig, available: float
+    model: nn.Module,
+    cfg: CLIPConfig | DALLEConfig | DVAEConfig,
+    config: TrainConfig,
+    available: float,
+    shards: int = 1,
+    processes: int = 1,
 ) -> Plan:
-    """A training of this program on one device with so many bytes.
+    """A training of this program, on one of its devices, with so many bytes.
 
     Args:
         model: for its parameters' names and sizes; may be on the device ``meta``.
         cfg: its sizes.
+        shards: processes that share a copy of the parameters.
+        processes: all that train together, each on a device of its own, and share a batch.
     """
     parameters = moments = 0
     for name, parameter in model.named_parameters():
@@ -241,14 +249,20 @@ def plan_run(
         activations = clip_activations(cfg) if isinstance(cfg, CLIPConfig) else dvae_activations(cast(DVAEConfig, cfg))
         flops = 0
     needed: dict[str, float] = {
-        "parameters": FLOAT * parameters,
-        "gradients": FLOAT * parameters,
-        "moments": moments,
+        "parameters": FLOAT * parameters / shards,
+        "gradients": FLOAT * parameters / shards,
+        "moments": moments / shards,
     }
     if torch.device(config.device).type == "cpu":  # else it is in the memory of the host
-        needed["running average"] = FLOAT * parameters
-    needed["activations"] = activations * config.batch_size
+        needed["running average"] = FLOAT * parameters / shards
+    if processes > 1:
+        resblocks = [sum(p.numel() for p in resblock.parameters()) for resblock in resblocks_of(model)]
+        # Of resblocks one at work, one on its way, and a gradient; of all else the parameters and gradients.
+        needed["gathered parameters"] = FLOAT * (3 * max(resblocks) + 2 * (parameters - sum(resblocks)))
+    needed["activations"] = activations * config.batch_size / processes
     title = f"{parameters:,} parameters on {config.device}, a batch of {config.batch_size}; it needs"
+    if processes > 1:
+        title = f"{parameters:,} parameters on {processes} processes, a batch of {config.batch_size}; each needs"
     return Plan(title, needed, available, flops)
 
 

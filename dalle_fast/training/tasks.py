@@ -25,6 +25,7 @@ from ..data import (
     collate,
 )
 from ..data.loader import Corpus
+from ..distributed.world import ALONE, World, join_world
 from ..models import CLIP, DALLE, DiscreteVAE
 from ..models.precision import GradientScales, LossScale, Precision, Scales, dtype_of
 from ..models.transformer import TEXT_WEIGHT
@@ -59,8 +60,10 @@ def train_dvae(
     resume: bool = True,
 ) -> tuple[DiscreteVAE, dict[str, float]]:
     """Stage 1: learn image codes from the images of ``pairs``. Files, results and errors as in ``loop.fit``."""
-    check_memory(DiscreteVAE, model_cfg, train_cfg)
-    return fit(DVAETask(pairs, val_pairs, model_cfg, train_cfg), train_cfg, out, resume)
+    with join_world(train_cfg.device, train_cfg.parallel) as world:
+        check_memory(DiscreteVAE, model_cfg, train_cfg, world)
+        task = DVAETask(pairs, val_pairs, model_cfg, train_cfg, world)
+        return fit(task, train_cfg, out, resume, world)
 
 
 def train_clip(
@@ -73,8 +76,10 @@ def train_clip(
     resume: bool = True,
 ) -> tuple[CLIP, dict[str, float]]:
     """The reranker: learn which caption fits which image. Files, results and errors as in ``loop.fit``."""
-    check_memory(CLIP, model_cfg, train_cfg)
-    return fit(CLIPTask(pairs, val_pairs, tokenizer, model_cfg, train_cfg), train_cfg, out, resume)
+    with join_world(train_cfg.device, train_cfg.parallel) as world:
+        check_memory(CLIP, model_cfg, train_cfg, world)
+        task = CLIPTask(pairs, val_pairs, tokenizer, model_cfg, train_cfg, world)
+        return fit(task, train_cfg, out, resume, world)
 
 
 def train_dalle(
@@ -91,11 +96,15 @@ def train_dalle(
 
     Files, results and errors as in ``loop.fit``.
     """
-    check_memory(DALLE, model_cfg, train_cfg)
-    return fit(DALLETask(pairs, val_pairs, tokenizer, model_cfg, train_cfg, dvae), train_cfg, out, resume)
+    with join_world(train_cfg.device, train_cfg.parallel) as world:
+        check_memory(DALLE, model_cfg, train_cfg, world)
+        task = DALLETask(pairs, val_pairs, tokenizer, model_cfg, train_cfg, dvae, world)
+        return fit(task, train_cfg, out, resume, world)
 
 
-def check_memory(model_class: Callable[[Any], nn.Module], model_cfg: Any, train_cfg: TrainConfig) -> None:
+def check_memory(
+    model_class: Callable[[Any], nn.Module], model_cfg: Any, train_cfg: TrainConfig, world: World = ALONE
+) -> None:
     """Say on stderr what a training will need, before it takes any of it.
 
     Raises:
@@ -103,9 +112,11 @@ def check_memory(model_class: Callable[[Any], nn.Module], model_cfg: Any, train_
     """
     with torch.device("meta"):
         model = model_class(model_cfg)
-    plan = plan_run(model, model_cfg, train_cfg, available_memory(torch.device(train_cfg.device)))
+    available = available_memory(torch.device(train_cfg.device))
+    plan = plan_run(model, model_cfg, train_cfg, available, world.shards, world.size)
     refuse_what_cannot_fit(plan, train_cfg.batch_size)
-    print(plan, file=sys.stderr)
+    if world.is_first:
+        print(plan, file=sys.stderr)
 
 
 def new_model(model_class: Callable[[Any], nn.Module], model_cfg: Any, seed: int) -> Any:
@@ -127,12 +138,14 @@ class CorpusTask:
         sample: Callable[[Any, np.random.Generator], Sample],
         val_sample: Callable[[Any], Sample],
         config: TrainConfig,
+        world: World,
     ) -> None:
-        self._batches = Batches(pairs, config.batch_size, sample, config.seed, config.workers)
+        self._batches = Batches(pairs, config.batch_size, sample, config.seed, config.workers, world.rank, world.size)
+        self._world = world
         self._val_pairs = val_pairs
         self._val_sample = val_sample
         self._val_samples = config.val_samples
-        self._batch_size = config.batch_size
+        self._batch_size = config.batch_size // world.size
 
     def batches(self, start: int) -> Iterator[Batch]:
         return self._batches.iterate(start)
@@ -152,7 +165,9 @@ class CorpusTask:
                 samples = []
 
     def report_skipped(self, path: Path) -> None:
-        self._batches.write_report(path)
+        _, *others = self._world.gather(self._batches.skipped)
+        if self._world.is_first:
+            self._batches.write_report(path, others)
 
 
 # ---------------------------------------------------------------------------------------------- dVAE
@@ -171,16 +186,23 @@ class DVAETask(CorpusTask):
 
     kind = "dvae"
 
-    def __init__(self, pairs: Corpus, val_pairs: Corpus | None, model_cfg: DVAEConfig, train_cfg: TrainDVAE) -> None:
+    def __init__(
+        self,
+        pairs: Corpus,
+        val_pairs: Corpus | None,
+        model_cfg: DVAEConfig,
+        train_cfg: TrainDVAE,
+        world: World = ALONE,
+    ) -> None:
         size = model_cfg.image_size
-        super().__init__(
-            pairs, val_pairs, partial(_dvae_sample, size=size), partial(_dvae_val_sample, size=size), train_cfg
-        )
+        sample = partial(_dvae_sample, size=size)
+        super().__init__(pairs, val_pairs, sample, partial(_dvae_val_sample, size=size), train_cfg, world)
         self.config = train_cfg
         self.model: DiscreteVAE = new_model(DiscreteVAE, model_cfg, train_cfg.seed)
         if train_cfg.init_codes:
             steps = range(-(-INIT_IMAGES // train_cfg.batch_size))
-            images = torch.cat([self._batches.batch_at(step)["image"] for step in steps])
+            whole = Batches(pairs, train_cfg.batch_size, sample, train_cfg.seed)  # every process must start alike
+            images = torch.cat([whole.batch_at(step)["image"] for step in steps])
             self.model.init_codes(images, seed=train_cfg.seed)
         self.model.to(memory_format=torch.channels_last)  # twice as fast on a CPU
         self._loss_scale: LossScale | None = None
@@ -190,7 +212,8 @@ class DVAETask(CorpusTask):
 
     def loss(self, model: DiscreteVAE, batch: Batch, step: int) -> tuple[torch.Tensor, Metrics]:
         images = batch["image"].contiguous(memory_format=torch.channels_last)
-        seed = int(np.random.default_rng((self.config.seed, step)).integers(MAX_SEED))
+        key = (self.config.seed, step, *([self._world.rank] if self._world.rank else []))  # other noise in each process
+        seed = int(np.random.default_rng(key).integers(MAX_SEED))
         loss, metrics = model.loss(images, self.config.tau_at(step), self.config.beta_at(step), seed, self._dtype)
         return (self._loss_scale.multiply(loss) if self._loss_scale else loss), metrics
 
@@ -255,12 +278,18 @@ def _check_tokenizer(tokenizer: Tokenizer, model_cfg: CLIPConfig | DALLEConfig) 
 
 
 class CLIPTask(CorpusTask):
-    """Which caption belongs to which image of a batch. ``loss`` is contrastive."""
+    """Which caption belongs to which image of a batch. ``loss`` is contrastive, among the samples of all processes."""
 
     kind = "clip"
 
     def __init__(
-        self, pairs: Corpus, val_pairs: Corpus | None, tokenizer: Tokenizer, model_cfg: CLIPConfig, train_cfg: TrainCLIP
+        self,
+        pairs: Corpus,
+        val_pairs: Corpus | None,
+        tokenizer: Tokenizer,
+        model_cfg: CLIPConfig,
+        train_cfg: TrainCLIP,
+        world: World = ALONE,
     ) -> None:
         _check_tokenizer(tokenizer, model_cfg)
         size = model_cfg.image_size
@@ -270,11 +299,12 @@ class CLIPTask(CorpusTask):
             partial(_captioned_sample, size=size, tokenizer=tokenizer, bpe_dropout=False, caption_dropout=0.0),
             partial(_captioned_val_sample, size=size, tokenizer=tokenizer),
             train_cfg,
+            world,
         )
         self.model: CLIP = new_model(CLIP, model_cfg, train_cfg.seed)
 
     def loss(self, model: CLIP, batch: Batch, step: int) -> tuple[torch.Tensor, Metrics]:
-        return model.loss(batch["image"], batch["text"])
+        return model.loss(batch["image"], batch["text"], self._world.gather_batch)
 
     def evaluate(self, model: CLIP, batch: Batch) -> Metrics:
         loss, metrics = model.loss(batch["image"], batch["text"])
@@ -294,6 +324,7 @@ class DALLETask(CorpusTask):
         model_cfg: DALLEConfig,
         train_cfg: TrainDALLE,
         dvae: DiscreteVAE | None,
+        world: World = ALONE,
     ) -> None:
         _check_tokenizer(tokenizer, model_cfg)
         grid = (model_cfg.height, model_cfg.width)
@@ -308,15 +339,16 @@ class DALLETask(CorpusTask):
             bpe_dropout=train_cfg.bpe_dropout,
             caption_dropout=train_cfg.caption_dropout,
         )
-        super().__init__(
-            pairs, val_pairs, sample, partial(_captioned_val_sample, size=size, tokenizer=tokenizer), train_cfg
-        )
+        val_sample = partial(_captioned_val_sample, size=size, tokenizer=tokenizer)
+        super().__init__(pairs, val_pairs, sample, val_sample, train_cfg, world)
         self.model: DALLE = new_model(DALLE, model_cfg, train_cfg.seed)
         dtype = dtype_of(train_cfg.resblock_dtype, train_cfg.device)
         scales = None
         if dtype != torch.float32:
             resblocks = [resblock for _, resblock in self.model.resblocks()]
-            self.scales = scales = GradientScales(resblocks, skipping=train_cfg.skip_overflow, device=train_cfg.device)
+            self.scales = scales = GradientScales(
+                resblocks, world.size, skipping=train_cfg.skip_overflow, device=train_cfg.device
+            )
         self._precision = Precision(dtype, train_cfg.recompute, scales)
         self._dvae = dvae
         if dvae is not None:

@@ -1,0 +1,133 @@
+"""Many processes train what one does: four of them, as one, two or four machines."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training_helpers import checkpoint, part, same
+
+from dalle_fast.distributed.world import ALONE, join_world
+from dalle_fast.models import load_model
+
+TESTS = Path(__file__).parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"}
+PARALLEL = ("2x2", "1x4", "ddp")
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("many")
+
+
+@pytest.fixture(scope="module")
+def said(out) -> dict[str, list[dict]]:
+    """What the processes of each training had to say, by rank."""
+    command = [sys.executable, str(TESTS / "many_processes.py"), str(out)]
+    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def log(folder: Path, kind: str) -> list[dict]:
+    lines = (folder / kind / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def assert_close(got: list[dict], expected: list[dict], rtol: float) -> None:
+    """The same records of a log, to rounding."""
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=rtol), (name, a["step"])
+
+
+@pytest.mark.parametrize("layout", PARALLEL)
+def test_many_processes_train_what_one_does(layout, said, out):
+    one, many = out / "float32 one", out / f"float32 {layout}"
+    assert_close(log(many, "dalle"), log(one, "dalle"), rtol=1e-5)
+    exported, expected = (load_model(folder / "dalle.safetensors").state_dict() for folder in (many, one))
+    torch.testing.assert_close(exported, expected, rtol=1e-3, atol=1e-5)  # Adam divides small gradients by as small
+
+
+def test_each_process_holds_its_shards_only(said):
+    total = said["float32 one"][0]["parameters"]
+    for layout, shards in {"2x2": 2, "1x4": 4, "ddp": 1}.items():
+        held = [process["parameters"] for process in said[f"float32 {layout}"]]
+        assert sum(held) == total * 4 / shards
+        assert max(held) < 1.01 * total / shards
+        assert [process["device"] for process in said[f"float32 {layout}"]] == ["cpu", "meta", "meta", "meta"]
+
+
+def test_a_gradient_that_is_not_finite_in_one_process_skips_the_update_in_all(said, out):
+    one, many = said["float16 one"][0]["scales"], [process["scales"] for process in said["float16 2x2"]]
+    assert many == [many[0]] * 4
+    scales = torch.tensor(many[0])  # [updates, resblocks]
+    assert (scales[1] < scales[0]).all()
+    assert (scales[2] > scales[1]).all()
+    torch.testing.assert_close(scales, 4 * torch.tensor(one))
+    got, expected = (
+        [record for record in log(out / f"float16 {layout}", "dalle") if "log2_scales" not in record]
+        for layout in ("2x2", "one")
+    )
+    assert_close(got, expected, rtol=1e-3)
+    assert [record["skipped_updates"] for record in got if "lr" in record] == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("layout", ["one", "1x4", "4x1"])
+def test_a_checkpoint_is_resumed_by_other_processes_bit_by_bit(layout, said, out):
+    saved, resumed = (checkpoint(out / name, "dalle") for name in ("float16 2x2", f"resaved {layout}"))
+    assert "scales/scale" in saved
+    assert any(value.dtype == torch.int16 for value in part(saved, "optimizer").values())
+    assert same({**resumed, "random": saved["random"]}, saved)
+
+
+def test_clip_tells_captions_from_those_of_all_processes(said, out):
+    got, expected = (
+        [record for record in log(out / f"clip {layout}", "clip") if "loss" in record] for layout in ("2x2", "one")
+    )
+    assert_close(got, expected, rtol=1e-4)
+
+
+def test_the_dvae_trains_in_many_processes(said, out):
+    values = {process["val_loss"] for process in said["dvae 2x2"]}
+    assert len(values) == 1
+    assert load_model(out / "dvae 2x2" / "dvae.safetensors", "dvae")
+
+
+@pytest.mark.parametrize(
+    ("environment", "device", "message"),
+    [
+        ({"LOCAL_WORLD_SIZE": "2"}, "cuda:0", "device: expected one of cpu, cuda with many processes, got cuda:0"),
+        ({}, "cpu", "expected LOCAL_WORLD_SIZE to be a number, as torchrun sets it, got None"),
+        ({"LOCAL_WORLD_SIZE": "3"}, "cpu", "got RANK=1, WORLD_SIZE=4, LOCAL_WORLD_SIZE=3"),
+        ({"LOCAL_WORLD_SIZE": "2", "RANK": "4"}, "cpu", "got RANK=4, WORLD_SIZE=4, LOCAL_WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "many"}, "cpu", "expected WORLD_SIZE to be a number, as torchrun sets it, got many"),
+    ],
+)
+def test_an_environment_that_torchrun_would_not_make_is_refused(environment, device, message, monkeypatch):
+    for name, value in ({"RANK": "1", "WORLD_SIZE": "4"} | environment).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=re.escape(message)), join_world(device):
+        pass
+
+
+def test_without_torchrun_there_is_one_process(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with join_world("cpu") as world:
+        assert world is ALONE
+    assert (world.rank, world.size, world.copies, world.shard) == (0, 1, 1, 0)
+    assert world.ask_first(lambda: 3) == world.largest(3) == 3
+    assert world.gather("a") == ["a"]
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_update(said, out):
+    assert [process["stopped"] for process in said["stopped 2x2"]] == [[signal.SIGTERM, 2]] * 4
+    assert checkpoint(out / "stopped 2x2", "dalle")["step"] == 2
+    assert load_model(out / "stopped 2x2" / "dalle.safetensors")
