@@ -12,7 +12,7 @@ import tyro
 from tyro.conf import subcommand
 
 from .commands.about import info, plan, plot
-from .commands.data import data, encode
+from .commands.data import dedup, emoji, encode, filter_, index
 from .commands.pictures import demo, generate, reconstruct
 from .commands.train import training_commands
 from .config import PRESETS
@@ -24,8 +24,9 @@ DOC = "DALL-E (2021): train it, and draw pictures for captions."
 def _parse(args: Sequence[str]) -> None:
     """Find the command that the arguments name, and run it."""
     top: dict[str, Any] = {"demo": demo, "generate": generate, "reconstruct": reconstruct, "encode": encode}
-    top |= {"data": data, "plot": plot, "plan": plan, "info": info}
+    top |= {"plot": plot, "plan": plan, "info": info}
     groups: dict[str, tuple[str, dict[str, Any]]] = {
+        "data": ("Make and prepare data.", {"emoji": emoji, "index": index, "filter": filter_, "dedup": dedup}),
         "train": ("Train one of the four parts of a system.", training_commands(_preset(args))),
     }
     every = top | {f"{group} {name}": f for group, (_, commands) in groups.items() for name, f in commands.items()}

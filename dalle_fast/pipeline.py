@@ -39,9 +39,14 @@ def load_dvae(system: Path) -> DiscreteVAE:
     return load_model(_part(system, "dvae", "dvae.safetensors"), "dvae")
 
 
-def dvae_fingerprint(system: Path) -> str:
-    """Which dVAE codes are from: the hash of its file."""
-    return sha256_of(_part(system, "dvae", "dvae.safetensors"))
+def load_clip(system: Path) -> CLIP:
+    """The CLIP of a system; FileNotFoundError names the command that makes one."""
+    return load_model(_part(system, "clip", "clip.safetensors"), "clip")
+
+
+def fingerprint(system: Path, model: str) -> str:
+    """Which ``dvae``, ``clip`` or ``dalle`` a system has: the hash of its file."""
+    return sha256_of(_part(system, model, f"{model}.safetensors"))
 
 
 def _part(system: Path, name: str, file: str) -> Path:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dalle_fast.data import Batches, BrokenSample, EncodedPairs, Pair, Skipped, encoded, write_encoded
+from dalle_fast.data import Batches, BrokenSample, Pair, Skipped
 from dalle_fast.data.augment import augment_dvae
 from dalle_fast.data.loader import collate
 from dalle_fast.data.permutation import mixed, round_keys, shuffled
@@ -287,62 +287,3 @@ def test_collate_keeps_types() -> None:
     }
     assert batch["codes"].shape == (2, 2, 2)
     assert batch["name"] == ["x", "x"]
-
-
-# ---------------------------------------------------------------------------------------------- encoded
-
-
-def codes_and_captions(n: int) -> list[tuple[np.ndarray, str]]:
-    rng = np.random.default_rng(0)
-    return [(rng.integers(0, 65536, (3, 4)), f"caption {i}\n\u2028 ü") for i in range(n)]
-
-
-def test_encoded_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoded, "SHARD_SIZE", 4)
-    samples = codes_and_captions(10)
-    assert write_encoded(tmp_path / "codes", iter(samples), fingerprint="abc") == 10
-    assert [path.name for path in tmp_path.iterdir()] == ["codes"]
-    pairs = EncodedPairs(tmp_path / "codes")
-    assert (len(pairs), pairs.grid, pairs.fingerprint) == (10, (3, 4), "abc")
-    for i, (codes, caption) in enumerate(samples):
-        assert pairs[i].codes.dtype == np.int64
-        assert np.array_equal(pairs[i].codes, codes)
-        assert pairs[i].caption == caption
-    with pytest.raises(IndexError):
-        pairs[10]
-    batch = Batches(pairs, 5, lambda pair, _: pair._asdict(), seed=0).batch_at(0)
-    assert batch["codes"].shape == (5, 3, 4)
-
-
-def test_changed_encoded_files_are_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "codes"
-    write_encoded(folder, codes_and_captions(3), fingerprint="abc")
-    for name in ("codes-00000.npy", "captions.jsonl", "meta.json"):
-        whole = (folder / name).read_bytes()
-        for content in (whole[:-20], b"x" + whole[1:]):
-            (folder / name).write_bytes(content)
-            with pytest.raises(ValueError, match="encoded pairs: expected"):
-                EncodedPairs(folder)
-        (folder / name).unlink()
-        with pytest.raises(ValueError, match="encoded pairs: expected"):
-            EncodedPairs(folder)
-        (folder / name).write_bytes(whole)
-    assert len(EncodedPairs(folder)) == 3
-
-
-def test_failed_writes_leave_nothing(tmp_path: Path) -> None:
-    good = codes_and_captions(2)
-    bad_samples = {
-        "at least one": [],
-        "expected integers": [*good, (np.zeros((2, 2), np.int64), "another grid")],
-        "expected integers.*float": [(np.zeros((3, 4)), "floats")],
-        "0 to 65535": [(np.full((3, 4), 65536), "too large")],
-    }
-    for match, samples in bad_samples.items():
-        with pytest.raises(ValueError, match=match):
-            write_encoded(tmp_path / "codes", samples, fingerprint="abc")
-        assert list(tmp_path.iterdir()) == []
-    write_encoded(tmp_path / "codes", good, fingerprint="abc")
-    with pytest.raises(ValueError, match="output folder: expected a new or empty one"):
-        write_encoded(tmp_path / "codes", good, fingerprint="abc")
-    assert len(EncodedPairs(tmp_path / "codes")) == 2

@@ -115,7 +115,8 @@ def test_encoded_images_train_the_transformer(system, corpus, tmp_path, capsys):
     result = run("encode", "--data", corpus, "--out", tmp_path / "codes", "--model", system, "--batch-size", 2)
     assert result.returncode == 0, result.stderr
     assert "5 images as 4 x 4 codes" in result.stdout
-    assert "1 broken samples left out, the first: 5.png" in result.stderr
+    assert "1 broken samples left out, named in" in result.stderr
+    assert '"name": "5.png"' in (tmp_path / "codes" / "skipped.jsonl").read_text()
     encoded = EncodedPairs(tmp_path / "codes")
     assert (len(encoded), encoded.grid, encoded[0].caption) == (5, (4, 4), "picture 0")
 
@@ -212,6 +213,9 @@ def test_ctrl_c_saves(corpus, tmp_path):
             ["train", "dvae", "--data", "scenes", "--out", "x", "--model.image-size", "33"],
             "image_size: expected a multiple",
         ),
+        (["data", "index", "nowhere"], "shards: expected a .tar, a folder of them or a glob, got nowhere"),
+        (["data", "filter", "--data", "scenes", "--out", "x", "--language", "xx"], "language: expected one of ar, cs"),
+        (["data", "dedup", "--data", "scenes", "--out", "x", "--batch-size", "0"], "batch_size: expected 1 or more"),
         (["data", "emoji", "--out", "x", "--font", "none.ttf"], "font: expected Noto Color Emoji"),
     ],
 )

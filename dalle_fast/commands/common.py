@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -26,11 +25,12 @@ def open_source(source: str) -> Pairs:
     from ..data import open_pairs
 
     pairs = open_pairs(source)
-    report(f"samples of {source}", [f"{name}: {reason}" for name, reason in pairs.skipped])
+    report_skipped(source, pairs)
     return pairs
 
 
-def report(what: str, names: Sequence[object]) -> None:
-    """Say on stderr what was left out."""
-    if names:
-        print(f"{len(names)} {what} left out, the first: {names[0]}", file=sys.stderr)
+def report_skipped(source: str, pairs: Pairs) -> None:
+    """Say on stderr what a source left out."""
+    if skipped := len(pairs.skipped):
+        first = next(iter(pairs.skipped))
+        print(f"{skipped} samples of {source} left out, the first: {first.name}: {first.reason}", file=sys.stderr)

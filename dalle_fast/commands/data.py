@@ -2,60 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
-from .common import Model, Source, open_source, report
+from ..config import Filters
+from .common import Model, Source, open_source, report_skipped
 
-if TYPE_CHECKING:
-    import numpy as np
+FILTERS = Filters()
 
 
-def encode(data: Source, out: Path, model: Model = "tiny", batch_size: int = 64) -> None:
+def encode(
+    data: Source,
+    out: Path,
+    model: Model = "tiny",
+    draws: int = 1,
+    seed: int = 0,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str = "cpu",
+) -> None:
     """Encode the images of a source once, so that training the transformer need not do it again and again.
+
+    A run that was stopped goes on when started again. Under torchrun the processes share the work.
 
     Args:
         out: New folder for codes and captions; ``train dalle --data`` takes it.
+        draws: Augmentation draws of each picture, another one for each epoch of training; 1 is its central square.
+        seed: Of the draws.
         batch_size: Images encoded together.
+        workers: Processes that read and augment images; 0 does it in this one.
+        device: Where the dVAE runs.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
-    from ..data import BrokenSample, center_crop_resize, collate, write_encoded
-    from ..pipeline import dvae_fingerprint, find_system, load_dvae
+    from ..data import encode_pairs
+    from ..pipeline import find_system, fingerprint, load_dvae
 
     system = find_system(model)
-    dvae = load_dvae(system)
+    where = _device(device)
+    dvae, (rank, ranks) = load_dvae(system).to(where), _rank()
     pairs = open_source(data)
-    broken: list[str] = []
+    encoded = encode_pairs(
+        out,
+        pairs,
+        lambda images: dvae.encode(images.to(where)),
+        image_size=dvae.cfg.image_size,
+        grid=(dvae.cfg.grid, dvae.cfg.grid),
+        fingerprint=fingerprint(system, "dvae"),
+        draws=draws,
+        seed=seed,
+        batch_size=batch_size,
+        workers=workers,
+        rank=rank,
+        ranks=ranks,
+    )
+    if encoded is None:
+        print(f"{out}: this process has done its part; others have not")
+        return
+    if broken := encoded.skipped_count - len(pairs.skipped):
+        print(f"{broken} broken samples left out, named in {out / 'skipped.jsonl'}", file=sys.stderr)
+    each = f" in {draws} draws" if draws > 1 else ""
+    print(f"{out}: {len(encoded)} images as {dvae.cfg.grid} x {dvae.cfg.grid} codes{each}")
 
-    def samples() -> Iterator[tuple[np.ndarray, str]]:
-        batch: list[dict[str, Any]] = []
-        for i in range(len(pairs)):
-            try:
-                image, caption = pairs[i]
-                batch.append({"image": center_crop_resize(image, dvae.cfg.image_size), "caption": caption})
-            except BrokenSample as error:
-                broken.append(str(error))
-            if batch and (len(batch) == batch_size or i == len(pairs) - 1):
-                whole = collate(batch)
-                yield from zip(dvae.encode(whole["image"]).numpy(), whole["caption"], strict=True)
-                batch.clear()
 
-    count = write_encoded(out, samples(), dvae_fingerprint(system))
-    report("broken samples", broken)
-    print(f"{out}: {count} images as {dvae.cfg.grid} x {dvae.cfg.grid} codes")
-
-
-def data(
-    corpus: Positional[Literal["emoji"]], out: Path, size: int = 64, language: str = "en", font: Path | None = None
-) -> None:
+def emoji(out: Path, size: int = 64, language: str = "en", font: Path | None = None) -> None:
     """Make a corpus: the emoji of Noto Color Emoji with their names, in folders train and val.
 
     Args:
-        corpus: Which corpus.
         out: New folder.
         size: Edge of the pictures in pixels.
         language: Of the captions, such as en, de, ja.
@@ -64,3 +79,102 @@ def data(
     from ..data.emoji import make_emoji_corpus
 
     make_emoji_corpus(out, size, language, font)
+
+
+def index(shards: Positional[str], workers: int | None = None) -> None:
+    """Index tar shards in advance: where each image and caption is. Training does it by itself when it is missing.
+
+    Args:
+        shards: A .tar, a folder of them, or a glob such as "shards/*.tar".
+        workers: Processes; none is one for each processor.
+    """
+    from ..data.pairs import find_shards
+    from ..data.shards import ShardPairs
+
+    paths = find_shards(shards)
+    if not paths:
+        raise ValueError(f"shards: expected a .tar, a folder of them or a glob, got {shards}")
+    pairs = ShardPairs(paths, workers)
+    report_skipped(shards, pairs)
+    print(f"{shards}: {len(pairs)} pairs in {len(paths)} shards")
+
+
+def filter_(data: Source, out: Path, filters: Annotated[Filters, arg(name="")] = FILTERS, workers: int = 0) -> None:
+    """Leave out pairs as the paper did: by length, language and boilerplate of captions, by aspect ratio of images.
+
+    No image is copied or decoded. The folder names in dropped.jsonl what is left out, and why.
+
+    Args:
+        out: New folder, a source of those that are kept.
+        workers: Processes that share the work; 0 does it in this one.
+    """
+    from ..data import filter_pairs
+
+    pairs = open_source(data)
+    _print_view(out, len(pairs), filter_pairs(out, data, pairs, filters, workers))
+
+
+def dedup(
+    data: Source,
+    out: Path,
+    model: Model = "tiny",
+    threshold: float = 0.98,
+    embeddings: Path | None = None,
+    exact_up_to: int = 1_000_000,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: str = "cpu",
+) -> None:
+    """Leave out near-duplicate images, by the embeddings of a CLIP: of those alike, the first stays.
+
+    No image is copied. The folder names in dropped.jsonl what is left out, and what it is alike. A run that was stopped
+    goes on when started again; under torchrun the processes share the embedding.
+
+    Args:
+        out: New folder, a source of those that are kept.
+        threshold: Least cosine of near-duplicates. Depends on the CLIP.
+        embeddings: Folder for the embeddings; none is OUT.embeddings.
+        exact_up_to: Pairs of which all are compared; of more, nearly all likely ones are (usearch).
+        batch_size: Images embedded together.
+        workers: Processes that read images; 0 does it in this one.
+        device: Where CLIP runs.
+    """
+    from ..data import drop_duplicates, embed_pairs
+    from ..pipeline import find_system, fingerprint, load_clip
+
+    system = find_system(model)
+    where = _device(device)
+    clip, (rank, ranks) = load_clip(system).to(where).requires_grad_(False), _rank()
+    pairs = open_source(data)
+    folder = embeddings or out.with_name(out.name + ".embeddings")
+    complete = embed_pairs(
+        folder,
+        pairs,
+        lambda images: clip.encode_image(images.to(where)),
+        image_size=clip.cfg.image_size,
+        fingerprint=fingerprint(system, "clip"),
+        batch_size=batch_size,
+        workers=workers,
+        rank=rank,
+        ranks=ranks,
+    )
+    if complete and rank == 0:
+        _print_view(out, len(pairs), drop_duplicates(out, data, pairs, folder, threshold, exact_up_to, where))
+    else:
+        print(f"{folder}: this process has done its part; when all have, the same command goes on")
+
+
+def _print_view(out: Path, pairs: int, dropped: dict[str, int]) -> None:
+    print(f"{out}: {pairs - sum(dropped.values()):,} of {pairs:,} pairs kept")
+    for reason, count in sorted(dropped.items(), key=lambda item: -item[1]):
+        print(f"{count:>12,}  {reason}")
+
+
+def _rank() -> tuple[int, int]:
+    """Which of how many processes this is."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _device(device: str) -> str:
+    """A device of its own for each process that torchrun started on a machine."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device

@@ -91,12 +91,12 @@ def training_commands(preset: str) -> dict[str, Any]:
 def _open_or_encoded(source: str, system: Path) -> Pairs | EncodedPairs:
     """A source of images, or codes that the dVAE of this system made."""
     from ..data import EncodedPairs
-    from ..pipeline import dvae_fingerprint
+    from ..pipeline import fingerprint
 
-    if not (Path(source) / "meta.json").is_file():
+    if not any((Path(source) / name).is_file() for name in ("meta.json", "settings.json")):
         return open_source(source)
     pairs = EncodedPairs(source)
-    if pairs.fingerprint != dvae_fingerprint(system):
+    if pairs.fingerprint != fingerprint(system, "dvae"):
         raise ValueError(f"data: expected codes of the dVAE in {system}, got another dVAE's in {source}")
     return pairs
 

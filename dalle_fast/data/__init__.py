@@ -1,7 +1,10 @@
 """Captioned images: where they come from, what training sees of them, batches by step number."""
 
 from .augment import augment_dalle, augment_dvae, center_crop_resize
-from .encoded import EncodedPair, EncodedPairs, write_encoded
+from .curate import filter_pairs
+from .duplicates import drop_duplicates, embed_pairs
+from .encoded import EncodedPair, EncodedPairs
+from .encoding import encode_pairs
 from .loader import Batches, collate
 from .pairs import BrokenSample, Pair, Pairs, Skipped, open_pairs
 
@@ -17,6 +20,9 @@ __all__ = [
     "augment_dvae",
     "center_crop_resize",
     "collate",
+    "drop_duplicates",
+    "embed_pairs",
+    "encode_pairs",
+    "filter_pairs",
     "open_pairs",
-    "write_encoded",
 ]

@@ -1,24 +1,31 @@
 """Image codes and captions on disk: what the transformer trains on when images are encoded once.
 
-A folder of ``codes-00000.npy``, ... (uint16 [n, h, w], 65,536 samples each), ``captions.jsonl`` (a JSON string per
-line) and ``meta.json`` (count, grid, the dVAE's fingerprint, the SHA-256 of every file).
+The folder that :func:`dalle_fast.data.encoding.encode_pairs` writes holds ``shard-00000``, ``shard-00001``, ...:
+
+- ``codes.npy``: uint16 [n, draws, h, w], the codes of each picture in each of its augmentation draws;
+- ``captions.txt``: UTF-8, each caption followed by a newline;
+- ``index.npy``: [n] of ``end``, uint64, the byte of the caption's newline, and ``crc``, uint32 [draws], the CRC-32 of
+  a draw's codes followed by the caption;
+- ``skipped.jsonl``: which pictures could not be read.
+
+``meta.json``, written when all shards are there, says how the codes were made and how large each file is;
+``skipped.jsonl`` is that of all shards, after what the source itself had skipped.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from .folders import new_folder
-
-SHARD_SIZE = 65536
-_FORMAT = "dalle_fast.encoded"
-_CAPTIONS = "captions.jsonl"
+FORMAT = "dalle_fast.encoded.2"
+META, CODES, CAPTIONS, INDEX = "meta.json", "codes.npy", "captions.txt", "index.npy"
 
 
 class EncodedPair(NamedTuple):
@@ -28,98 +35,136 @@ class EncodedPair(NamedTuple):
     caption: str
 
 
-def write_encoded(folder: str | Path, samples: Iterable[tuple[np.ndarray, str]], fingerprint: str) -> int:
-    """Write the samples to a new folder, atomically.
+class _Shard(NamedTuple):
+    """The files of a shard, mapped into memory."""
 
-    Args:
-        samples: codes, integers [h, w] from 0 to 65535, and caption; all of one grid.
-        fingerprint: which dVAE the codes are from.
+    codes: np.ndarray  # uint16 [n, draws, h, w]
+    text: memoryview
+    ends: np.ndarray  # uint64 [n]
+    checksums: np.ndarray  # uint32 [n, draws]
 
-    Returns:
-        the number of samples.
 
-    Raises:
-        ValueError: the folder is not new, there are no samples, or codes do not fit.
-    """
-    with new_folder(folder) as partial:
-        shard: list[np.ndarray] = []
-        names: list[str] = []
-        grid: tuple[int, ...] = ()
-        count = 0
+def index_type(draws: int) -> np.dtype[Any]:
+    return np.dtype([("end", "<u8"), ("crc", "<u4", (draws,))])
 
-        def write_shard() -> None:
-            names.append(f"codes-{len(names):05d}.npy")
-            np.save(partial / names[-1], np.stack(shard))
-            shard.clear()
 
-        with (partial / _CAPTIONS).open("w", encoding="utf-8") as captions:
-            for codes, caption in samples:
-                grid = grid or codes.shape
-                if codes.ndim != 2 or codes.shape != grid or codes.dtype.kind not in "iu":
-                    raise ValueError(
-                        f"codes: expected integers {list(grid) if len(grid) == 2 else '[h, w]'}, "
-                        f"got {codes.dtype} {list(codes.shape)}"
-                    )
-                if codes.min() < 0 or codes.max() > 65535:
-                    raise ValueError(f"codes: expected 0 to 65535, got {codes.min()} to {codes.max()}")
-                shard.append(codes.astype(np.uint16))
-                captions.write(json.dumps(caption) + "\n")
-                count += 1
-                if len(shard) == SHARD_SIZE:
-                    write_shard()
-            if shard:
-                write_shard()
-        if not count:
-            raise ValueError("samples: expected at least one, got none")
-        meta = {
-            "format": _FORMAT,
-            "fingerprint": fingerprint,
-            "grid": list(grid),
-            "count": count,
-            "sha256": {name: sha256_of(partial / name) for name in [*names, _CAPTIONS]},
-        }
-        (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-    return count
+def checksum(codes: np.ndarray, caption: bytes) -> int:
+    """CRC-32 of uint16 [h, w] and the caption."""
+    return zlib.crc32(caption, zlib.crc32(np.ascontiguousarray(codes).data))
+
+
+def write_shard(folder: Path, codes: np.ndarray, captions: list[str]) -> None:
+    """Write codes, uint16 [n, draws, h, w], and their n captions."""
+    index = np.empty(len(captions), index_type(codes.shape[1]))
+    end = 0
+    with (folder / CAPTIONS).open("wb") as file:
+        for row, caption in enumerate(captions):
+            text = caption.encode()
+            end += file.write(text)
+            index[row] = end, [checksum(draw, text) for draw in codes[row]]
+            end += file.write(b"\n")
+    np.save(folder / CODES, codes)
+    np.save(folder / INDEX, index)
 
 
 class EncodedPairs:
-    """What :func:`write_encoded` wrote, by index; codes are read as they are asked for.
+    """Codes and captions by index, read from the disk as they are asked for; each read is checked by its CRC-32.
+
+    A picture has ``draws`` codes; ``pairs[i]`` is the first, :meth:`draw` any.
 
     Raises:
-        ValueError: the folder is something else, or a file is missing, truncated or changed (all are hashed).
+        ValueError: the folder is something else or not finished, a file of it is missing or of another size; when a
+            pair is read, it is not what was written. The message names the shard.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        folder = Path(folder)
+        self._folder = folder = Path(folder)
         try:
-            meta = json.loads((folder / "meta.json").read_text())
-            if meta["format"] != _FORMAT:
-                raise ValueError(f"got the format {meta['format']}")
+            meta = json.loads((folder / META).read_text())
+            if meta["format"] != FORMAT:
+                raise ValueError(f"got the format {meta['format']}, expected {FORMAT}")
             self.fingerprint: str = meta["fingerprint"]
             self.grid: tuple[int, int] = tuple(meta["grid"])
-            self._count: int = meta["count"]
-            hashes: dict[str, str] = meta["sha256"]
+            self.draws: int = meta["draws"]
+            self.skipped_count: int = meta["skipped"]  # pictures that are not here, named in skipped.jsonl
+            self._names = [shard["name"] for shard in meta["shards"]]
+            self._ends = np.cumsum([shard["count"] for shard in meta["shards"]])
+            self._sizes: list[dict[str, int]] = [shard["bytes"] for shard in meta["shards"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"encoded pairs: expected a folder with meta.json, got {folder} ({error})") from None
-        for name, expected in hashes.items():
-            if not (folder / name).is_file():
-                raise ValueError(f"encoded pairs: expected {folder / name}, got no such file")
-            if sha256_of(folder / name) != expected:
-                raise ValueError(f"encoded pairs: expected {folder / name} as it was written, got a changed file")
-        self._shards = [np.load(folder / name, mmap_mode="r") for name in sorted(hashes) if name != _CAPTIONS]
-        self._captions = (folder / _CAPTIONS).read_bytes()
-        self._line_ends = np.flatnonzero(np.frombuffer(self._captions, np.uint8) == ord("\n"))
+            unfinished = " of a finished encoding" if (folder / "settings.json").is_file() else ""
+            raise ValueError(
+                f"encoded pairs: expected a folder with {META}{unfinished}, got {folder} ({error})"
+            ) from None
+        for name, sizes in zip(self._names, self._sizes, strict=True):
+            for file, size in sizes.items():
+                path = folder / name / file
+                got = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
+                if got != f"{size} bytes":
+                    raise ValueError(f"encoded pairs: expected {size} bytes in {path}, got {got}")
+        self._shards: dict[int, _Shard] = {}
 
     def __len__(self) -> int:
-        return self._count
+        return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> EncodedPair:
-        if not 0 <= index < self._count:
-            raise IndexError(f"index: expected 0 to {self._count - 1}, got {index}")
-        shard, row = divmod(index, SHARD_SIZE)
-        begin = self._line_ends[index - 1] + 1 if index else 0
-        caption = json.loads(self._captions[begin : self._line_ends[index]])
-        return EncodedPair(self._shards[shard][row].astype(np.int64), caption)
+        return self.draw(index, 0)
+
+    def draw(self, index: int, draw: int) -> EncodedPair:
+        """A pair with the codes of one of its augmentation draws."""
+        number, row = self._place(index)
+        if not 0 <= draw < self.draws:
+            raise IndexError(f"draw: expected 0 to {self.draws - 1}, got {draw}")
+        shard = self._shards.get(number) or self._open(number)
+        codes, text = shard.codes[row, draw], _caption(shard, row)
+        if checksum(codes, text) != shard.checksums[row, draw]:
+            path = self._folder / self._names[number]
+            raise ValueError(
+                f"encoded pairs: expected {path} as it was written, got other bytes in its sample {row}; "
+                "delete this shard and encode again, which makes no other one"
+            )
+        return EncodedPair(codes.astype(np.int64), text.decode())
+
+    def captions(self) -> Iterator[str]:
+        """All captions in order."""
+        for index in range(len(self)):
+            yield self[index].caption
+
+    def __reduce__(self) -> Any:  # the maps stay with their process
+        return EncodedPairs, (self._folder,)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The shard of a pair, and its row there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return number, index - int(self._ends[number - 1]) if number else index
+
+    def _open(self, number: int) -> _Shard:
+        """Map the files of a shard."""
+        count = int(self._ends[number] - (self._ends[number - 1] if number else 0))
+
+        def rows(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
+            size = count * int(np.prod(shape)) * dtype.itemsize
+            return self._map(number, name)[-size:].view(dtype).reshape(count, *shape)  # after the header
+
+        index = rows(INDEX, index_type(self.draws), ())
+        codes = rows(CODES, np.dtype("<u2"), (self.draws, *self.grid))
+        shard = _Shard(codes, self._map(number, CAPTIONS).data, index["end"], index["crc"])
+        self._shards[number] = shard
+        return shard
+
+    def _map(self, number: int, name: str) -> np.ndarray:
+        """The bytes of a file, uint8, in memory as they are touched.
+
+        Unlike numpy's maps these hold no file open, of which a process may not have as many as there are shards.
+        """
+        path, size = self._folder / self._names[number] / name, self._sizes[number][name]
+        return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+
+
+def _caption(shard: _Shard, row: int) -> bytes:
+    begin = int(shard.ends[row - 1]) + 1 if row else 0
+    return bytes(shard.text[begin : int(shard.ends[row])])
 
 
 def sha256_of(path: Path) -> str:

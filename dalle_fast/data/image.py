@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from contextlib import suppress
 
 import numpy as np
@@ -12,6 +13,8 @@ try:
     import simplejpeg
 except ImportError:  # optional: the same pixels in half the time
     simplejpeg = None
+
+_HEADER = 1 << 16  # bytes; most formats state the size within these
 
 
 def decode_image(content: bytes) -> np.ndarray:
@@ -36,3 +39,21 @@ def decode_image(content: bytes) -> np.ndarray:
 
 def _is_upright(file: Image.Image) -> bool:
     return file.getexif().get(ExifTags.Base.Orientation, 1) == 1
+
+
+def read_image_size(read: Callable[[int], bytes], length: int) -> tuple[int, int]:
+    """Width and height of an image of ``length`` bytes, of which ``read`` gives the first so many.
+
+    Few are read of most images. Pillow's own errors pass through for broken content.
+    """
+    try:
+        return _stated_size(read(min(length, _HEADER)))
+    except Exception:  # as Pillow says of a header that goes on, and of damaged bytes
+        if length <= _HEADER:
+            raise
+        return _stated_size(read(length))
+
+
+def _stated_size(content: bytes) -> tuple[int, int]:
+    with Image.open(io.BytesIO(content)) as file:  # reads no pixels
+        return file.size

@@ -113,9 +113,9 @@ class OpenShard:
         """Where sample ``i`` is."""
         return Record._make(_RECORD.unpack(os.pread(self._index, _RECORD.size, _SAMPLES_AT + i * _RECORD.size)))
 
-    def image(self, record: Record) -> bytes:
-        """The image file of a sample."""
-        return os.pread(self._shard, record.image_size, record.image * BLOCK)
+    def image(self, record: Record, size: int | None = None) -> bytes:
+        """The image file of a sample, or its first ``size`` bytes."""
+        return os.pread(self._shard, record.image_size if size is None else size, record.image * BLOCK)
 
     def caption(self, record: Record) -> str:
         """The caption of a sample. Raises Unusable."""

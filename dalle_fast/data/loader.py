@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from .encoded import EncodedPairs
 from .pairs import BrokenSample, Skipped
 from .permutation import shuffled
 
@@ -151,15 +152,20 @@ class Batches:
 
     def _sample(self, number: int, index: int, skipped: list[Skipped]) -> dict[str, Any]:
         """Sample ``number``, of pair ``index`` or, for as long as it is broken, of another."""
-        rng = np.random.default_rng((self.seed, number))
+        rng, epoch = np.random.default_rng((self.seed, number)), number // len(self.pairs)
         for _ in range(MAX_BROKEN_IN_A_ROW):
             try:
-                return self.transform(self.pairs[index], rng)
+                return self.transform(_seen_in(self.pairs, index, epoch), rng)
             except BrokenSample as error:
                 skipped.append(Skipped(error.name, error.reason))
                 index = int(rng.integers(len(self.pairs)))
         last = f"{skipped[-1].name}: {skipped[-1].reason}"
         raise ValueError(f"pairs: expected readable ones, got {MAX_BROKEN_IN_A_ROW} broken in a row, the last {last}")
+
+
+def _seen_in(pairs: Corpus, index: int, epoch: int) -> Any:
+    """The pair that an epoch sees: of encoded images, in another augmentation draw each time, in turn."""
+    return pairs.draw(index, epoch % pairs.draws) if isinstance(pairs, EncodedPairs) else pairs[index]
 
 
 def pairs_of(first: int, count: int, n: int, seed: int) -> list[int]:

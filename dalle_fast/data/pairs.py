@@ -50,6 +50,15 @@ class Pairs(Protocol):
     def captions(self) -> Iterator[str]:
         """All captions in order, without reading an image."""
 
+    def caption(self, index: int) -> str:
+        """The caption of a pair, without reading its image. May raise BrokenSample, as may the next two."""
+
+    def name(self, index: int) -> str:
+        """What reports call a pair."""
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """Width and height of an image as its header states them, without decoding it."""
+
 
 def open_pairs(source: str | Path, workers: int | None = None) -> Pairs:
     """Open a source of image-caption pairs.
@@ -61,7 +70,8 @@ def open_pairs(source: str | Path, workers: int | None = None) -> Pairs:
             - a folder of images, each with a ``.txt`` of the same stem beside it, searched recursively;
             - a ``.csv`` or ``.jsonl`` manifest with ``image`` (relative to the manifest) and ``caption``;
             - a ``.tar`` in WebDataset naming, a folder of them, or a glob such as ``"shards/*.tar"``; they are indexed
-              on the first time, see :mod:`dalle_fast.data.index`.
+              on the first time, see :mod:`dalle_fast.data.index`;
+            - a view of another source, see :mod:`dalle_fast.data.views`.
         workers: processes that index tar shards; None is one for each processor.
 
     Samples that cannot be used are named in ``skipped``. A caption is stripped of the white space around it.
@@ -69,7 +79,7 @@ def open_pairs(source: str | Path, workers: int | None = None) -> Pairs:
     Raises:
         ValueError: there is no such source, or it holds no pair at all.
     """
-    from . import scenes, shards, sources  # here, because they are written in terms of this module
+    from . import scenes, shards, sources, views  # here, because they are written in terms of this module
 
     drawn: dict[str, Callable[[], Pairs]] = {
         "scenes": scenes.SceneCorpus,
@@ -79,6 +89,8 @@ def open_pairs(source: str | Path, workers: int | None = None) -> Pairs:
         return drawn[str(source)]()
     path = Path(source)
     pairs: Pairs
+    if (path / views.VIEW).is_file():
+        return views.open_view(path, workers)
     if tars := find_shards(source):
         pairs = shards.ShardPairs(tars, workers)
     elif path.is_dir():

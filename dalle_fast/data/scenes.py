@@ -170,7 +170,16 @@ class SceneCorpus:
 
     def captions(self) -> Iterator[str]:
         """All captions in order; nothing is drawn."""
-        return (self.scene(i).caption for i in range(self.n))
+        return (self.caption(i) for i in range(self.n))
+
+    def caption(self, index: int) -> str:
+        return self.scene(index).caption
+
+    def name(self, index: int) -> str:
+        return f"scene {index}"
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        return self.size, self.size
 
     def __iter__(self) -> Iterator[Pair]:
         return (self[i] for i in range(self.n))

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from .image import decode_image
+from .image import decode_image, read_image_size
 from .index import OpenShard, Record, ShardIndex, index_shards
 from .pairs import BrokenSample, Pair, Skipped
+from .sources import Unusable
 
 MAX_OPEN = 128  # shards of a process, at two files each
 
@@ -63,6 +64,24 @@ class ShardPairs:
         """All captions in order, shard after shard, without reading an image."""
         for index in self._indexes:
             yield from map(OpenShard(index).caption, index.records())
+
+    def caption(self, number: int) -> str:
+        files, record = self.find(number)
+        try:
+            return files.caption(record)
+        except (OSError, Unusable) as error:
+            raise BrokenSample(files.name(record), f"{type(error).__name__}: {error}") from error
+
+    def name(self, number: int) -> str:
+        files, record = self.find(number)
+        return files.name(record)
+
+    def image_size(self, number: int) -> tuple[int, int]:
+        files, record = self.find(number)
+        try:
+            return read_image_size(functools.partial(files.image, record), record.image_size)
+        except Exception as error:  # as above
+            raise BrokenSample(files.name(record), f"{type(error).__name__}: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         """For data workers that are spawned: each opens files of its own."""

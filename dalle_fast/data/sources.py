@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .image import decode_image
+from .image import decode_image, read_image_size
 from .pairs import BrokenSample, Pair, Skipped
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -76,7 +76,22 @@ class FilePairs:
             raise BrokenSample(os.fsdecode(name), f"{type(error).__name__}: {error}") from error
 
     def captions(self) -> Iterator[str]:
-        return (self._texts(index)[2].decode() for index in range(len(self)))
+        return (self.caption(index) for index in range(len(self)))
+
+    def caption(self, index: int) -> str:
+        return self._texts(index)[2].decode()
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self._texts(index)[0])
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        name, path, _ = self._texts(index)
+        try:
+            with open(path, "rb") as file:
+                length = os.fstat(file.fileno()).st_size
+                return read_image_size(lambda size: os.pread(file.fileno(), size, 0), length)
+        except Exception as error:  # as above
+            raise BrokenSample(os.fsdecode(name), f"{type(error).__name__}: {error}") from error
 
     def _texts(self, index: int) -> list[bytes]:
         """Name, path and caption of a pair."""

@@ -1,0 +1,183 @@
+"""Filters of image-caption pairs (appendix C of the paper): what a caption or the shape of an image rules out."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import re
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ..config import LANGUAGES, Filters
+from .pairs import BrokenSample, Pairs
+from .views import Dropped, write_view
+
+REASONS = (
+    "kept", "boilerplate", "caption too short", "another language", "aspect ratio", "broken image", "repeated caption"
+)  # fmt: skip
+KEPT, BOILERPLATE, SHORT, LANGUAGE, ASPECT, BROKEN, REPEATED = range(len(REASONS))
+
+Judge = Callable[[range], tuple[np.ndarray, np.ndarray]]
+_CHUNK = 4_096  # pairs that a process looks at in one go
+
+_MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
+_NUMERIC = r"\d{1,4}\s?[-/.:]\s?\d{1,2}\s?[-/.:]\s?\d{1,4}"
+_DAY = r"\d{1,2}(?:st|nd|rd|th)?"
+_YEAR = r"(?:1[89]|20)\d\d"
+_DATE = (
+    rf"(?:{_NUMERIC}|(?:{_DAY}\s+(?:of\s+)?)?{_MONTH}\s+(?:{_DAY},?\s+)?{_YEAR}|{_MONTH}\s+{_DAY}|{_DAY}\s+{_MONTH}|{_YEAR})"
+    r"(?:,?\s+(?:at\s+)?\d{1,2}:\d\d(?::\d\d)?(?:\s?[ap]\.?m\.?)?)?"
+)
+_MADE = r"(?:photograph(?:ed)?|photo|picture|image|taken|shot|captured|created|uploaded|posted|scanned|published)"
+_APP = r"(?:instagram|flickr|picasa|hipstamatic|vsco|snapseed|photoshop|lightroom|gimp|camera\+?|iphone|android)"
+_CAMERA = r"(?:imag?e?|pict?|picture|photo|p|scan|screenshot|dsc[fn]?|dcim|img|cimg|hpim|sam|mvi|vid|gopr|dji|pxl|wp)"
+_EXTENSION = r"\.(?:jpe?g|png|gif|tiff?|webp|bmp|heic|cr2|nef|arw|dng|raw|psd|mov|mp4|avi)"
+_BOILERPLATE = re.compile(
+    rf"\b{_MADE}(?:\s+{_MADE})?\s+(?:on|in|at)?\s*(?:the\s+)?{_DATE}"
+    rf"|\b{_MADE}(?:\s+{_MADE})?\s+(?:by|with|using|via|from|to|for|on)\s+(?:(?:my|an?|the)\s+)?{_APP}\b"
+    rf"|\S+{_EXTENSION}\b"
+    rf"|\b{_CAMERA}[\s_-]*\d[\d\s_-]*"
+    r"|\b(?:olympus|kodak|konica minolta|ricoh|minolta|pentax|samsung|casio|sony)\s+"
+    r"(?:dsc|digital (?:still )?camera)\b"
+    r"|\bdigital camera picture\b|\bexif[\s_]jpeg(?:[\s_]\w+)?"
+    r"|\b(?:file|image|no)\s+(?:description|caption|title)(?:\s+(?:un|not\s)?available)?"
+    r"|\ball rights reserved\b|\bclick (?:here )?to (?:enlarge|view|see)\b|\buntitled\b"
+    rf"|(?:©|\(c\)|\bcopyright\b)\s*(?:{_YEAR})?"
+    rf"|\b{_DATE}(?=\W|$)",
+    re.IGNORECASE,
+)
+_WORD = re.compile(r"[^\W\d_]{2,}|\b[aiAI]\b")
+
+
+def filter_pairs(
+    folder: str | Path, source: str | Path, pairs: Pairs, filters: Filters, workers: int = 0
+) -> dict[str, int]:
+    """Write a view of the pairs that pass all filters; no pixel is decoded.
+
+    In memory it holds 18 bytes a pair. Captions count as repeated when they are equal but for case and white space.
+
+    Args:
+        folder: a new one, for the view and its report.
+        source: what ``open_pairs`` opened as ``pairs``.
+        workers: processes that read and judge; 0 does it in this one.
+
+    Returns:
+        how many pairs were dropped for each reason, the first that applies: ``boilerplate`` (fewer words than
+        ``min_words`` are left without it), ``caption too short``, ``another language``, ``aspect ratio``,
+        ``broken image``, ``repeated caption``.
+
+    Raises:
+        ValueError: the folder is not new, or no pair is left.
+        ImportError: the package that tells languages apart is missing.
+    """
+    if workers < 0:
+        raise ValueError(f"workers: expected 0 or more, got {workers}")
+    if filters.language != "none":
+        _language_of()  # fails before any work
+    reasons, hashes = np.empty(len(pairs), np.uint8), np.empty(len(pairs), np.uint64)
+    chunks = [range(start, min(start + _CHUNK, len(pairs))) for start in range(0, len(pairs), _CHUNK)]
+    judge = partial(_judge, pairs, filters)
+    for chunk, (some_reasons, some_hashes) in zip(chunks, _map(judge, chunks, workers), strict=True):
+        reasons[chunk.start : chunk.stop], hashes[chunk.start : chunk.stop] = some_reasons, some_hashes
+    often = _more_than(filters.max_repeats, hashes)
+    for chunk in chunks:
+        rows = slice(chunk.start, chunk.stop)
+        reasons[rows][(reasons[rows] == KEPT) & np.isin(hashes[rows], often)] = REPEATED
+
+    def dropped() -> Iterator[Dropped]:
+        for index in np.flatnonzero(reasons).tolist():
+            broken = reasons[index] == BROKEN  # and so may be its caption
+            yield Dropped(index, REASONS[reasons[index]], {} if broken else {"caption": pairs.caption(index)})
+
+    return write_view(folder, source, pairs, dropped(), {"filter": asdict(filters)})
+
+
+def _more_than(repeats: int, hashes: np.ndarray) -> np.ndarray:
+    """The values that occur more often than that."""
+    ordered = np.sort(hashes)
+    later = ordered[repeats:]
+    return np.unique(later[later == ordered[: len(later)]])
+
+
+def words_in(caption: str) -> int:
+    """How many words a caption has; numbers and single letters but "a" and "I" are none."""
+    return len(_WORD.findall(caption))
+
+
+def is_boilerplate(caption: str, min_words: int) -> bool:
+    """Whether fewer words are left of a caption without file names, dates, names of cameras, and the like."""
+    rest, found = _BOILERPLATE.subn(" ", caption)
+    return found > 0 and words_in(rest) < min_words
+
+
+def _judge(pairs: Pairs, filters: Filters, chunk: range) -> tuple[np.ndarray, np.ndarray]:
+    """The reason to drop each pair, KEPT for none, and a hash of its caption."""
+    language_of = _language_of() if filters.language != "none" else None
+    reasons, hashes = np.empty(len(chunk), np.uint8), np.empty(len(chunk), np.uint64)
+    for row, index in enumerate(chunk):
+        try:
+            caption = pairs.caption(index)
+            plain = " ".join(caption.casefold().split())
+            hashes[row] = int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little")
+            reasons[row] = _reason(caption, partial(pairs.image_size, index), filters, language_of)
+        except BrokenSample:
+            hashes[row], reasons[row] = 0, BROKEN
+    return reasons, hashes
+
+
+def _reason(
+    caption: str,
+    image_size: Callable[[], tuple[int, int]],
+    filters: Filters,
+    language_of: Callable[[str], str] | None,
+) -> int:
+    """The first reason to drop a pair, the cheap ones first; KEPT for none."""
+    if is_boilerplate(caption, filters.min_words):
+        return BOILERPLATE
+    if words_in(caption) < filters.min_words:
+        return SHORT
+    if language_of and language_of(caption) != filters.language:
+        return LANGUAGE
+    width, height = image_size()
+    return ASPECT if max(width, height) > filters.max_aspect * min(width, height) else KEPT
+
+
+def _language_of() -> Callable[[str], str]:
+    """Tells the language of a text, one of LANGUAGES."""
+    try:
+        import py3langid
+    except ImportError:
+        raise ImportError(
+            "py3langid: expected the package that tells languages apart, got none; try: pip install py3langid, "
+            "or --language none"
+        ) from None
+    py3langid.set_languages(LANGUAGES)
+    return lambda text: py3langid.classify(text)[0]
+
+
+def _map(judge: Judge, chunks: list[range], workers: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """``map`` over processes, in order."""
+    if workers == 0:
+        yield from tqdm(map(judge, chunks), total=len(chunks), unit="chunk", disable=None)  # None: on a tty only
+        return
+    fork = multiprocessing.get_context("fork")  # an index of millions of pairs is shared, not copied
+    with ProcessPoolExecutor(workers, fork, _set_judge, (judge,)) as pool:
+        yield from tqdm(pool.map(_judged, chunks), total=len(chunks), unit="chunk", disable=None)
+
+
+_judge_here: Judge  # of a process of the pool
+
+
+def _set_judge(judge: Judge) -> None:
+    global _judge_here
+    _judge_here = judge
+
+
+def _judged(chunk: range) -> tuple[np.ndarray, np.ndarray]:
+    return _judge_here(chunk)

@@ -1,0 +1,252 @@
+"""Near-duplicate images (appendix C of the paper): pictures whose embeddings by a contrastive model are close.
+
+Greedy, in the order of the source: a picture is dropped when its cosine with one that stays, earlier in that order,
+reaches a threshold. So the result is determined by the order, no two pictures that stay are near-duplicates, and each
+dropped one is close to one that stays. (Connected components would also drop what merely is alike through a chain.)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .augment import center_crop_resize
+from .pairs import Pairs
+from .resumable import SETTINGS, Settings, Shard, process_in_shards, read_skipped, shard_folder
+from .views import Dropped, fingerprint_of, write_view
+
+EXACT_UP_TO = 1_000_000  # pairs; beyond, an approximate index finds the nearest picture
+SHARD_SIZE = 65_536  # pictures of a shard of embeddings
+_EMBEDDINGS, _ROWS = "embeddings.npy", "rows.npy"
+_BLOCK = 4_096  # embeddings compared at once
+
+
+class Duplicate(NamedTuple):
+    """A picture, and the one that stays which it is close to."""
+
+    row: int
+    of: int
+    cosine: float
+
+
+class Neighbours(Protocol):
+    """The embeddings of the pictures that stay, to find the nearest among."""
+
+    def __len__(self) -> int: ...
+
+    def add(self, rows: np.ndarray, vectors: torch.Tensor) -> None:
+        """Take in rows [n] and their unit vectors [n, D]."""
+
+    def nearest(self, vectors: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """For each of [n, D]: the row of the one of largest cosine, int64 [n], and that cosine, float32 [n]."""
+
+
+def embed_pairs(
+    folder: str | Path,
+    pairs: Pairs,
+    embed: Callable[[torch.Tensor], torch.Tensor],
+    image_size: int,
+    fingerprint: str,
+    batch_size: int = 64,
+    workers: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+    shard_size: int = SHARD_SIZE,
+) -> bool:
+    """Write the embeddings of all images as float16, in shards; a run that was killed goes on at the first missing one.
+
+    Args:
+        folder: a new one, or that of the same work.
+        embed: float images [B, 3, S, S] in [0, 1] to unit vectors [B, D].
+        image_size: S, of the central square of each picture.
+        fingerprint: which model embeds.
+        batch_size, workers, rank, ranks: as in ``process_in_shards``.
+        shard_size: pictures of a shard.
+
+    Returns:
+        whether all are there; other processes may still be at work.
+    """
+    settings = Settings(
+        fingerprint=fingerprint,
+        source=fingerprint_of(pairs),
+        pairs=len(pairs),
+        image_size=image_size,
+        shard_size=shard_size,
+    )
+
+    def prepare(image: np.ndarray, _: int) -> np.ndarray:
+        return center_crop_resize(image, image_size)[None]
+
+    def save(partial: Path, shard: Shard) -> None:
+        np.save(partial / _ROWS, shard.rows)
+        np.save(partial / _EMBEDDINGS, shard.values.reshape(len(shard.rows), -1).astype(np.float16))
+
+    return process_in_shards(folder, pairs, settings, prepare, embed, save, batch_size, workers, rank, ranks)
+
+
+def read_embeddings(folder: str | Path) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """What :func:`embed_pairs` wrote, shard by shard: rows, int64 [n], and unit vectors, float32 [n, D]."""
+    for path in _shards(Path(folder)):
+        vectors = torch.from_numpy(np.load(path / _EMBEDDINGS)).float()
+        if len(vectors):  # else all of its images are broken
+            yield np.load(path / _ROWS), F.normalize(vectors, dim=-1)
+
+
+def find_duplicates(
+    embeddings: Iterable[tuple[np.ndarray, torch.Tensor]], threshold: float, kept: Neighbours
+) -> Iterator[Duplicate]:
+    """The near-duplicates among embeddings that come in order, in blocks of rows [n] and unit vectors [n, D].
+
+    Args:
+        threshold: the least cosine of near-duplicates.
+        kept: empty; takes in the embeddings of the pictures that stay.
+    """
+    for shard_rows, shard_vectors in embeddings:
+        for start in range(0, len(shard_rows), _BLOCK):
+            rows, vectors = shard_rows[start : start + _BLOCK], shard_vectors[start : start + _BLOCK]
+            if len(kept):
+                of, cosine = kept.nearest(vectors)
+            else:
+                of, cosine = np.zeros(len(rows), np.int64), np.full(len(rows), -1, np.float32)
+            stays = cosine < threshold
+            within = (vectors @ vectors.T).tril(-1).numpy()
+            for row in np.flatnonzero(stays & (within.max(1) >= threshold)):
+                alike = np.where(stays[:row], within[row, :row], 0)
+                best = int(alike.argmax())
+                if alike[best] >= threshold:
+                    of[row], cosine[row], stays[row] = rows[best], alike[best], False
+            kept.add(rows[stays], vectors[torch.from_numpy(stays)])
+            for row in np.flatnonzero(~stays):
+                yield Duplicate(int(rows[row]), int(of[row]), float(cosine[row]))
+
+
+class ExactNeighbours:
+    """Compares with all of up to ``capacity`` vectors, in float32."""
+
+    def __init__(self, capacity: int, device: str = "cpu") -> None:
+        self._rows = np.empty(capacity, np.int64)
+        self._vectors = torch.empty(0, device=device)  # room for all, once their length is known
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, rows: np.ndarray, vectors: torch.Tensor) -> None:
+        if not len(self._vectors):
+            self._vectors = self._vectors.new_empty(len(self._rows), vectors.shape[1])
+        end = self._count + len(rows)
+        self._rows[self._count : end], self._vectors[self._count : end] = rows, vectors
+        self._count = end
+
+    def nearest(self, vectors: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        vectors = vectors.to(self._vectors.device)
+        place = torch.zeros(len(vectors), dtype=torch.int64, device=vectors.device)
+        best = torch.full((len(vectors),), -torch.inf, device=vectors.device)
+        for start in range(0, self._count, _BLOCK):
+            cosine, where = (vectors @ self._vectors[start : min(start + _BLOCK, self._count)].T).max(1)
+            place = torch.where(cosine > best, where + start, place)
+            best = torch.maximum(best, cosine)
+        return self._rows[place.cpu().numpy()], best.cpu().numpy()
+
+
+class ApproximateNeighbours:
+    """Walks a graph of neighbours in float16 (usearch): finds nearly all, quickly among any number."""
+
+    def __init__(self, dimensions: int) -> None:
+        try:
+            from usearch.index import Index
+        except ImportError:
+            raise ImportError(
+                "usearch: expected the package that compares so many images, got none; try: pip install usearch"
+            ) from None
+        self._index = Index(ndim=dimensions, metric="ip", dtype="f16")
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def add(self, rows: np.ndarray, vectors: torch.Tensor) -> None:
+        self._index.add(rows, vectors.numpy())
+
+    def nearest(self, vectors: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        matches = self._index.search(vectors.numpy(), 1)
+        return matches.keys.reshape(-1).astype(np.int64), np.minimum(1 - matches.distances.reshape(-1), 1)
+
+
+def drop_duplicates(
+    folder: str | Path,
+    source: str | Path,
+    pairs: Pairs,
+    embeddings: str | Path,
+    threshold: float,
+    exact_up_to: int = EXACT_UP_TO,
+    device: str = "cpu",
+) -> dict[str, int]:
+    """Write a view of the pairs whose images are no near-duplicates, given their embeddings.
+
+    In memory it holds 13 bytes a pair and the embeddings of those that stay: in float32 up to ``exact_up_to`` pairs,
+    else in float16 with the graph.
+
+    Args:
+        folder: a new one, for the view and its report, which names for each dropped pair the one that it resembles.
+        source: what ``open_pairs`` opened as ``pairs``.
+        embeddings: the folder that ``embed_pairs`` filled.
+        threshold: the least cosine of near-duplicates, above 0 and up to 1.
+        exact_up_to: with more pairs than that an approximate index is asked.
+        device: where the exact comparison is made.
+
+    Returns:
+        how many pairs were dropped as ``near-duplicate`` and as ``broken image``.
+
+    Raises:
+        ValueError: the folder is not new, or the embeddings are not complete or of other pairs.
+        ImportError: usearch is needed and missing.
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold: expected a cosine above 0 and up to 1, got {threshold}")
+    embeddings = Path(embeddings)
+    if not (embeddings / SETTINGS).is_file() or not all(path.is_dir() for path in _shards(embeddings)):
+        raise ValueError(f"embeddings: expected those of {len(pairs)} images, got none or a part in {embeddings}")
+    if _settings(embeddings)["source"] != fingerprint_of(pairs):
+        raise ValueError(f"embeddings: expected those of {source}, got those of another source in {embeddings}")
+    broken = np.ones(len(pairs), bool)
+    dimensions = 0
+    for rows, vectors in read_embeddings(embeddings):
+        broken[rows], dimensions = False, vectors.shape[1]
+    if broken.all():
+        raise ValueError(f"pairs: expected at least one readable image, got none of {len(pairs)}")
+    exact = len(pairs) <= exact_up_to
+    kept: Neighbours = ExactNeighbours(len(pairs), device) if exact else ApproximateNeighbours(dimensions)
+    of, cosine = np.full(len(pairs), -1, np.int64), np.zeros(len(pairs), np.float32)
+    for row, other, similarity in find_duplicates(read_embeddings(embeddings), threshold, kept):
+        of[row], cosine[row] = other, similarity
+
+    def dropped() -> Iterator[Dropped]:
+        unreadable = read_skipped(embeddings, len(_shards(embeddings)))
+        for index in np.flatnonzero(broken | (of >= 0)).tolist():
+            if broken[index]:
+                yield Dropped(index, "broken image", {"error": next(unreadable).reason})
+            else:
+                details = {
+                    "of": int(of[index]),
+                    "of_name": pairs.name(of[index]),
+                    "cosine": round(float(cosine[index]), 4),
+                }
+                yield Dropped(index, "near-duplicate", details)
+
+    settings = {"threshold": threshold, "exact": exact, "embeddings": str(embeddings.absolute())}
+    return write_view(folder, source, pairs, dropped(), {"dedup": settings})
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / SETTINGS).read_text())
+
+
+def _shards(folder: Path) -> list[Path]:
+    settings = _settings(folder)
+    return [shard_folder(folder, number) for number in range(-(-settings["pairs"] // settings["shard_size"]))]
