@@ -1,18 +1,22 @@
 """What a training is said to need: counted against real models, and against the paper's own numbers."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from training_helpers import CLIP as CLIP_CFG
 from training_helpers import DALLE as DALLE_CFG
 from training_helpers import DVAE as DVAE_CFG
 from training_helpers import settings
 
 from dalle_fast import cli
-from dalle_fast.config import PRESETS, CLIPConfig, DALLEConfig, DVAEConfig
+from dalle_fast.config import PRESETS, CLIPConfig, DVAEConfig
 from dalle_fast.mask import KINDS, AttentionMask
 from dalle_fast.models import CLIP, DALLE, DiscreteVAE
+from dalle_fast.models.precision import GradientScales, Precision
 from dalle_fast.training import plan, tasks
 from dalle_fast.training.memory import available_memory
 from dalle_fast.training.plan import (
@@ -73,26 +77,57 @@ def test_recompute_adds_a_forward_of_the_resblocks():
     assert dalle_flops(BIG, recompute=True) == 4 * once + logits
 
 
-def kept_by_autograd(model: torch.nn.Module, loss) -> int:
-    """Bytes that are kept for the backward, but for the parameters."""
-    kept: list[torch.Tensor] = []
+class Memory(TorchDispatchMode):
+    """Bytes of the tensors that are made within and still there, and the most that there were.
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
-        return tensor
+    On the device "meta", for which the code takes the ways of CUDA, nothing is computed.
+    """
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss(model)
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in kept}
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in parameters)
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self._known:
+                self._known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _free(self, storage: int, size: int) -> None:
+        self._known.discard(storage)
+        self.now -= size
 
 
-@pytest.mark.parametrize("groups", [(1, 2, 4, 8), (1, 2)])
-def test_activations_of_the_dvae(groups):
-    cfg = DVAEConfig(image_size=32, vocab_size=64, n_hid=16, n_init=16, groups=groups)
-    kept = kept_by_autograd(DiscreteVAE(cfg), lambda model: model.loss(torch.rand(3, 3, 32, 32), 1.0, 1.0, 0))
-    assert 3 * plan.dvae_activations(cfg) == pytest.approx(kept, rel=0.15)
+def measured(model: torch.nn.Module, loss) -> tuple[int, int]:
+    """Bytes that are kept for the backward, and at the peak; but for parameters and, in the first, their gradients."""
+    with Memory(model) as memory:
+        value = loss(model)
+        kept = memory.now
+        value.backward()
+    return kept, memory.peak
+
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "cfg", [DVAEConfig(), DVAEConfig(image_size=64, n_hid=64, groups=(1, 2), n_blk_per_group=1)], ids=["paper", "small"]
+)
+def test_activations_of_the_dvae(cfg, dtype, monkeypatch):
+    monkeypatch.setattr(torch, "bincount", lambda codes, minlength: codes.new_zeros(minlength))  # counts nothing
+    with torch.device("meta"):
+        model, images = DiscreteVAE(cfg), torch.rand(4, 3, cfg.image_size, cfg.image_size)
+    kept, peak = measured(model, lambda model: model.loss(images, 1.0, 1.0, 0, dtype)[0])
+    planned = 4 * plan.dvae_activations(cfg, dtype.itemsize)
+    assert kept < planned
+    assert planned == pytest.approx(peak, rel=0.1)
 
 
 def test_activations_of_clip():
@@ -100,23 +135,37 @@ def test_activations_of_clip():
         image_size=32, patch_size=8, vision_width=64, vision_layers=3, text_vocab=270, text_len=12, text_width=48,
         text_layers=3, head_dim=16, embed_dim=16,
     )  # fmt: skip
-    text = torch.zeros(3, 12, dtype=torch.int64)
-    kept = kept_by_autograd(CLIP(cfg), lambda model: model.loss(torch.rand(3, 3, 32, 32), text))
-    assert 3 * plan.clip_activations(cfg) == pytest.approx(kept, rel=0.15)
+    images, text = torch.rand(16, 3, 32, 32), torch.zeros(16, 12, dtype=torch.int64)  # on "meta", attention is another
+    kept, _ = measured(CLIP(cfg), lambda model: model.loss(images, text)[0])
+    assert 16 * plan.clip_activations(cfg) == pytest.approx(kept, rel=0.15)
 
 
-def test_activations_of_the_transformer():
-    cfg = DALLEConfig(
-        text_vocab=270, text_len=6, image_vocab=16, height=4, width=4, d_model=64, n_layer=4, head_dim=8, kernel=3
-    )
-    text, codes = torch.zeros(3, 6, dtype=torch.int64), torch.zeros(3, 4, 4, dtype=torch.int64)
-    kept = kept_by_autograd(DALLE(cfg), lambda model: model.loss(text, codes))
-    assert 3 * plan.dalle_activations(cfg, recompute=False, inside=4) == pytest.approx(kept, rel=0.15)
+def transformer(n_layer: int, dtype: torch.dtype, recompute: bool) -> tuple[int, int, int, int]:
+    """Measured of one with so many layers, and for how many activations and gradients the plan has room."""
+    cfg = replace(PRESETS["1.2B"].dalle, n_layer=n_layer)
+    with torch.device("meta"):
+        model = DALLE(cfg)
+        text = torch.zeros(4, cfg.text_len, dtype=torch.int64)
+        codes = torch.zeros(4, cfg.height, cfg.width, dtype=torch.int64)
+        scales = GradientScales([resblock for _, resblock in model.resblocks()])
+    model.check_text = model.check_codes = lambda tokens: None  # there are none
+    kept, peak = measured(model, lambda model: model.loss(text, codes, Precision(dtype, recompute, scales)))
+    return kept, peak, 4 * plan.dalle_activations(cfg, recompute, dtype.itemsize), 4 * sum(dalle_parameters(cfg))
 
 
-def test_recompute_keeps_less():
-    kept = [plan.dalle_activations(BIG, recompute, inside=2) for recompute in (True, False)]
-    assert kept[0] < kept[1] / 3
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_of_the_transformer(dtype, recompute):
+    few_kept, _, few_planned, _ = transformer(2, dtype, recompute)
+    kept, peak, planned, gradients = transformer(12, dtype, recompute)
+    assert planned - few_planned == pytest.approx(kept - few_kept, rel=0.01)  # of ten layers
+    assert 0.8 * planned < peak < planned + gradients
+
+
+def test_recompute_keeps_the_stream_alone():
+    token = PRESETS["1.2B"].dalle.d_model * (256 + 1024)
+    kept = [transformer(n_layer, torch.float16, recompute=True)[0] for n_layer in (2, 3)]
+    assert kept[1] - kept[0] == pytest.approx(4 * 2 * 4 * token, rel=0.01)  # in float32, before both resblocks
 
 
 # ---------------------------------------------------------------------------------------------- the paper's training
@@ -210,8 +259,10 @@ def test_the_plan_of_a_run_counts_its_tensors():
     config = settings("dvae")
     run = plan_run(DiscreteVAE(DVAE_CFG), DVAE_CFG, config, GB)
     assert run.memory["moments"] == 2 * run.memory["parameters"]
+    assert run.memory["activations"] == 4 * plan.dvae_activations(DVAE_CFG, inside=4)
     on_cuda = plan_run(DiscreteVAE(DVAE_CFG), DVAE_CFG, settings("dvae", device="cuda"), GB)
     assert "running average" in run.memory.keys() - on_cuda.memory.keys()  # there it is in the memory of the host
+    assert on_cuda.memory["activations"] == 4 * plan.dvae_activations(DVAE_CFG, inside=2)
 
 
 def test_a_run_that_cannot_fit_names_the_batch_that_does():

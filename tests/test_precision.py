@@ -154,7 +154,7 @@ class Stack(nn.Module):
             if i == 2:
                 early = (x - self.early).square().mean()
             if i < 4:
-                branch = precision.run(self.resblocks[i], normed)
+                branch = precision.run(self.resblocks[i], norm, x, normed)
         return early, (normed - self.late).square().mean()
 
 

@@ -24,20 +24,19 @@ constexpr int64_t kMaxBlocks = 32;  // of rows
 
 int64_t row_grain(int64_t width) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)); }
 
-// Sum of (row[i] - mean)^2, in four parts side by side: one alone would wait for each addition.
-template <typename T>
-DF_ALWAYS_INLINE T sum_of_squares(const T* row, int64_t n, T mean) {
+// Sum of term(i) for 0 <= i < n, in four parts side by side: one alone would wait for each addition.
+template <typename T, typename Term>
+DF_ALWAYS_INLINE T sum_of(int64_t n, const Term& term) {
   const int64_t part = n / 4;
-  const auto square = [&](int64_t i) DF_INLINE_LAMBDA { return (row[i] - mean) * (row[i] - mean); };
   T a = 0, b = 0, c = 0, d = 0;
 #pragma omp simd reduction(+ : a, b, c, d)
   for (int64_t i = 0; i < part; ++i) {
-    a += square(i);
-    b += square(i + part);
-    c += square(i + 2 * part);
-    d += square(i + 3 * part);
+    a += term(i);
+    b += term(i + part);
+    c += term(i + 2 * part);
+    d += term(i + 3 * part);
   }
-  for (int64_t i = 4 * part; i < n; ++i) a += square(i);
+  for (int64_t i = 4 * part; i < n; ++i) a += term(i);
   return (a + b) + (c + d);
 }
 
@@ -52,25 +51,20 @@ DF_ALWAYS_INLINE void forward_rows_body(const ResidualLayerNorm<T>& p, int64_t b
   for (int64_t row = begin; row < end; ++row) {
     const T* x = p.x + row * width;
     const T* total = x;
-    T sum = 0;
     if (p.branch != nullptr) {
       T* out = p.total + row * width;
       with_element(p.branch_format, [&](auto element) DF_INLINE_LAMBDA {
         using E = decltype(element);
         const auto* branch = static_cast<const typename E::Stored*>(p.branch) + row * width;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < width; ++i) {
-          out[i] = x[i] + E::load(branch[i]);
-          sum += out[i];
-        }
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) out[i] = x[i] + E::load(branch[i]);
       });
       total = out;
-    } else {
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < width; ++i) sum += x[i];
     }
-    const T mean = sum / width;
-    const T rstd = 1 / std::sqrt(sum_of_squares(total, width, mean) / width + static_cast<T>(p.eps));
+    // Sums of the total as it is stored: without the branch, as recompute normalises it, they are the same bit by bit.
+    const T mean = sum_of<T>(width, [&](int64_t i) DF_INLINE_LAMBDA { return total[i]; }) / width;
+    const auto square = [&](int64_t i) DF_INLINE_LAMBDA { return (total[i] - mean) * (total[i] - mean); };
+    const T rstd = 1 / std::sqrt(sum_of<T>(width, square) / width + static_cast<T>(p.eps));
     with_element(p.normed_format, [&](auto element) DF_INLINE_LAMBDA {
       using E = decltype(element);
       auto* normed = static_cast<typename E::Stored*>(p.normed) + row * width;

@@ -49,7 +49,10 @@ class Conv2d(nn.Module):
         self.b = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, n_in, h, w] -> [B, n_out, h, w]
-        return rounded_conv2d(x, self.w, self.b, padding=(self.kw - 1) // 2)
+        padding = (self.kw - 1) // 2
+        if x.dtype != self.w.dtype:
+            return rounded_conv2d(x, self.w, self.b, padding)
+        return F.conv2d(x, self.w, self.b, padding=padding)
 
 
 class ResBlock(nn.Module):

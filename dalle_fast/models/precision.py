@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops import initial_scales, update_scales
+from ..ops import initial_scales, residual_layer_norm, update_scales
 from ..ops.resblock import WINDOW
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -52,7 +52,7 @@ class Precision:
 
     Args:
         dtype: of what happens inside; None is that of the residual stream.
-        recompute: keep nothing for the backward but the input of each, and run it once more then.
+        recompute: keep nothing of them for the backward but the stream in front of each, and run them once more then.
         scales: of the gradients inside; None leaves them as they are.
     """
 
@@ -60,11 +60,20 @@ class Precision:
     recompute: bool = False
     scales: GradientScales | None = None
 
-    def run(self, resblock: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """What a resblock makes of its normalised input."""
+    def run(self, resblock: nn.Module, norm: nn.LayerNorm, stream: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+        """What a resblock makes of its input ``normed``, which is the normalised stream."""
         if not (self.recompute and torch.is_grad_enabled()):
-            return resblock(x)
-        return checkpoint(resblock, x, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
+            return resblock(normed)
+        dtype, trains, at_first = normed.dtype, normed.requires_grad, [normed]
+
+        def run_or_rerun(stream: torch.Tensor) -> torch.Tensor:
+            if at_first:
+                return resblock(at_first.pop())  # and nobody keeps it
+            with torch.no_grad():
+                _, again = residual_layer_norm(stream, None, norm.weight, norm.bias, norm.eps, dtype)
+            return resblock(again.requires_grad_(trains))
+
+        return checkpoint(run_or_rerun, stream, use_reentrant=False, preserve_rng_state=False)  # nothing is random
 
     def between(self, i: int, n: int) -> Between:
         """What ``residual_layer_norm`` must know where resblock i - 1 of n ends and resblock i starts; 0 <= i <= n."""
@@ -295,14 +304,29 @@ class _RoundedLinear(torch.autograd.Function):
 
 
 def rounded_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding: int) -> torch.Tensor:
-    """``F.conv2d`` in the dtype of x [B, n_in, h, w], to which filters and biases are rounded, and their gradients.
+    """``F.conv2d`` of 16-bit maps [B, n_in, h, w] with float32 parameters; rounded as in ``rounded_linear``."""
+    return _RoundedConv2d.apply(x, weight, bias, padding)
 
-    On a CPU the rounded filters are multiplied in float32, as in ``rounded_linear``.
-    """
-    dtype = x.dtype
-    if dtype == weight.dtype:
-        return F.conv2d(x, weight, bias, padding=padding)
-    weight, bias = weight.to(dtype), bias.to(dtype)
-    if x.device.type == "cpu":
-        return F.conv2d(x.float(), weight.float(), bias.float(), padding=padding).to(dtype)
-    return F.conv2d(x, weight, bias, padding=padding)
+
+class _RoundedConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, padding: int) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.padding = padding
+        rounded = weight.to(x.dtype)
+        if x.device.type == "cpu":
+            return F.conv2d(x.float(), rounded.float(), bias, padding=padding).to(x.dtype)
+        return F.conv2d(x, rounded, bias.to(x.dtype), padding=padding)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, None]:
+        x, weight = ctx.saved_tensors
+        dtype, rounded = x.dtype, weight.to(x.dtype)
+        grad_bias = grad.sum((0, 2, 3), dtype=torch.float32)
+        if x.device.type == "cpu":
+            grad, x, rounded = grad.float(), x.float(), rounded.float()
+        wanted = [ctx.needs_input_grad[0], True, False]  # not of the bias; the image is not differentiated
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad, x, rounded, None, [1, 1], [ctx.padding] * 2, [1, 1], False, [0, 0], 1, wanted
+        )
+        return None if grad_x is None else grad_x.to(dtype), grad_weight.to(dtype).float(), grad_bias, None

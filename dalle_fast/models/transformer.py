@@ -213,7 +213,7 @@ class DALLE(nn.Module):
         for i, (norm, resblock) in enumerate(resblocks):
             between = precision.between(i, len(resblocks))
             x, normed = residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, *between)
-            branch = precision.run(resblock, normed)
+            branch = precision.run(resblock, norm, x, normed)
         between, norm = precision.between(len(resblocks), len(resblocks)), self.norm
         _, x = residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, *between)
         x = torch.cat([norm(self.start).expand(b, 1, -1), x[:, :-1]], dim=1)  # what each token is predicted from

@@ -137,7 +137,7 @@ class TrainDALLE(TrainConfig):
     caption_dropout: float = 0.0  # share of captions replaced by the empty one, which guidance needs
     resblock_dtype: DType = "auto"  # of what happens inside them
     skip_overflow: Literal["update", "resblock"] = "update"  # what an Inf or NaN gradient in one resblock leaves out
-    recompute: bool = True  # run resblocks again for their gradients, and keep only their inputs
+    recompute: bool = True  # run resblocks again for their gradients, and keep only the stream
     moments: Moments = "16-bit"  # of the matrices of resblocks; all others are float32
     betas: tuple[float, float] = (0.9, 0.96)
     eps: float = 1e-8

@@ -18,10 +18,10 @@ from ..config import CLIPConfig, DALLEConfig, DVAEConfig
 from ..distributed.sharding import resblocks_of
 from ..mask import AttentionMask, layer_masks
 from ..models.precision import dtype_of
-from .config import TrainConfig, TrainDALLE
+from .config import TrainConfig, TrainDALLE, TrainDVAE
 
 GB = 2**30
-FLOAT, HALF = 4, 2  # bytes
+LONG, FLOAT, HALF = 8, 4, 2  # bytes
 POWERSGD_RANKS = {1920: 512, 2688: 640, 3968: 896}  # by d_model (table 1)
 MOST_GPUS = 64  # of a machine, when looking for what would fit
 
@@ -199,25 +199,26 @@ def clip_activations(cfg: CLIPConfig) -> int:
     return FLOAT * (vision + _tower_activations(cfg.text_width, cfg.text_layers, cfg.text_len))
 
 
-def dvae_activations(cfg: DVAEConfig) -> int:
-    """Bytes of one sample."""
+def dvae_activations(cfg: DVAEConfig, inside: int) -> int:
+    """Bytes of one sample; between convolutions a number has ``inside`` bytes, in logits and likelihood 4."""
 
     def stage(widths: list[int], sizes: list[int], pooled: bool) -> int:
-        """Floats in the resblocks from widths[0] through widths[1:], at so many pixels along an edge, and behind."""
-        floats = 0
+        """Bytes in the resblocks from widths[0] through widths[1:], at so many pixels along an edge."""
+        kept = 0
         for before, after, size in zip(widths, widths[1:], sizes, strict=False):
             for n_in in [before] + [after] * (cfg.n_blk_per_group - 1):
                 shortcut = n_in if n_in != after else 0  # what its convolution reads
-                floats += (shortcut + n_in + 3 * (after // 4)) * size**2  # what the ReLUs give
-            floats += pooled * (after * size**2 + 2 * after * (size // 2) ** 2)  # what is pooled, and int64 indices
-        return floats + widths[-1] * sizes[-1] ** 2  # the last ReLU
+                kept += inside * (shortcut + n_in + 3 * (after // 4)) * size**2  # what the ReLUs give
+            kept += pooled * (inside * after * size**2 + LONG * after * (size // 2) ** 2)  # what is pooled; indices
+        return kept
 
     encoder = [cfg.n_hid] + [cfg.n_hid * multiple for multiple in cfg.groups]
     decoder = [cfg.n_init] + [cfg.n_hid * multiple for multiple in reversed(cfg.groups)]
     sizes = [cfg.image_size >> i for i in range(len(cfg.groups))]
-    floats = stage(encoder, sizes, pooled=True) + stage(decoder, sizes[::-1], pooled=False)
+    groups = stage(encoder, sizes, pooled=True) + stage(decoder, sizes[::-1], pooled=False)
+    ends = FLOAT * encoder[-1] * cfg.grid**2 + inside * decoder[-1] * cfg.image_size**2  # what the last ReLUs give
     logits, pixels = cfg.vocab_size * cfg.grid**2, 3 * cfg.image_size**2
-    return FLOAT * (floats + 2 * logits + 8 * pixels)  # logits and their gradient; the likelihood of each value
+    return groups + ends + FLOAT * (2 * logits + 8 * pixels)  # logits and their gradient; the likelihood of each value
 
 
 def plan_run(
@@ -245,9 +246,10 @@ def plan_run(
         inside = dtype_of(config.resblock_dtype, config.device).itemsize
         activations = dalle_activations(cfg, config.recompute, inside)
         flops = config.batch_size * dalle_flops(cfg, config.recompute)
+    elif isinstance(cfg, DVAEConfig) and isinstance(config, TrainDVAE):
+        activations, flops = dvae_activations(cfg, dtype_of(config.conv_dtype, config.device).itemsize), 0
     else:
-        activations = clip_activations(cfg) if isinstance(cfg, CLIPConfig) else dvae_activations(cast(DVAEConfig, cfg))
-        flops = 0
+        activations, flops = clip_activations(cast(CLIPConfig, cfg)), 0
     needed: dict[str, float] = {
         "parameters": FLOAT * parameters / shards,
         "gradients": FLOAT * parameters / shards,
