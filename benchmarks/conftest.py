@@ -23,6 +23,7 @@ import torch
 from dalle_fast.training.memory import keep_freed_memory
 
 RESULTS: list[dict[str, Any]] = []
+CEILINGS = ("GFLOP/s", "GB/s")  # units that the machine has a best value of
 
 
 def pytest_addoption(parser):
@@ -72,7 +73,7 @@ def race(request, benchmark, ceilings):  # the ceilings are for the table
     """Assert the result of `ours`, then time it and its peers in turn.
 
     ours, peers: functions without arguments. expected: what ours returns, or a function that computes it.
-    flops, bytes: work of one call, for GFLOP/s and GB/s. targets: ratios to peers that we want to reach.
+    flops, bytes, samples: work of one call, for GFLOP/s, GB/s, samples/s. targets: ratios to peers to reach.
     iterations: calls in a round, for work of microseconds. warm: whether one unmeasured round comes first.
     expected None: the test has asserted the result in its own way. capture: whether a GPU replays a graph of the calls.
     """
@@ -85,6 +86,7 @@ def race(request, benchmark, ceilings):  # the ceilings are for the table
         expected: Any,
         flops: float | None = None,
         bytes: float | None = None,
+        samples: int | None = None,
         targets: dict[str, float] | None = None,
         rounds: int = 10,
         iterations: int = 1,
@@ -124,6 +126,8 @@ def race(request, benchmark, ceilings):  # the ceilings are for the table
         for unit, work in (("GFLOP/s", flops), ("GB/s", bytes)):
             if work is not None:
                 row[unit] = work / seconds / 1e9
+        if samples is not None:
+            row["samples/s"] = samples / seconds
         for peer, peer_seconds in times.items():
             row["peers"][peer] = {
                 "ms": peer_seconds * 1e3,
@@ -134,6 +138,16 @@ def race(request, benchmark, ceilings):  # the ceilings are for the table
         RESULTS.append(row)
 
     return run
+
+
+@pytest.fixture
+def record(ceilings):
+    """Add to the table what a test has measured in its own way: seconds, and any numbers by their units."""
+
+    def add(name: str, seconds: float, **numbers: float) -> None:
+        RESULTS.append({"case": name, "ms": seconds * 1e3, **numbers, "peers": {}})
+
+    return add
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
@@ -218,8 +232,9 @@ def table() -> list[str]:
     """One line a peer."""
     lines = [f"{'case':<44} {'ours ms':>9} {'rate':>20} {'peer':<28} {'peer ms':>9} {'ratio':>7} {'target':>7}"]
     for row in RESULTS:
-        unit = next((unit for unit in ("GFLOP/s", "GB/s") if unit in row), None)
-        rate = f"{row[unit]:.1f} {unit} {row[unit] / MACHINE[unit]:.0%}" if unit else ""
+        rates = [f"{row[unit]:,.{digits}f} {unit}" for unit, digits in (("samples/s", 0), ("MB", 1)) if unit in row]
+        rates += [f"{row[unit]:.1f} {unit} {row[unit] / MACHINE[unit]:.0%}" for unit in CEILINGS if unit in row]
+        rate = rates[0] if rates else ""
         head = f"{row['case']:<44} {row['ms']:>9.3f} {rate:>20}"
         for peer, result in row["peers"].items() or [("", None)]:
             tail = ""

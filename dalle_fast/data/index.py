@@ -27,6 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from .pairs import Skipped
@@ -37,7 +38,7 @@ BLOCK = tarfile.BLOCKSIZE
 _MAGIC = b"DFINDEX1"
 _HEADER = struct.Struct("<8sQqQQQ")  # magic; size and mtime in ns of the shard; samples; skipped, and their bytes
 _CHECKSUM = struct.Struct("<I")
-_RECORD = struct.Struct("<IIIIHH")
+RECORD = struct.Struct("<IIIIHH")  # see Record
 _SAMPLES_AT = _HEADER.size + _CHECKSUM.size
 _STALE_AFTER = 3600  # seconds; by then whoever wrote a partial file is gone
 
@@ -74,14 +75,34 @@ class ShardIndex(NamedTuple):
     def records(self) -> Iterator[Record]:
         with open(self.file, "rb") as file:
             file.seek(_SAMPLES_AT)
-            content = file.read(self.samples * _RECORD.size)
-        return map(Record._make, _RECORD.iter_unpack(content))
+            content = file.read(self.samples * RECORD.size)
+        return map(Record._make, RECORD.iter_unpack(content))
 
     def skipped_samples(self) -> Iterator[Skipped]:
         with open(self.file, "rb") as file:
-            file.seek(_SAMPLES_AT + self.samples * _RECORD.size)
+            file.seek(_SAMPLES_AT + self.samples * RECORD.size)
             for line in file:
                 yield Skipped(*json.loads(line))
+
+
+class ShardTable:
+    """The indexes of many shards as a few flat arrays, which forked data workers share."""
+
+    def __init__(self, indexes: Sequence[ShardIndex]) -> None:
+        self._shards = np.array([os.fsencode(index.shard) for index in indexes], dtype="S")
+        self._files = np.array([os.fsencode(index.file) for index in indexes], dtype="S")
+        self.samples = np.array([index.samples for index in indexes], dtype=np.int64)
+        self.skipped = np.array([index.skipped for index in indexes], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, number: int) -> ShardIndex:
+        paths = os.fsdecode(self._shards[number]), os.fsdecode(self._files[number])
+        return ShardIndex(*paths, int(self.samples[number]), int(self.skipped[number]))
+
+    def __iter__(self) -> Iterator[ShardIndex]:
+        return map(self.__getitem__, range(len(self)))
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -111,7 +132,7 @@ class OpenShard:
 
     def record(self, i: int) -> Record:
         """Where sample ``i`` is."""
-        return Record._make(_RECORD.unpack(os.pread(self._index, _RECORD.size, _SAMPLES_AT + i * _RECORD.size)))
+        return Record._make(RECORD.unpack(os.pread(self._index, RECORD.size, _SAMPLES_AT + i * RECORD.size)))
 
     def image(self, record: Record, size: int | None = None) -> bytes:
         """The image file of a sample, or its first ``size`` bytes."""
@@ -158,7 +179,7 @@ def _read_header(index: int) -> tuple[bytes, int, int, int, int, int] | None:
         return None
     header = _HEADER.unpack(content[: _HEADER.size])
     magic, _, _, samples, _, skipped_bytes = header
-    whole = _SAMPLES_AT + samples * _RECORD.size + skipped_bytes
+    whole = _SAMPLES_AT + samples * RECORD.size + skipped_bytes
     return header if magic == _MAGIC and os.fstat(index).st_size == whole else None
 
 
@@ -170,7 +191,7 @@ def _version(stat: os.stat_result) -> tuple[int, int]:
 def _places(shard: str) -> list[str]:
     """Where the index of a shard may be, in this order."""
     parent, name = os.path.split(shard)
-    return [os.path.join(folder, f"{name}.idx") for folder in _folders(parent)]
+    return [f"{folder}/{name}.idx" for folder in _folders(parent)]
 
 
 @functools.cache
@@ -240,31 +261,41 @@ def _index_shard(shard: str) -> str | None:
                 skipped.append(Skipped(os.path.basename(shard), str(error)))
     except OSError as error:
         return str(error)
-    lines = "".join(json.dumps(sample) + "\n" for sample in skipped).encode()
-    header = _HEADER.pack(_MAGIC, *_version(stat), len(records), len(skipped), len(lines))
-    samples = b"".join(_RECORD.pack(*record) for record in records)
-    _write(shard, header + _CHECKSUM.pack(zlib.crc32(header)) + samples + lines)
+    write_index(shard, stat, b"".join(RECORD.pack(*record) for record in records), skipped)
     return None
 
 
-def _write(shard: str, content: bytes) -> None:
-    """Write an index file, atomically, to the first place that takes it."""
+def write_index(shard: str, stat: os.stat_result, samples: bytes, skipped: Sequence[Skipped]) -> None:
+    """Write the index of a shard, atomically, to the first place that takes it. Raises OSError where none does.
+
+    Args:
+        stat: of the shard when it was read.
+        samples: packed records.
+    """
+    lines = "".join(json.dumps(sample) + "\n" for sample in skipped).encode()
+    count = len(samples) // RECORD.size
+    header = _HEADER.pack(_MAGIC, *_version(stat), count, len(skipped), len(lines))
     failed: OSError | None = None
     for path in map(Path, _places(shard)):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".partial")
-            try:
-                os.fchmod(handle, 0o644)
-                with open(handle, "wb") as file:
-                    file.write(content)
-                os.replace(partial, path)
-            finally:
-                Path(partial).unlink(missing_ok=True)
+            _replace(path, header + _CHECKSUM.pack(zlib.crc32(header)) + samples + lines)
             return
         except OSError as error:
             failed = failed or error
     raise OSError(f"index of {shard}: expected a place to write it, got {failed}")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file such that at no time a part of it has the name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".partial")
+    try:
+        os.fchmod(handle, 0o644)
+        with open(handle, "wb") as file:
+            file.write(content)
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
 
 
 def _remove_stale(parent: str) -> None:

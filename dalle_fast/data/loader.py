@@ -7,6 +7,7 @@ that goes on at step k sees what it would have seen, whatever the number of work
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import sys
@@ -119,6 +120,7 @@ class Batches:
             batch_size=None,
             sampler=steps,
             num_workers=self.workers,
+            worker_init_fn=_keep_memory_shared,
             generator=torch.Generator(),  # else the loader would draw from torch's global one
         )
         for batch, skipped in loader:
@@ -166,6 +168,11 @@ class Batches:
 def _seen_in(pairs: Corpus, index: int, epoch: int) -> Any:
     """The pair that an epoch sees: of encoded images, in another augmentation draw each time, in turn."""
     return pairs.draw(index, epoch % pairs.draws) if isinstance(pairs, EncodedPairs) else pairs[index]
+
+
+def _keep_memory_shared(_worker: int) -> None:
+    """Have the garbage collector leave alone what there was before the fork: touching it would copy it."""
+    gc.freeze()
 
 
 def pairs_of(first: int, count: int, n: int, seed: int) -> list[int]:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Collection, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .image import decode_image, read_image_size
-from .index import OpenShard, Record, ShardIndex, index_shards
+from .index import OpenShard, Record, ShardIndex, ShardTable, index_shards
 from .pairs import BrokenSample, Pair, Skipped
 from .sources import Unusable
 
@@ -34,9 +31,9 @@ class ShardPairs:
     def __init__(self, shards: Sequence[Path], workers: int | None = None) -> None:
         indexes, unreadable = index_shards(shards, workers)
         self.skipped: Collection[Skipped] = SkippedInShards(indexes, unreadable)
-        self._indexes = [index for index in indexes if index.samples]
-        self._ends = np.cumsum([index.samples for index in self._indexes], dtype=np.int64)
-        self._opened = functools.lru_cache(MAX_OPEN)(OpenShard)
+        self._table = ShardTable([index for index in indexes if index.samples])
+        self._ends = self._table.samples.cumsum()
+        self._opened = _opener(self._table)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -53,16 +50,16 @@ class ShardPairs:
         if not 0 <= number < len(self):
             raise IndexError(f"index: expected 0 to {len(self) - 1}, got {number}")
         shard = int(self._ends.searchsorted(number, side="right"))
-        index = self._indexes[shard]
         try:
-            files = self._opened(index)
-            return files, files.record(number - int(self._ends[shard]) + index.samples)
+            files = self._opened(shard)
+            return files, files.record(number - int(self._ends[shard] - self._table.samples[shard]))
         except (OSError, ValueError) as error:
-            raise BrokenSample(os.path.basename(index.shard), f"{type(error).__name__}: {error}") from error
+            name = os.path.basename(self._table[shard].shard)
+            raise BrokenSample(name, f"{type(error).__name__}: {error}") from error
 
     def captions(self) -> Iterator[str]:
         """All captions in order, shard after shard, without reading an image."""
-        for index in self._indexes:
+        for index in self._table:
             yield from map(OpenShard(index).caption, index.records())
 
     def caption(self, number: int) -> str:
@@ -89,21 +86,28 @@ class ShardPairs:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state
-        self._opened = functools.lru_cache(MAX_OPEN)(OpenShard)
+        self._opened = _opener(self._table)
+
+
+def _opener(table: ShardTable) -> Callable[[int], OpenShard]:
+    """Opens shards by their number, and keeps those that were used last."""
+    return functools.lru_cache(MAX_OPEN)(lambda shard: OpenShard(table[shard]))
 
 
 class SkippedInShards(Collection[Skipped]):
     """What cannot be used of some shards. Only the number of them is in memory."""
 
     def __init__(self, indexes: list[ShardIndex], unreadable: list[Skipped]) -> None:
-        self._indexes = [index for index in indexes if index.skipped]
+        self._table = ShardTable([index for index in indexes if index.skipped])
         self._unreadable = unreadable
 
     def __len__(self) -> int:
-        return sum(index.skipped for index in self._indexes) + len(self._unreadable)
+        return int(self._table.skipped.sum()) + len(self._unreadable)
 
     def __iter__(self) -> Iterator[Skipped]:
-        return chain(self._unreadable, chain.from_iterable(index.skipped_samples() for index in self._indexes))
+        yield from self._unreadable
+        for index in self._table:
+            yield from index.skipped_samples()
 
     def __contains__(self, sample: object) -> bool:
         return any(sample == skipped for skipped in self)
