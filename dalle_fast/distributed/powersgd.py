@@ -118,6 +118,11 @@ class PowerSGD:
             gradient.copy_(total)
         self._rest.clear()
 
+    @property
+    def sent(self) -> int:
+        """Bytes that this process has sent to other machines so far, in all updates."""
+        return self._machines.sent
+
     def squared_norms(self) -> dict[str, torch.Tensor]:
         """Of the estimates of the last update, without scales, by name; float64 []; NaN: not finite on some machine.
 
@@ -250,8 +255,6 @@ def _cut(flat: torch.Tensor, parameters: Sequence[DTensor]) -> list[torch.Tensor
 
 def fixed_gaussian(rows: int, columns: int, seed: int, index: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """Q of the index-th matrix, [rows, columns] float32: the same in every update and on every machine."""
-    if torch.device(device).type == "meta":
-        return torch.empty(rows, columns, device=device)
     generator = torch.Generator(device).manual_seed((seed << 20) + index)
     return torch.randn(rows, columns, generator=generator, device=device)
 
