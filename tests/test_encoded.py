@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from dalle_fast import cli
 from dalle_fast.data import (
     Batches,
     BrokenSample,
@@ -25,6 +27,7 @@ from dalle_fast.data import (
     center_crop_resize,
     encode_pairs,
 )
+from dalle_fast.pipeline import find_system
 
 GRID, SIZE = (3, 4), 12
 
@@ -199,6 +202,33 @@ def test_a_kill_loses_the_shard_at_work(tmp_path: Path) -> None:
     write(tmp_path / "killed", Pictures(40))
     write(tmp_path / "whole", Pictures(40))
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_processes_share_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """As torchrun starts them; a training takes an unfinished folder for what it is."""
+    (tmp_path / "in").mkdir()
+    for i in range(5):
+        Image.fromarray(Pictures(5)[i].image).save(tmp_path / "in" / f"{i}.png")
+        (tmp_path / "in" / f"{i}.txt").write_text(f"picture {i}")
+    system = tmp_path / "system"
+    system.mkdir()
+    for name in ("tokenizer.json", "dvae.safetensors"):
+        shutil.copy(find_system("tiny") / name, system)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    args = ["encode", "--data", str(tmp_path / "in"), "--out", str(tmp_path / "codes"), "--draws", "3"]
+    for rank, said in (
+        (1, "this process has done its part"),
+        (0, "5 images as 8 x 8 codes in 3 draws"),
+    ):
+        monkeypatch.setenv("RANK", str(rank))
+        assert cli.main(args) == 0
+        assert said in capsys.readouterr().out
+        if rank == 1:
+            assert cli.main(["train", "dalle", "--data", str(tmp_path / "codes"), "--out", str(system)]) == 2
+            assert "expected a folder with meta.json of a finished encoding" in capsys.readouterr().err
+    assert EncodedPairs(tmp_path / "codes").draws == 3
+    assert cli.main([*args, "--seed", "1"]) == 2
+    assert "seed: expected 0, with which" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import LANGUAGES, Filters
+from .folders import check_new
 from .pairs import BrokenSample, Pairs
 from .views import Dropped, write_view
 
@@ -41,7 +42,7 @@ _EXTENSION = r"\.(?:jpe?g|png|gif|tiff?|webp|bmp|heic|cr2|nef|arw|dng|raw|psd|mo
 _BOILERPLATE = re.compile(
     rf"\b{_MADE}(?:\s+{_MADE})?\s+(?:on|in|at)?\s*(?:the\s+)?{_DATE}"
     rf"|\b{_MADE}(?:\s+{_MADE})?\s+(?:by|with|using|via|from|to|for|on)\s+(?:(?:my|an?|the)\s+)?{_APP}\b"
-    rf"|\S+{_EXTENSION}\b"
+    rf"|(?<!\S)\S+{_EXTENSION}\b"
     rf"|\b{_CAMERA}[\s_-]*\d[\d\s_-]*"
     r"|\b(?:olympus|kodak|konica minolta|ricoh|minolta|pentax|samsung|casio|sony)\s+"
     r"(?:dsc|digital (?:still )?camera)\b"
@@ -78,6 +79,7 @@ def filter_pairs(
     """
     if workers < 0:
         raise ValueError(f"workers: expected 0 or more, got {workers}")
+    check_new(folder)
     if filters.language != "none":
         _language_of()  # fails before any work
     reasons, hashes = np.empty(len(pairs), np.uint8), np.empty(len(pairs), np.uint64)
@@ -112,7 +114,7 @@ def words_in(caption: str) -> int:
 
 def is_boilerplate(caption: str, min_words: int) -> bool:
     """Whether fewer words are left of a caption without file names, dates, names of cameras, and the like."""
-    rest, found = _BOILERPLATE.subn(" ", caption)
+    rest, found = _BOILERPLATE.subn(" ", " ".join(caption.split()))
     return found > 0 and words_in(rest) < min_words
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from .augment import center_crop_resize
+from .folders import check_new
 from .pairs import Pairs
 from .resumable import SETTINGS, Settings, Shard, process_in_shards, read_skipped, shard_folder
 from .views import Dropped, fingerprint_of, write_view
@@ -80,14 +82,16 @@ def embed_pairs(
         shard_size=shard_size,
     )
 
-    def prepare(image: np.ndarray, _: int) -> np.ndarray:
-        return center_crop_resize(image, image_size)[None]
+    def save(folder: Path, shard: Shard) -> None:
+        np.save(folder / _ROWS, shard.rows)
+        np.save(folder / _EMBEDDINGS, shard.values.reshape(len(shard.rows), -1).astype(np.float16))
 
-    def save(partial: Path, shard: Shard) -> None:
-        np.save(partial / _ROWS, shard.rows)
-        np.save(partial / _EMBEDDINGS, shard.values.reshape(len(shard.rows), -1).astype(np.float16))
-
+    prepare = partial(_central, size=image_size)
     return process_in_shards(folder, pairs, settings, prepare, embed, save, batch_size, workers, rank, ranks)
+
+
+def _central(image: np.ndarray, _: int, size: int) -> np.ndarray:
+    return center_crop_resize(image, size)[None]
 
 
 def read_embeddings(folder: str | Path) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
@@ -158,19 +162,22 @@ class ExactNeighbours:
 class ApproximateNeighbours:
     """Walks a graph of neighbours in float16 (usearch): finds nearly all, quickly among any number."""
 
-    def __init__(self, dimensions: int) -> None:
+    def __init__(self) -> None:
         try:
             from usearch.index import Index
         except ImportError:
             raise ImportError(
                 "usearch: expected the package that compares so many images, got none; try: pip install usearch"
             ) from None
-        self._index = Index(ndim=dimensions, metric="ip", dtype="f16")
+        self._new_index = Index
+        self._index: Any = ()  # empty, until the length of vectors is known
 
     def __len__(self) -> int:
         return len(self._index)
 
     def add(self, rows: np.ndarray, vectors: torch.Tensor) -> None:
+        if not len(self):
+            self._index = self._new_index(ndim=vectors.shape[1], metric="ip", dtype="f16")
         self._index.add(rows, vectors.numpy())
 
     def nearest(self, vectors: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -209,19 +216,19 @@ def drop_duplicates(
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold: expected a cosine above 0 and up to 1, got {threshold}")
+    check_new(folder)
     embeddings = Path(embeddings)
     if not (embeddings / SETTINGS).is_file() or not all(path.is_dir() for path in _shards(embeddings)):
         raise ValueError(f"embeddings: expected those of {len(pairs)} images, got none or a part in {embeddings}")
     if _settings(embeddings)["source"] != fingerprint_of(pairs):
         raise ValueError(f"embeddings: expected those of {source}, got those of another source in {embeddings}")
     broken = np.ones(len(pairs), bool)
-    dimensions = 0
-    for rows, vectors in read_embeddings(embeddings):
-        broken[rows], dimensions = False, vectors.shape[1]
+    for path in _shards(embeddings):
+        broken[np.load(path / _ROWS)] = False
     if broken.all():
         raise ValueError(f"pairs: expected at least one readable image, got none of {len(pairs)}")
     exact = len(pairs) <= exact_up_to
-    kept: Neighbours = ExactNeighbours(len(pairs), device) if exact else ApproximateNeighbours(dimensions)
+    kept: Neighbours = ExactNeighbours(len(pairs), device) if exact else ApproximateNeighbours()
     of, cosine = np.full(len(pairs), -1, np.int64), np.zeros(len(pairs), np.float32)
     for row, other, similarity in find_duplicates(read_embeddings(embeddings), threshold, kept):
         of[row], cosine[row] = other, similarity

@@ -14,7 +14,9 @@ The folder that :func:`dalle_fast.data.encoding.encode_pairs` writes holds ``sha
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
 import zlib
 from collections.abc import Iterator
@@ -49,8 +51,8 @@ def index_type(draws: int) -> np.dtype[Any]:
 
 
 def checksum(codes: np.ndarray, caption: bytes) -> int:
-    """CRC-32 of uint16 [h, w] and the caption."""
-    return zlib.crc32(caption, zlib.crc32(np.ascontiguousarray(codes).data))
+    """CRC-32 of codes, uint16 [h, w] in one piece, and the caption."""
+    return zlib.crc32(caption, zlib.crc32(codes.data))
 
 
 def write_shard(folder: Path, codes: np.ndarray, captions: list[str]) -> None:
@@ -88,7 +90,7 @@ class EncodedPairs:
             self.draws: int = meta["draws"]
             self.skipped_count: int = meta["skipped"]  # pictures that are not here, named in skipped.jsonl
             self._names = [shard["name"] for shard in meta["shards"]]
-            self._ends = np.cumsum([shard["count"] for shard in meta["shards"]])
+            self._ends = list(itertools.accumulate(shard["count"] for shard in meta["shards"]))
             self._sizes: list[dict[str, int]] = [shard["bytes"] for shard in meta["shards"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             unfinished = " of a finished encoding" if (folder / "settings.json").is_file() else ""
@@ -104,7 +106,7 @@ class EncodedPairs:
         self._shards: dict[int, _Shard] = {}
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def __getitem__(self, index: int) -> EncodedPair:
         return self.draw(index, 0)
@@ -136,12 +138,12 @@ class EncodedPairs:
         """The shard of a pair, and its row there."""
         if not 0 <= index < len(self):
             raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        return number, index - int(self._ends[number - 1]) if number else index
+        number = bisect.bisect_right(self._ends, index)
+        return number, index - self._ends[number - 1] if number else index
 
     def _open(self, number: int) -> _Shard:
         """Map the files of a shard."""
-        count = int(self._ends[number] - (self._ends[number - 1] if number else 0))
+        count = self._ends[number] - (self._ends[number - 1] if number else 0)
 
         def rows(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
             size = count * int(np.prod(shape)) * dtype.itemsize

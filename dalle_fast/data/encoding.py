@@ -100,9 +100,9 @@ def encode_pairs(
             raise ValueError(f"codes: expected 0 to 65535, got {codes.min()} to {codes.max()}")
         return codes
 
-    def save(partial: Path, shard: Shard) -> None:
+    def save(folder: Path, shard: Shard) -> None:
         codes = shard.values.astype("<u2").reshape(-1, draws, *grid)  # of no picture, where all are broken
-        write_shard(partial, codes, shard.captions)
+        write_shard(folder, codes, shard.captions)
 
     prepare = partial(_draws, size=image_size, draws=draws, seed=seed)
     together = max(1, batch_size // draws)

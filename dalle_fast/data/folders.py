@@ -9,6 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def check_new(path: str | Path) -> None:
+    """Raise ValueError if there is something at ``path`` and it is not an empty folder."""
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"output folder: expected a new or empty one, got {path}")
+
+
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
     """A hidden folder to fill, which takes the name ``path`` when the block ends well and is removed when it fails.
@@ -16,9 +23,8 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Raises:
         ValueError: ``path`` exists and is not an empty folder.
     """
+    check_new(path)
     path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"output folder: expected a new or empty one, got {path}")
     partial = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
