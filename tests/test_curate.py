@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import sys
 import tarfile
 from pathlib import Path
@@ -257,6 +258,7 @@ def test_views_of_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             assert view.name(place) == pairs.name(i)
             assert view.image_size(place) == pairs.image_size(i) == (8 + i, 9)
         assert list(view.captions()) == [f"caption {i}" for i in (0, 2, 3, 5)]
+        assert np.array_equal(pickle.loads(pickle.dumps(view))[3].image, pairs[5].image)
         with pytest.raises(IndexError, match="index: expected 0 to 3, got -1"):
             view[-1]
         write_view(tmp_path / "views" / f"narrower{number}", out, view, [Dropped(0, "first", {})], {})

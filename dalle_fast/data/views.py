@@ -35,11 +35,15 @@ class Dropped(NamedTuple):
 
 
 class View:
-    """The pairs of a source that a view keeps."""
+    """The pairs of a source whose indices are in the file ``kept``, which is read as it is needed."""
 
-    def __init__(self, pairs: Pairs, kept: np.ndarray) -> None:
+    def __init__(self, pairs: Pairs, kept: Path) -> None:
         self._pairs = pairs
-        self._kept = kept
+        self._path = kept
+        self._kept = np.load(kept, mmap_mode="r")
+
+    def __reduce__(self) -> Any:  # else data workers that are spawned would get a copy of the file
+        return View, (self._pairs, self._path)
 
     @property
     def skipped(self) -> Collection[Skipped]:
@@ -147,12 +151,12 @@ def open_view(folder: Path, workers: int | None = None) -> View:
         if view["format"] != _FORMAT:
             raise ValueError(f"got the format {view['format']}")
         source, fingerprint, count = view["source"], view["fingerprint"], view["kept"]
-        kept = np.load(folder / KEPT, mmap_mode="r")
-        if kept.shape != (count,):
-            raise ValueError(f"expected {count} indices, got {list(kept.shape)}")
+        kept = np.load(folder / KEPT, mmap_mode="r").shape
+        if kept != (count,):
+            raise ValueError(f"expected {count} indices, got {list(kept)}")
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise ValueError(f"view: expected {VIEW} and {KEPT} in {folder}, got {error}") from None
     pairs = open_pairs(source, workers)
     if fingerprint_of(pairs) != fingerprint:
         raise ValueError(f"view: expected the pairs that {folder} was made of, got others in {source}")
-    return View(pairs, kept)
+    return View(pairs, folder / KEPT)
