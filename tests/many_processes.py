@@ -77,6 +77,7 @@ LAYOUTS = {
     "ddp": Layout(2, 2, "ddp"),
 }
 HALF = {"resblock_dtype": "float16"}
+COMPRESSED = HALF | {"powersgd_rank": 32}  # full rank: 16 for each of two shards
 
 
 def configured(kind: str, **changes):
@@ -159,6 +160,8 @@ def main(out: Path) -> None:
     for layout in ("one", "2x2"):
         run("float16", layout, lambda path: train("dalle", path, HALF, overflow_in_last))
         run("clip", layout, lambda path: train("clip", path, {"val_samples": 2}))
+    run("powersgd", "2x2", lambda path: train("dalle", path, COMPRESSED, overflow_in_last))
+    run("powersgd resaved", "4x1", lambda path: resave("dalle", out / "powersgd 2x2", path, COMPRESSED))
     for layout in ("one", "1x4", "4x1"):
         run("resaved", layout, lambda path: resave("dalle", out / "float16 2x2", path, HALF))
     run("dvae", "2x2", lambda path: train("dvae", path, {}))

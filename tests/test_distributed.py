@@ -93,6 +93,29 @@ def test_a_checkpoint_is_resumed_by_other_processes_bit_by_bit(layout, said, out
     assert same({**resumed, "random": saved["random"]}, saved)
 
 
+def test_powersgd_of_full_rank_trains_what_one_process_does(said, out):
+    got, expected = (
+        [record for record in log(out / name, "dalle") if "log2_scales" not in record]
+        for name in ("powersgd 2x2", "float16 one")
+    )
+    sent = [record.pop("bytes_between_machines") for record in got if "lr" in record]
+    assert [sent[0], 2 * sent[0], 3 * sent[0]] == sent
+    assert_close(got, expected, rtol=1e-2)
+    assert [record["skipped_updates"] for record in got if "lr" in record] == [0, 1, 1]
+
+
+def test_what_powersgd_has_left_over_is_shared_among_other_machines(said, out):
+    saved, resumed = (checkpoint(out / name, "dalle") for name in ("powersgd 2x2", "powersgd resaved 4x1"))
+    left, shared = part(saved, "powersgd"), part(resumed, "powersgd")
+    assert left.keys() == {name for name in part(saved, "model") if re.search(r"^layers.*(attn|mlp)\..*weight", name)}
+    assert all(tensor.any() for tensor in left.values())
+    torch.testing.assert_close(shared, left, rtol=2**-9, atol=0)  # rounded to 1-6-9 anew
+    rest = [
+        {k: v for k, v in content.items() if not k.startswith(("powersgd", "random"))} for content in (saved, resumed)
+    ]
+    assert same(*rest)
+
+
 def test_clip_tells_captions_from_those_of_all_processes(said, out):
     got, expected = (
         [record for record in log(out / f"clip {layout}", "clip") if "loss" in record] for layout in ("2x2", "one")

@@ -64,6 +64,10 @@ class TrainConfig(ABC):
         """What halves the step size on a plateau of the loss, if anything does."""
         return None
 
+    def compression_rank(self) -> int | None:
+        """Rank to which PowerSGD compresses the gradients between machines, if it does."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainDVAE(TrainConfig):
@@ -138,6 +142,7 @@ class TrainDALLE(TrainConfig):
     resblock_dtype: DType = "auto"  # of what happens inside them
     skip_overflow: Literal["update", "resblock"] = "update"  # what an Inf or NaN gradient in one resblock leaves out
     recompute: bool = True  # run resblocks again for their gradients, and keep only the stream
+    powersgd_rank: int | None = None  # compress gradients of resblocks between machines; a multiple of GPUs on each
     moments: Moments = "16-bit"  # of the matrices of resblocks; all others are float32
     betas: tuple[float, float] = (0.9, 0.96)
     eps: float = 1e-8
@@ -150,6 +155,8 @@ class TrainDALLE(TrainConfig):
         super().__post_init__()
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout: expected a share in [0, 1], got {self.caption_dropout}")
+        if self.powersgd_rank is not None and self.powersgd_rank < 1:
+            raise ValueError(f"powersgd_rank: expected 1 or more, or none, got {self.powersgd_rank}")
 
     def lr_at(self, step: int) -> float:
         peak = self.lr if self.lr_schedule == "plateau" else cosine(step, self.lr, 0.0, self.steps)
@@ -160,6 +167,9 @@ class TrainDALLE(TrainConfig):
 
     def plateau(self) -> Plateau | None:
         return Plateau(self.plateau_window, self.plateau_patience) if self.lr_schedule == "plateau" else None
+
+    def compression_rank(self) -> int | None:
+        return self.powersgd_rank
 
 
 @dataclass(frozen=True)

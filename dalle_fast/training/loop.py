@@ -129,6 +129,8 @@ def fit(
             bar.update()
             if last or state.step % config.log_every == 0:
                 counters = {"lr": lr, "skipped_updates": state.skipped_updates, "seconds": state.seconds}
+                if state.powersgd:
+                    counters["bytes_between_machines"] = state.powersgd.sent
                 record = meter.result() | counters
                 log.write(state.step, record | state.incidents.result())
                 if state.scales:
@@ -167,17 +169,18 @@ def update(
     """
     loss, metrics = task.loss(state.model, batch, state.step)
     backward(loss, state.model, state.world)
+    if state.powersgd:
+        state.powersgd.finish()
     factors = state.scales.factors() if state.scales else None
-    gradients = [counted_here(cast(torch.Tensor, p.grad), state.world) for p in state.parameters]
-    loss, norm, nonfinite = of_all_processes(state, loss.detach(), *gradient_norm(gradients, factors))
+    norm, nonfinite = gradient_norm(shards_of_gradients(state, factors), factors)
+    loss, norm, nonfinite = of_all_processes(state, loss.detach(), norm, nonfinite)
     skip = state.scales.skip(nonfinite) if state.scales else nonfinite.any().expand_as(nonfinite)
     # All that the host must know, in one wait for the device.
     made, blameless, value = torch.stack([loss.isfinite() & ~skip.all(), ~nonfinite.any(), loss]).tolist()
     finite = bool(made)
     if not blameless:
-        names: dict[torch.Tensor, str] = {p: name for name, p in state.model.named_parameters()}
-        bad = nonfinite.tolist()
-        state.incidents.add_nonfinite(names[p] for p, is_bad in zip(state.parameters, bad, strict=True) if is_bad)
+        bad = zip(state.names, nonfinite.tolist(), strict=True)
+        state.incidents.add_nonfinite(name for name, is_bad in bad if is_bad)
     if finite:
         if state.spikes.update(value):
             state.incidents.add_spike(state.step + 1)
@@ -194,6 +197,20 @@ def update(
         state.scales.update()
     state.optimizer.zero_grad()
     return finite, {"loss": loss, "grad_norm": norm, **metrics}
+
+
+def shards_of_gradients(state: State[Model], factors: torch.Tensor | None) -> list[torch.Tensor]:
+    """What this process adds to the norm of the gradient, as the shards of the gradients do, in their order."""
+    shards = [counted_here(cast(torch.Tensor, p.grad), state.world) for p in state.parameters]
+    if state.powersgd is None:
+        return shards
+    # It knows the norms of matrices, without scales; these need not be read again.
+    squares = state.powersgd.squared_norms()
+    scales = torch.ones(len(shards)) if factors is None else 1 / factors
+    return [
+        squares[name].sqrt().float() * scale if name in squares else shard
+        for name, shard, scale in zip(state.names, shards, scales, strict=True)
+    ]
 
 
 def of_all_processes(

@@ -260,6 +260,8 @@ def plan_run(
     if processes > 1:
         resblocks = [sum(p.numel() for p in resblock.parameters()) for resblock in resblocks_of(model)]
         # Of resblocks one at work, one on its way, and a gradient; of all else the parameters and gradients.
+        if config.compression_rank() and processes > shards and isinstance(cfg, DALLEConfig):
+            needed["error buffers"] = HALF * dalle_parameters(cfg)[0] / shards
         needed["gathered parameters"] = FLOAT * (3 * max(resblocks) + 2 * (parameters - sum(resblocks)))
     needed["activations"] = activations * config.batch_size / processes
     title = f"{parameters:,} parameters on {config.device}, a batch of {config.batch_size}; it needs"

@@ -9,9 +9,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from ..distributed.sharding import local, shard_model, sharded_like
+from ..distributed.collectives import Machines
+from ..distributed.powersgd import PowerSGD, resblock_matrices, sum_between_machines
+from ..distributed.sharding import local, resblocks_of, shard_model, sharded_like
 from ..distributed.world import ALONE, World
-from ..models.precision import Scales
+from ..models import DALLE
+from ..models.precision import GradientScales, Scales
 from .average import RunningAverage
 from .checkpoint import load_tensors, saved_tensors
 from .config import TrainConfig
@@ -35,20 +38,27 @@ class State(Generic[Model]):
     plateau: Plateau | None
     scales: Scales | None = None  # what gradients are multiplied by
     world: World = ALONE  # who trains
+    powersgd: PowerSGD | None = None  # what sums the gradients over machines, if not FSDP
     spikes: LossSpikes = field(default_factory=LossSpikes)
     step: int = 0  # finished updates, and so the position in the data
     skipped_updates: int = 0  # for want of a finite gradient
     seconds: float = 0.0
     incidents: Incidents = field(default_factory=Incidents)  # since the last log record; not in checkpoints
     parameters: list[torch.Tensor] = field(init=False)  # in the order of the optimizer
+    names: list[str] = field(init=False)  # of these
 
     def __post_init__(self) -> None:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        names: dict[torch.Tensor, str] = {p: name for name, p in self.model.named_parameters()}
+        self.names = [names[p] for p in self.parameters]
         if self.scales:
             self.scales.watch(self.parameters)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor of the state, by a name of its own; in the same memory, and sharded as its parameter is."""
+        """Every tensor of the state, by a name of its own; sharded as its parameter is.
+
+        They share the state's memory, but for what PowerSGD has left over on all machines.
+        """
         parameters = dict(self.model.named_parameters())
         return {
             **{f"model/{name}": tensor for name, tensor in self.model.state_dict().items()},
@@ -68,6 +78,10 @@ class State(Generic[Model]):
                 if isinstance(value, torch.Tensor)
             },
             **{f"scales/{name}": tensor for name, tensor in (self.scales.tensors() if self.scales else {}).items()},
+            **{
+                f"powersgd/{name}": sharded_like(tensor, parameters[name], self.world)
+                for name, tensor in (self.powersgd.tensors() if self.powersgd else {}).items()
+            },
         }
 
     def values(self) -> dict[str, Any]:
@@ -84,9 +98,13 @@ class State(Generic[Model]):
         """Become the state of a checkpoint: its folder, and what ``values`` returned when it was written."""
         saved = saved_tensors(path)
         self._make_room(saved)
-        # Without scales in it, the run had no 16 bits so far.
-        wanted = {name: t for name, t in self.tensors().items() if name in saved or not name.startswith("scales/")}
+        # Without scales in it, the run had no 16 bits so far; likewise with what PowerSGD has left over.
+        optional = ("scales/", "powersgd/")
+        wanted = {name: t for name, t in self.tensors().items() if name in saved or not name.startswith(optional)}
         load_tensors(path, wanted)
+        if self.powersgd:
+            left = {name.partition("/")[2]: local(t) for name, t in wanted.items() if name.startswith("powersgd/")}
+            self.powersgd.load(left)
         if self.plateau and values["plateau"]:
             self.plateau = Plateau(**values["plateau"])
         self.spikes = LossSpikes(**values["spikes"])
@@ -109,13 +127,31 @@ class State(Generic[Model]):
 
 
 def new_state(model: Model, config: TrainConfig, scales: Scales | None = None, world: World = ALONE) -> State[Model]:
-    """The state before the first update, on the device."""
+    """The state before the first update, on the device.
+
+    Raises:
+        ValueError: a rank of PowerSGD that the shards of a matrix cannot share.
+    """
+    rank = config.compression_rank() if world.copies > 1 else None
     if world.size > 1:
-        shard_model(model, world)
+        shard_model(model, world, powersgd=rank is not None)
     else:
         model.to(config.device)
+    powersgd = (
+        compress_gradients(model, rank, config.seed, scales, world) if rank and isinstance(model, DALLE) else None
+    )
     optimizer = AdamW16(parameter_groups(model, config), config.lr, config.betas, config.eps)
-    return State(model.train(), RunningAverage(model, config.ema_decay), optimizer, config.plateau(), scales, world)
+    average = RunningAverage(model, config.ema_decay)
+    return State(model.train(), average, optimizer, config.plateau(), scales, world, powersgd)
+
+
+def compress_gradients(model: DALLE, rank: int, seed: int, scales: Scales | None, world: World) -> PowerSGD:
+    """Have PowerSGD sum the gradients of a sharded model over machines from now on."""
+    scale_of = {}
+    if isinstance(scales, GradientScales):
+        blocks = {id(p): i for i, resblock in enumerate(resblocks_of(model)) for p in resblock.parameters()}
+        scale_of = {name: scales.scale[blocks[id(p)]] for name, p in model.named_parameters() if id(p) in blocks}
+    return sum_between_machines(model, resblock_matrices(model), rank, Machines(world.peers), seed, scale_of)
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
