@@ -77,7 +77,7 @@ LAYOUTS = {
     "ddp": Layout(2, 2, "ddp"),
 }
 HALF = {"resblock_dtype": "float16"}
-COMPRESSED = HALF | {"powersgd_rank": 32}  # full rank: 16 for each of two shards
+COMPRESSED = HALF | {"recompute": False, "powersgd_rank": 32}  # full rank: 16 for each of two shards
 
 
 def configured(kind: str, **changes):
@@ -155,8 +155,8 @@ def main(out: Path) -> None:
     def run(name: str, layout: str, work: Callable[[Path], Work]) -> None:
         said[f"{name} {layout}"] = LAYOUTS[layout].run(work(out / f"{name} {layout}"))
 
-    for layout in ("one", "2x2", "ddp"):
-        run("float32", layout, lambda path: train("dalle", path, {}))
+    for layout, recompute in (("one", True), ("2x2", True), ("ddp", False)):
+        run("float32", layout, lambda path, recompute=recompute: train("dalle", path, {"recompute": recompute}))
     for layout in ("one", "2x2"):
         run("float16", layout, lambda path: train("dalle", path, HALF, overflow_in_last))
         run("clip", layout, lambda path: train("clip", path, {"val_samples": 2}))
@@ -164,7 +164,7 @@ def main(out: Path) -> None:
     run("powersgd resaved", "4x1", lambda path: resave("dalle", out / "powersgd 2x2", path, COMPRESSED))
     for layout in ("one", "1x4", "4x1"):
         run("resaved", layout, lambda path: resave("dalle", out / "float16 2x2", path, HALF))
-    run("dvae", "2x2", lambda path: train("dvae", path, {}))
+    run("dvae", "2x2", lambda path: train("dvae", path, {"conv_dtype": "float16"}))
     run("stopped", "2x2", lambda path: train("dalle", path, {}, signal_to_last))
     print(json.dumps(said))
 

@@ -288,3 +288,22 @@ def test_training_says_what_it_needs_and_refuses_before_it_allocates(monkeypatch
 
 def test_memory_of_this_machine():
     assert 2**20 < available_memory(torch.device("cpu")) < 2**60
+
+
+def test_the_plan_of_many_processes_counts_their_shards():
+    config = settings("dalle", batch_size=8, powersgd_rank=2)
+    model = DALLE(DALLE_CFG)
+    alone, many = plan_run(model, DALLE_CFG, config, GB), plan_run(model, DALLE_CFG, config, GB, shards=2, processes=4)
+    for name in ("parameters", "gradients", "moments", "running average"):
+        assert many.memory[name] == alone.memory[name] / 2
+    assert many.memory["activations"] == alone.memory["activations"] / 4
+    matrices, rest = dalle_parameters(DALLE_CFG)
+    d, n = DALLE_CFG.d_model, DALLE_CFG.n_layer
+    inside = matrices + n * 9 * d  # with the biases; LayerNorms are in front of resblocks
+    assert many.memory["gathered parameters"] == 4 * (3 * (8 * d**2 + 5 * d) + 2 * (matrices + rest - inside))
+    assert many.memory["error buffers"] == 2 * matrices / 2
+    assert many.flops == alone.flops
+    fixed = many.total - many.memory["activations"]
+    tight = plan_run(model, DALLE_CFG, config, fixed + many.memory["activations"] * 0.6, shards=2, processes=4)
+    with pytest.raises(ValueError, match="what would fit is a batch of 4"):
+        refuse_what_cannot_fit(tight, 8, 4)

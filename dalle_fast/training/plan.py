@@ -270,12 +270,12 @@ def plan_run(
     return Plan(title, needed, available, flops)
 
 
-def refuse_what_cannot_fit(plan: Plan, batch_size: int) -> None:
-    """Raise ValueError, naming what would fit, unless the plan of a run does."""
+def refuse_what_cannot_fit(plan: Plan, batch_size: int, processes: int = 1) -> None:
+    """Raise ValueError, naming what would fit, unless the plan of a run, whose processes share a batch, does."""
     if plan.fits:
         return
-    a_sample = plan.memory["activations"] / batch_size
-    fitting = int((plan.available - plan.total) / a_sample + batch_size) if a_sample else 0
+    a_sample, each = plan.memory["activations"] * processes / batch_size, batch_size // processes
+    fitting = processes * int((plan.available - plan.total) / a_sample + each) if a_sample else 0
     what = f"a batch of {fitting}" if fitting > 0 else "a smaller model, or this one on more GPUs: see dalle-fast plan"
     raise ValueError(
         f"memory: expected at most {plan.available / GB:.2f} GB, got a training that needs {plan.total / GB:.2f} GB; "

@@ -114,7 +114,7 @@ def check_memory(
         model = model_class(model_cfg)
     available = available_memory(torch.device(train_cfg.device))
     plan = plan_run(model, model_cfg, train_cfg, available, world.shards, world.size)
-    refuse_what_cannot_fit(plan, train_cfg.batch_size)
+    refuse_what_cannot_fit(plan, train_cfg.batch_size, world.size)
     if world.is_first:
         print(plan, file=sys.stderr)
 
