@@ -89,8 +89,9 @@ def process_in_shards(
     size, total = settings.shard_size, settings.pairs
     shards = range(-(-total // size))
     todo = [number for number in shards[rank::ranks] if not shard_folder(folder, number).is_dir()]
-    for number in todo:  # of a run that was killed
-        for partial in folder.glob(f".{shard_folder(folder, number).name}.*.partial"):
+    names = {shard_folder(folder, number).name for number in todo}
+    for partial in folder.glob(".*.partial"):  # of a run that was killed
+        if partial.name.split(".")[1] in names:
             shutil.rmtree(partial)
 
     def stretches(number: int) -> list[range]:
