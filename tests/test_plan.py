@@ -22,6 +22,7 @@ from dalle_fast.training.memory import available_memory
 from dalle_fast.training.plan import (
     GB,
     attention_pairs,
+    dalle_caches,
     dalle_flops,
     dalle_parameters,
     plan_paper,
@@ -168,6 +169,15 @@ def test_recompute_keeps_the_stream_alone():
     assert kept[1] - kept[0] == pytest.approx(4 * 2 * 4 * token, rel=0.01)  # in float32, before both resblocks
 
 
+def test_caches_are_those_that_sampling_makes():
+    cfg = PRESETS["tiny"].dalle
+    with torch.no_grad():
+        _, caches = DALLE(cfg).prefill(torch.zeros(1, cfg.text_len, dtype=torch.int64), candidates=3)
+    text = sum(x.nbytes for layer in caches for x in layer[:2])
+    images = sum(x.nbytes for layer in caches for x in layer[2:])
+    assert dalle_caches(cfg, 4) == (text, images // 3)
+
+
 # ---------------------------------------------------------------------------------------------- the paper's training
 
 
@@ -236,6 +246,7 @@ def test_the_command_prints_the_plan(capsys):
     assert "in all                               15.36 GB: fits in 16.00 GB" in said
     assert "FLOPs of an update" in said
     assert "with PowerSGD of rank 896" in said
+    assert "caches of each candidate              0.27 GB to sample" in said
     assert cli.main([*command, "--memory", "12"]) == 2
     said = capsys.readouterr()
     assert "does not fit in 12.00 GB" in said.out

@@ -35,6 +35,7 @@ class Plan:
     available: float  # bytes of the device
     flops: float = 0.0  # an update, all devices together; 0: not counted
     traffic: dict[str, float] = field(default_factory=dict)  # bytes that a machine sends in an update
+    caches: dict[str, float] = field(default_factory=dict)  # bytes while sampling, not in the memory of training
 
     @property
     def total(self) -> float:
@@ -52,6 +53,7 @@ class Plan:
         if self.flops:
             lines += [f"  {'FLOPs of an update':32}{self.flops:10.3g}"]
         lines += [f"  {kind:32}{size / GB:10.2f} GB an update" for kind, size in self.traffic.items()]
+        lines += [f"  {kind:32}{size / GB:10.2f} GB to sample" for kind, size in self.caches.items()]
         return "\n".join(lines)
 
 
@@ -107,6 +109,13 @@ def dalle_activations(cfg: DALLEConfig, recompute: bool, inside: int) -> int:
     text, image = cfg.text_len * (cfg.text_vocab + cfg.text_len), cfg.image_len * cfg.image_vocab
     ends = 3 * FLOAT * token + 3 * FLOAT * (text + image)  # into the logits; logits, their logarithms and gradients
     return kept + (one if recompute else every) + ends
+
+
+def dalle_caches(cfg: DALLEConfig, size: int) -> tuple[int, int]:
+    """Bytes of keys and values while sampling, ``size`` a number: of a prompt, and of each of its candidates."""
+    masks = layer_masks(cfg.n_layer, cfg.text_len, cfg.height, cfg.width, cfg.kernel)
+    token = 2 * cfg.d_model * size
+    return token * cfg.text_len * cfg.n_layer, token * sum(mask.cache_len for mask in masks)
 
 
 def powersgd_saving(d_model: int, rank: int, gpus: int = 8) -> float:
@@ -167,7 +176,8 @@ def plan_paper(
             name = f"with PowerSGD of rank {rank}"
             traffic[name] = sent * (share * HALF * matrices + FLOAT * rest)
     title = f"{matrices + rest:,} parameters on {machines} x {gpus} GPUs, a batch of {batch}; each GPU holds"
-    return Plan(title, needed, memory, batch * dalle_flops(cfg, recompute=True), traffic)
+    caches = dict(zip(("caches of a prompt", "caches of each candidate"), dalle_caches(cfg, HALF), strict=True))
+    return Plan(title, needed, memory, batch * dalle_flops(cfg, recompute=True), traffic, caches)
 
 
 def what_fits(cfg: DALLEConfig, batch: int, gpus: int, machines: int, memory: float, rank: int | None) -> str:
