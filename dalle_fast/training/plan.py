@@ -176,7 +176,9 @@ def plan_paper(
             name = f"with PowerSGD of rank {rank}"
             traffic[name] = sent * (share * HALF * matrices + FLOAT * rest)
     title = f"{matrices + rest:,} parameters on {machines} x {gpus} GPUs, a batch of {batch}; each GPU holds"
-    caches = dict(zip(("caches of a prompt", "caches of each candidate"), dalle_caches(cfg, HALF), strict=True))
+    caches: dict[str, float] = dict(
+        zip(("caches of a prompt", "caches of each candidate"), dalle_caches(cfg, HALF), strict=True)
+    )
     return Plan(title, needed, memory, batch * dalle_flops(cfg, recompute=True), traffic, caches)
 
 
