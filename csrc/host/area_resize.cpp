@@ -9,6 +9,9 @@
 namespace dalle_fast {
 namespace {
 
+// Added and taken away again, it rounds a small float to the nearest integer, ties to even, without a call.
+constexpr float kToInteger = 0x1.8p23f;
+
 // The input pixels that one output pixel averages, along one axis.
 struct Window {
   int64_t first;
@@ -54,7 +57,7 @@ void area_resize(const uint8_t* image, int64_t height, int64_t width, int64_t ch
         const float* source = sums.data() + column.first * channels + c;
         float sum = 0;
         for (size_t k = 0; k < column.weights.size(); ++k) sum += column.weights[k] * source[k * channels];
-        *out++ = static_cast<uint8_t>(std::clamp(std::nearbyint(sum), 0.0f, 255.0f));
+        *out++ = static_cast<uint8_t>(std::clamp(sum + kToInteger - kToInteger, 0.0f, 255.0f));
       }
     }
   }
