@@ -153,6 +153,14 @@ def record(ceilings):
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
+@pytest.fixture
+def kept_memory():
+    """Freed memory is kept for the next call, as training does."""
+    keep_freed_memory()
+    yield
+    give_back_memory()
+
+
 @pytest.fixture(params=["fresh", "reused"])
 def memory(request):
     """Runs a case twice. "reused": freed memory is kept for the next call, as training does. "fresh": large tensors are
@@ -160,6 +168,11 @@ def memory(request):
     if request.param == "reused":
         keep_freed_memory()
     yield request.param
+    give_back_memory()
+
+
+def give_back_memory() -> None:
+    """Undo ``keep_freed_memory``."""
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, 128 * 1024)
     libc.mallopt(M_TRIM_THRESHOLD, 128 * 1024)
