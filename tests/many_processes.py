@@ -8,7 +8,6 @@ makes subfolders of FOLDER, one for each training, and prints JSON: what each pr
 import json
 import os
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 import torch._dynamo  # which each process would import by itself
+from torch.distributed import TCPStore
 from training_helpers import settings, task
 
 from dalle_fast.distributed.sharding import local
@@ -41,9 +41,7 @@ class Layout:
     def run(self, work: Work) -> list[Any]:
         """What the processes return, by rank."""
         size = self.machines * self.on_each
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # at any free port
         children = []
         for rank in range(size):
             read, write = os.pipe()
@@ -51,7 +49,8 @@ class Layout:
             if pid == 0:
                 os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank % self.on_each)}
                 os.environ |= {"LOCAL_WORLD_SIZE": str(self.on_each)}
-                os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+                os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+                os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
                 try:
                     with join_world("cpu", self.parallel) as world:
                         said = work(world)
