@@ -112,7 +112,7 @@ def run(
     tokenizer = Tokenizer.train((p.caption for p in train), cfg.dalle.text_vocab, cfg.dalle.text_len)
     tokenizer.save(out / "tokenizer.json")
     lap("scenes and tokenizer")
-    dvae_settings = replace(tiny.dvae, steps=dvae_steps, lr_steps=dvae_steps, tau_steps=-(-dvae_steps // 2))
+    dvae_settings = replace(tiny.dvae, steps=dvae_steps, lr_steps=dvae_steps, tau_steps=dvae_steps)
     dvae, trained = train_dvae(train, val, cfg.dvae, dvae_settings, out)
     lap("dvae", trained)
     codes, val_codes = encode_all(dvae, train), encode_all(dvae, val)

@@ -9,6 +9,7 @@ import torch
 from dalle_fast.config import PRESETS, DVAEConfig
 from dalle_fast.models import DiscreteVAE
 from dalle_fast.models.dvae import logit_laplace_nll, map_pixels, unmap_pixels
+from dalle_fast.training.tasks import with_grain
 
 SMALL = DVAEConfig(image_size=16, vocab_size=12, n_hid=8, n_init=6, groups=(1, 2), n_blk_per_group=1)
 
@@ -114,7 +115,7 @@ def test_a_short_training_learns_the_colours_of_plain_pictures():
     model.init_codes(pictures)
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
     for step in range(100):
-        loss, _ = model.loss(pictures, 0.5, 1.0, step)
+        loss, _ = model.loss(with_grain(pictures, 0.1, step), 0.5, 1.0, step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -15,9 +15,11 @@ from torch import nn
 
 from ..config import DVAEConfig
 from ..ops import gumbel_quantize
+from .kmeans import image_patches, kmeans
 from .precision import rounded_conv2d
 
 PIXEL_MARGIN = 0.1  # e of appendix A.3: keeps pixels away from 0 and 1, where the logit is infinite
+_RIDGE = 1e-3  # of the least squares in init_codes, as a share of the features' mean variance
 
 
 def map_pixels(images: torch.Tensor) -> torch.Tensor:
@@ -168,28 +170,40 @@ class DiscreteVAE(nn.Module):
 
     @torch.no_grad()
     def init_codes(self, images: torch.Tensor, margin: float = 3.0, seed: int = 0) -> None:
-        """Start each code at a patch of these images, so that the codes are spread over the data from the beginning.
+        """Start as a plain quantizer of patches, so that all codes are in use and mean something from the beginning.
 
         From a random start nearly every patch prefers the same few codes, and a short training collapses onto them.
-        The encoder's last convolution is set to w_k = s f_k, b_k = -s |f_k|^2 / 2, which makes the logits squared
-        distances to features f_k of the images; these are picked far from one another (k-means++, Arthur and
-        Vassilvitskii, 2007). ``margin`` is the mean distance of the best logit from the second.
+        The codes are k-means centroids c_k of the patches of these images. The encoder's last convolution is set to
+        s (c_k p - |c_k|^2 / 2), where p is the patch as a linear function of the features that it sees, fitted by least
+        squares: its logits are negative squared distances. The codebook holds the principal components of the
+        centroids, so that the decoder meets similar codes as similar vectors. ``margin`` is the mean distance of the
+        best logit from the second. The images should hold many more different patches than there are codes.
         """
-        generator = torch.Generator().manual_seed(seed)
+        patches = image_patches(images, self.cfg.downsampling).flatten(0, 1)  # [n, D]
+        centroids = kmeans(patches, self.cfg.vocab_size, seed)  # [K, D]
         features = F.relu(self.encoder.blocks[:-1](map_pixels(images))).permute(0, 2, 3, 1).flatten(0, 2)  # [n, C]
-        picked = features[torch.randint(len(features), (1,), generator=generator)]
-        nearest = (features - picked).square().sum(1)
-        for _ in range(1, self.cfg.vocab_size):
-            weights = nearest if nearest.sum() > 0 else torch.ones_like(nearest)
-            new = features[torch.multinomial(weights, 1, generator=generator)]
-            nearest = torch.minimum(nearest, (features - new).square().sum(1))
-            picked = torch.cat([picked, new])
-        logits = features @ picked.T - picked.square().sum(1) / 2
+        mean, patch_mean = features.mean(0), patches.mean(0)
+        centred = features - mean
+        covariance = centred.T @ centred
+        covariance.diagonal().add_(_RIDGE * covariance.diagonal().mean() + 1e-12)
+        slope = torch.linalg.solve(covariance, centred.T @ (patches - patch_mean))  # [C, D]
+
+        w = centroids @ slope.T
+        b = centroids @ (patch_mean - mean @ slope) - centroids.square().sum(1) / 2
+        logits = features @ w.T + b
         best = logits.topk(2).values
-        scale = margin / (best[:, 0] - best[:, 1]).mean().clamp(min=1e-6)
+        spread = (best[:, 0] - logits.mean(1)).mean()
+        # With fewer distinct patches than codes some centroids are equal, and the best two logits may be too.
+        gap = torch.maximum((best[:, 0] - best[:, 1]).mean(), 0.02 * spread)
+        scale = margin / gap.clamp(min=1e-6)
         conv = self.encoder.blocks.output.conv
-        conv.w.copy_(scale * picked[:, :, None, None])
-        conv.b.copy_(-scale * picked.square().sum(1) / 2)
+        conv.w.copy_(scale * w[:, :, None, None])
+        conv.b.copy_(scale * b)
+
+        u, s, _ = torch.linalg.svd(centroids - centroids.mean(0), full_matrices=False)
+        components = (u * s)[:, : self.cfg.n_init]
+        components /= components.std().clamp(min=1e-6)
+        self.decoder.blocks.input.w[:, :, 0, 0].T[:, : components.shape[1]].copy_(components)
 
     def loss(
         self, images: torch.Tensor, tau: float, beta: float, seed: int | torch.Tensor, dtype: torch.dtype | None = None

@@ -85,6 +85,7 @@ class TrainDVAE(TrainConfig):
     beta_end: float = 6.6
     beta_steps: int = 5_000
     init_codes: bool = False  # start the codes at patches of the data, see DiscreteVAE.init_codes
+    grain: float = 0.0  # standard deviation of noise on the pixels: flat areas have no end of likelihood without
     encoder_lr: float = 1.0  # step size of the encoder, as a share of lr
     conv_dtype: DType = "auto"  # of the convolutions; in float16 the loss has a scale
     betas: tuple[float, float] = (0.9, 0.999)
@@ -93,6 +94,11 @@ class TrainDVAE(TrainConfig):
     clip_norm: float = 0.0
     ema_decay: float = 0.999
     ema_every: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.grain >= 0:
+            raise ValueError(f"grain: expected 0 or more, got {self.grain}")
 
     def lr_at(self, step: int) -> float:
         return warmup(step, self.warmup_steps) * cosine(step, self.lr, self.lr_end, self.lr_steps)
@@ -186,7 +192,7 @@ TRAIN_PRESETS: dict[str, TrainPreset] = {
     "tiny": TrainPreset(
         TrainDVAE(
             steps=2_500, batch_size=16, lr=3e-3, lr_steps=2_500, warmup_steps=100, encoder_lr=0.1, tau=0.5,
-            tau_steps=1_250, beta=1.0, beta_end=1.0, init_codes=True, clip_norm=1.0, ema_decay=0.99,
+            tau_steps=2_500, beta=1.0, beta_end=1.0, init_codes=True, grain=0.1, clip_norm=1.0, ema_decay=0.99,
             val_every=500, val_samples=256, save_every=500,
         ),
         TrainCLIP(

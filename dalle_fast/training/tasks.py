@@ -27,6 +27,7 @@ from ..data import (
 from ..data.loader import Corpus
 from ..distributed.world import ALONE, World, join_world
 from ..models import CLIP, DALLE, DiscreteVAE
+from ..models.dvae import PIXEL_MARGIN
 from ..models.precision import GradientScales, LossScale, Precision, Scales, dtype_of
 from ..models.transformer import TEXT_WEIGHT
 from ..tokenizer import Tokenizer
@@ -181,6 +182,12 @@ def _dvae_val_sample(pair: Pair, size: int) -> Sample:
     return {"image": center_crop_resize(pair.image, size)}
 
 
+def with_grain(images: torch.Tensor, std: float, seed: int) -> torch.Tensor:
+    """Images with gaussian noise on every value, within what ``map_pixels`` keeps inside (0, 1)."""
+    noise = torch.empty_like(images).normal_(generator=torch.Generator(images.device).manual_seed(seed))
+    return (images + std * noise).clamp(-PIXEL_MARGIN, 1 + PIXEL_MARGIN)
+
+
 class DVAETask(CorpusTask):
     """Images to codes and back. ``loss`` is the negative evidence lower bound."""
 
@@ -214,6 +221,8 @@ class DVAETask(CorpusTask):
         images = batch["image"].contiguous(memory_format=torch.channels_last)
         key = (self.config.seed, step, *([self._world.rank] if self._world.rank else []))  # other noise in each process
         seed = int(np.random.default_rng(key).integers(MAX_SEED))
+        if self.config.grain:
+            images = with_grain(images, self.config.grain, seed)
         loss, metrics = model.loss(images, self.config.tau_at(step), self.config.beta_at(step), seed, self._dtype)
         return (self._loss_scale.multiply(loss) if self._loss_scale else loss), metrics
 

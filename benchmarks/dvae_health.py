@@ -1,0 +1,64 @@
+"""How much of held-out emoji is left by a dVAE, and by k-means patches of the same rate: as many codes, the same grid.
+
+Run: dalle-fast data emoji --out emoji --size 32, then python benchmarks/dvae_health.py emoji. It takes some minutes on
+one core and writes docs/emoji-reconstructions.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dalle_fast.config import PRESETS
+from dalle_fast.data import open_pairs
+from dalle_fast.demo import stack
+from dalle_fast.models.kmeans import image_patches, kmeans, nearest
+from dalle_fast.sheet import contact_sheet, save_image
+from dalle_fast.training import train_dvae
+from dalle_fast.training.config import TRAIN_PRESETS
+from dalle_fast.training.metrics import perplexity
+
+FITTED = 1_500  # pictures that k-means sees, 96,000 patches
+SHOWN = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("emoji", type=Path, help="folder of the corpus")
+    parser.add_argument("--steps", type=int, default=1_500)
+    arguments = parser.parse_args()
+    train, val = (list(open_pairs(arguments.emoji / split)) for split in ("train", "val"))
+    cfg, steps = PRESETS["tiny"].dvae, arguments.steps
+    settings = replace(TRAIN_PRESETS["tiny"].dvae, steps=steps, lr_steps=steps, tau_steps=steps)
+    originals = stack(val)
+
+    patches = image_patches(stack(train[:: max(1, len(train) // FITTED)]), cfg.downsampling)
+    centroids = kmeans(patches.flatten(0, 1), cfg.vocab_size)
+    kmeans_codes = nearest(image_patches(originals, cfg.downsampling).flatten(0, 1), centroids)
+    chosen = centroids[kmeans_codes].unflatten(0, (len(val), -1)).transpose(1, 2)
+    kmeans_copies = torch.nn.functional.fold(chosen, cfg.image_size, cfg.downsampling, stride=cfg.downsampling)
+
+    with tempfile.TemporaryDirectory() as out:
+        dvae, _ = train_dvae(train, None, cfg, settings, out)
+    codes = dvae.encode(originals)
+    copies = dvae.decode(codes)
+
+    print(f"{len(val)} held-out emoji, {cfg.grid} x {cfg.grid} of {cfg.vocab_size} codes, {steps} updates")
+    print("| | mean squared error | codes used | perplexity of the codes |\n|---|---|---|---|")
+    rows = (("k-means patches", kmeans_codes, kmeans_copies), ("dVAE", codes.flatten(), copies))
+    for name, used, pictures in rows:
+        counts = torch.bincount(used, minlength=cfg.vocab_size)
+        mse = (pictures - originals).square().mean()
+        print(f"| {name} | {mse:.5f} | {int((counts > 0).sum())} | {perplexity(counts):.1f} |")
+    some = torch.arange(SHOWN) * len(val) // SHOWN
+    pictures = torch.cat([originals[some], kmeans_copies[some], copies[some]])
+    labels = [label for label in ("picture", "k-means", "dVAE") for _ in range(SHOWN)]
+    save_image(contact_sheet(pictures, labels, columns=SHOWN), Path("docs/emoji-reconstructions.png"))
+
+
+if __name__ == "__main__":
+    main()

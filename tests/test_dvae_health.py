@@ -1,0 +1,96 @@
+"""Health of a dVAE trained on real pictures: the codes in use, and the error beside that of k-means patches."""
+
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalle_fast.config import PRESETS
+from dalle_fast.data import Pair, emoji, open_pairs
+from dalle_fast.data.scenes import SceneCorpus
+from dalle_fast.demo import stack
+from dalle_fast.models.kmeans import image_patches, kmeans, nearest
+from dalle_fast.training import train_dvae
+from dalle_fast.training.config import TRAIN_PRESETS
+from dalle_fast.training.tasks import with_grain
+
+UPDATES = 150
+
+
+def points(n: int = 500) -> torch.Tensor:
+    """Four clouds of points around the corners of a square."""
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.tensor([[0.0, 0.0], [0.0, 10.0], [10.0, 0.0], [10.0, 10.0]])
+    chosen = corners[torch.arange(n) % 4]
+    return chosen + 0.1 * torch.randn(n, 2, generator=generator)
+
+
+def test_kmeans_finds_the_middle_of_each_cloud():
+    centroids = kmeans(points(), 4)
+    order = nearest(torch.tensor([[0.0, 0.0], [0.0, 10.0], [10.0, 0.0], [10.0, 10.0]]), centroids)
+    assert sorted(order.tolist()) == [0, 1, 2, 3]
+    means = torch.stack([points()[i::4].mean(0) for i in range(4)])
+    torch.testing.assert_close(centroids[order], means, rtol=0, atol=1e-4)
+
+
+def test_kmeans_of_fewer_points_than_centroids():
+    few = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    centroids = kmeans(few, 5)
+    assert centroids.shape == (5, 2)
+    torch.testing.assert_close(centroids[nearest(few, centroids)], few)
+
+
+def test_kmeans_refuses_nothing():
+    with pytest.raises(ValueError, match=r"kmeans: expected points \[n, D\] and k of 1 or more, got \[0, 3\] and 2"):
+        kmeans(torch.zeros(0, 3), 2)
+    with pytest.raises(ValueError, match=r"got \[4, 3\] and 0"):
+        kmeans(torch.zeros(4, 3), 0)
+
+
+def test_patches_are_in_the_order_of_the_codes():
+    images = torch.arange(2 * 3 * 4 * 6.0).reshape(2, 3, 4, 6)
+    patches = image_patches(images, 2)
+    assert patches.shape == (2, 6, 12)
+    assert torch.equal(patches[1, 4].reshape(3, 2, 2), images[1, :, 2:4, 2:4])
+
+
+def test_grain_is_noise_that_the_seed_decides():
+    images = torch.full((2, 3, 64, 64), 0.5)
+    noisy = with_grain(images, 0.05, seed=3)
+    assert torch.equal(noisy, with_grain(images, 0.05, seed=3))
+    assert not torch.equal(noisy, with_grain(images, 0.05, seed=4))
+    assert (noisy - images).std().item() == pytest.approx(0.05, rel=0.05)
+    loud = with_grain(images, 5.0, seed=3)
+    assert loud.min() == pytest.approx(-0.1) and loud.max() == pytest.approx(1.1)
+
+
+def check_health(train: list[Pair], val: list[Pair], out: Path, margin: float) -> None:
+    """A short training uses most codes, and errs at most ``margin`` times as much as k-means patches of its rate."""
+    cfg = PRESETS["tiny"].dvae
+    settings = replace(TRAIN_PRESETS["tiny"].dvae, steps=UPDATES, lr_steps=UPDATES, tau_steps=UPDATES, warmup_steps=30)
+    dvae, _ = train_dvae(train, None, cfg, settings, out)
+    pictures = stack(val)
+    codes = dvae.encode(pictures)
+    assert len(codes.unique()) > 0.5 * cfg.vocab_size
+    centroids = kmeans(image_patches(stack(train[:400]), cfg.downsampling).flatten(0, 1), cfg.vocab_size)
+    patches = image_patches(pictures, cfg.downsampling).flatten(0, 1)
+    plain = (centroids[nearest(patches, centroids)] - patches).square().mean()
+    assert (dvae.decode(codes) - pictures).square().mean() < margin * plain
+
+
+def test_health_on_emoji(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        emoji.find_font()
+    except FileNotFoundError:
+        pytest.skip("Noto Color Emoji is not installed")
+    data = emoji.unicode_emoji.EMOJI_DATA
+    monkeypatch.setattr(emoji.unicode_emoji, "EMOJI_DATA", {c: data[c] for c in data if zlib.crc32(c.encode()) % 3})
+    emoji.make_emoji_corpus(tmp_path / "emoji", size=32)
+    train, val = (list(open_pairs(tmp_path / "emoji" / split)) for split in ("train", "val"))
+    check_health(train, val, tmp_path / "system", margin=1.8)
+
+
+def test_health_on_scenes(tmp_path: Path) -> None:
+    check_health(list(SceneCorpus(2_000)), list(SceneCorpus(128, seed=1)), tmp_path, margin=3.0)
