@@ -22,21 +22,22 @@ from dalle_fast.training import train_dvae
 from dalle_fast.training.config import TRAIN_PRESETS
 from dalle_fast.training.metrics import perplexity
 
-FITTED = 1_500  # pictures that k-means sees, 96,000 patches
 SHOWN = 8
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("emoji", type=Path, help="folder of the corpus")
-    parser.add_argument("--steps", type=int, default=1_500)
+    parser.add_argument("--codes", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=2_500, help="updates of the dVAE")
+    parser.add_argument("--out", type=Path, default=Path("docs/emoji-reconstructions.png"))
     arguments = parser.parse_args()
     train, val = (list(open_pairs(arguments.emoji / split)) for split in ("train", "val"))
-    cfg, steps = PRESETS["tiny"].dvae, arguments.steps
+    cfg, steps = replace(PRESETS["tiny"].dvae, vocab_size=arguments.codes), arguments.steps
     settings = replace(TRAIN_PRESETS["tiny"].dvae, steps=steps, lr_steps=steps, tau_steps=steps)
     originals = stack(val)
 
-    patches = image_patches(stack(train[:: max(1, len(train) // FITTED)]), cfg.downsampling)
+    patches = image_patches(stack(train), cfg.downsampling)
     centroids = kmeans(patches.flatten(0, 1), cfg.vocab_size)
     kmeans_codes = nearest(image_patches(originals, cfg.downsampling).flatten(0, 1), centroids)
     chosen = centroids[kmeans_codes].unflatten(0, (len(val), -1)).transpose(1, 2)
@@ -57,7 +58,7 @@ def main() -> None:
     some = torch.arange(SHOWN) * len(val) // SHOWN
     pictures = torch.cat([originals[some], kmeans_copies[some], copies[some]])
     labels = [label for label in ("picture", "k-means", "dVAE") for _ in range(SHOWN)]
-    save_image(contact_sheet(pictures, labels, columns=SHOWN), Path("docs/emoji-reconstructions.png"))
+    save_image(contact_sheet(pictures, labels, columns=SHOWN), arguments.out)
 
 
 if __name__ == "__main__":

@@ -359,7 +359,7 @@ def test_what_stays_is_apart_and_what_goes_is_near_it(monkeypatch: pytest.Monkey
 
 
 def test_approximate_agrees_with_exact() -> None:
-    """On 3,000 vectors with 300 near-duplicates; usearch's threads build another graph each time, and may miss a few."""
+    """On 3,000 vectors with 300 near-duplicates: usearch's threads build another graph each time, and miss a few."""
     generator = torch.Generator().manual_seed(2)
     vectors = torch.randn(3000, 64, generator=generator)
     rows = torch.randperm(2999, generator=generator)[:300] + 1

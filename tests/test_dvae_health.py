@@ -1,6 +1,5 @@
 """Health of a dVAE trained on real pictures: the codes in use, and the error beside that of k-means patches."""
 
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +14,6 @@ from dalle_fast.models.kmeans import image_patches, kmeans, nearest
 from dalle_fast.training import train_dvae
 from dalle_fast.training.config import TRAIN_PRESETS
 from dalle_fast.training.tasks import with_grain
-
-UPDATES = 150
 
 
 def points(n: int = 500) -> torch.Tensor:
@@ -66,31 +63,32 @@ def test_grain_is_noise_that_the_seed_decides():
     assert loud.min() == pytest.approx(-0.1) and loud.max() == pytest.approx(1.1)
 
 
-def check_health(train: list[Pair], val: list[Pair], out: Path, margin: float) -> None:
-    """A short training uses most codes, and errs at most ``margin`` times as much as k-means patches of its rate."""
-    cfg = PRESETS["tiny"].dvae
-    settings = replace(TRAIN_PRESETS["tiny"].dvae, steps=UPDATES, lr_steps=UPDATES, tau_steps=UPDATES, warmup_steps=30)
+def check_health(train: list[Pair], val: list[Pair], codes: int, steps: int, out: Path) -> tuple[float, float, float]:
+    """Train with so many codes; the share of them in use on held-out pictures, and its error and that of k-means."""
+    cfg = replace(PRESETS["tiny"].dvae, vocab_size=codes)
+    settings = replace(TRAIN_PRESETS["tiny"].dvae, steps=steps, lr_steps=steps, tau_steps=steps, warmup_steps=30)
     dvae, _ = train_dvae(train, None, cfg, settings, out)
     pictures = stack(val)
-    codes = dvae.encode(pictures)
-    assert len(codes.unique()) > 0.5 * cfg.vocab_size
-    centroids = kmeans(image_patches(stack(train[:400]), cfg.downsampling).flatten(0, 1), cfg.vocab_size)
+    found = dvae.encode(pictures)
+    centroids = kmeans(image_patches(stack(train), cfg.downsampling).flatten(0, 1), codes)
     patches = image_patches(pictures, cfg.downsampling).flatten(0, 1)
     plain = (centroids[nearest(patches, centroids)] - patches).square().mean()
-    assert (dvae.decode(codes) - pictures).square().mean() < margin * plain
+    return len(found.unique()) / codes, (dvae.decode(found) - pictures).square().mean().item(), plain.item()
 
 
-def test_health_on_emoji(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_health_on_emoji(tmp_path: Path) -> None:
+    """Ahead of k-means patches at 5 bits a code. At 7 bits that takes longer: benchmarks/dvae_health.py."""
     try:
         emoji.find_font()
     except FileNotFoundError:
         pytest.skip("Noto Color Emoji is not installed")
-    data = emoji.unicode_emoji.EMOJI_DATA
-    monkeypatch.setattr(emoji.unicode_emoji, "EMOJI_DATA", {c: data[c] for c in data if zlib.crc32(c.encode()) % 3})
     emoji.make_emoji_corpus(tmp_path / "emoji", size=32)
     train, val = (list(open_pairs(tmp_path / "emoji" / split)) for split in ("train", "val"))
-    check_health(train, val, tmp_path / "system", margin=1.8)
+    used, error, plain = check_health(train, val, codes=32, steps=600, out=tmp_path / "system")
+    assert used > 0.5
+    assert error < plain
 
 
-def test_health_on_scenes(tmp_path: Path) -> None:
-    check_health(list(SceneCorpus(2_000)), list(SceneCorpus(128, seed=1)), tmp_path, margin=3.0)
+def test_codes_stay_in_use_on_scenes(tmp_path: Path) -> None:
+    used, _, _ = check_health(list(SceneCorpus(1_000)), list(SceneCorpus(128, seed=1)), 128, 150, tmp_path)
+    assert used > 0.5
