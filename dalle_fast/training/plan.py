@@ -46,14 +46,18 @@ class Plan:
         return self.total <= self.available
 
     def __str__(self) -> str:
-        lines = [self.title]
-        lines += [f"  {kind:32}{size / GB:10.2f} GB" for kind, size in self.memory.items()]
+        unit, size_of_unit = ("GB", GB) if self.total >= GB else ("MB", GB / 1024)
+
+        def line(kind: str, size: float, remark: str = "") -> str:
+            return f"  {kind:32}{size / size_of_unit:10.2f} {unit}{remark}"
+
         verdict = "fits" if self.fits else "does not fit"
-        lines += [f"  {'in all':32}{self.total / GB:10.2f} GB: {verdict} in {self.available / GB:.2f} GB"]
+        lines = [self.title, *(line(kind, size) for kind, size in self.memory.items())]
+        lines += [line("in all", self.total, f": {verdict} in {self.available / GB:.2f} GB")]
         if self.flops:
             lines += [f"  {'FLOPs of an update':32}{self.flops:10.3g}"]
-        lines += [f"  {kind:32}{size / GB:10.2f} GB an update" for kind, size in self.traffic.items()]
-        lines += [f"  {kind:32}{size / GB:10.2f} GB to sample" for kind, size in self.caches.items()]
+        lines += [line(kind, size, " an update") for kind, size in self.traffic.items()]
+        lines += [line(kind, size, " to sample") for kind, size in self.caches.items()]
         return "\n".join(lines)
 
 
