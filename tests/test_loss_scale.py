@@ -126,8 +126,8 @@ def test_the_scale_of_gradients_that_are_all_zero_stays_finite(monkeypatch):
 
 
 def test_the_loss_keeps_its_value_and_gradients_their_size():
-    config = settings("dvae", conv_dtype="float16")
-    half, full = task("dvae", config), task("dvae", settings("dvae"))
+    config = settings("dvae", conv_dtype="float16", init_codes=False)  # centroids of noise round badly
+    half, full = task("dvae", config), task("dvae", settings("dvae", init_codes=False))
     batch, parameters = next(half.batches(0)), list(half.model.parameters())
 
     def loss_and_gradient(some: DVAETask) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,12 +189,13 @@ def test_a_training_that_always_overflows_ends(tmp_path):
 PAPERS_BATCH = (8 * 16**2) / (512 * 256**2)  # what a mean over it makes of the gradients of a batch of ours
 
 
-def scenes(seed: int, dtype: str, steps: int):
+def scenes(seed: int, dtype: str, steps: int, init_codes: bool = True):
     """A dVAE that learns small scenes, with losses as small as the paper's; and its settings."""
     cfg = DVAEConfig(image_size=16, vocab_size=32, n_hid=16, n_init=16, groups=(1, 2), n_blk_per_group=1, gain=1.0)
     config = settings(
         "dvae", steps=steps, lr=3e-3, lr_steps=steps, tau=0.5, tau_steps=steps, beta=1.0, beta_end=1.0, batch_size=8,
         encoder_lr=0.1, seed=seed, conv_dtype=dtype, eps=1e-16, weight_decay=0.0, clip_norm=PAPERS_BATCH,
+        init_codes=init_codes,
     )  # fmt: skip
     return times(PAPERS_BATCH, DVAETask(SceneCorpus(200, size=16), None, cfg, config)), config
 
@@ -202,7 +203,7 @@ def scenes(seed: int, dtype: str, steps: int):
 @pytest.mark.parametrize(("first", "moves"), [(1.0, False), (2.0**16, True)])
 def test_small_gradients_underflow_without_the_scale(first, moves, monkeypatch):
     monkeypatch.setattr(LossScale, "FIRST", first)
-    some, config = scenes(0, "float16", steps=3)
+    some, config = scenes(0, "float16", steps=3, init_codes=False)  # k-means makes them larger
     filters = [p for name, p in some.model.decoder.named_parameters() if "group" in name and p.ndim == 4]
     start = [p.detach().clone() for p in filters]
     train(some, config)
