@@ -114,7 +114,7 @@ PRESETS: dict[str, Config] = {
     "12B": Config(dalle=DALLEConfig(d_model=3968)),
 }  # fmt: skip
 
-DEMO_STEPS = (1_500, 1_000, 500)  # updates of the dVAE, of the transformer, of CLIP: a quarter of an hour on two cores
+DEMO_STEPS = (1_500, 1_000, 500)  # updates of the dVAE, of the transformer, of CLIP: eleven minutes on two cores
 
 # What captions are taken to be in: with fewer languages to tell apart, short captions are taken for another less often.
 LANGUAGES = (

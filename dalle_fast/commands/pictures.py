@@ -20,7 +20,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 def demo(
     out: Path = Path("demo-out"), pairs: int = 20_000, captions: int = 40, steps: tuple[int, int, int] = DEMO_STEPS
 ) -> None:
-    """Train a small system on drawn scenes from nothing, let it draw, and judge it. About 15 minutes on two cores.
+    """Train a small system on drawn scenes from nothing, let it draw, and judge it. About 11 minutes on two cores.
 
     Args:
         out: Folder for the models, pictures and metrics. A demo that was stopped goes on from there.
