@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -38,11 +37,12 @@ def encode(
         device: Where the dVAE runs.
     """
     from ..data import encode_pairs
+    from ..distributed.world import device_of_process, this_process
     from ..pipeline import find_system, fingerprint, load_dvae
 
     system = find_system(model)
-    where = _device(device)
-    dvae, (rank, ranks) = load_dvae(system).to(where), _rank()
+    where = device_of_process(device)
+    dvae, (rank, ranks) = load_dvae(system).to(where), this_process()
     pairs = open_source(data)
     encoded = encode_pairs(
         out,
@@ -140,11 +140,12 @@ def dedup(
         device: Where CLIP runs.
     """
     from ..data import drop_duplicates, embed_pairs
+    from ..distributed.world import device_of_process, this_process
     from ..pipeline import find_system, fingerprint, load_clip
 
     system = find_system(model)
-    where = _device(device)
-    clip, (rank, ranks) = load_clip(system).to(where).requires_grad_(False), _rank()
+    where = device_of_process(device)
+    clip, (rank, ranks) = load_clip(system).to(where).requires_grad_(False), this_process()
     pairs = open_source(data)
     folder = embeddings or out.with_name(out.name + ".embeddings")
     complete = embed_pairs(
@@ -159,7 +160,7 @@ def dedup(
         ranks=ranks,
     )
     if complete and rank == 0:
-        _print_view(out, len(pairs), drop_duplicates(out, data, pairs, folder, threshold, exact_up_to, where))
+        _print_view(out, len(pairs), drop_duplicates(out, data, pairs, folder, threshold, exact_up_to, str(where)))
     else:
         print(f"{folder}: this process has done its part; when all have, the same command goes on")
 
@@ -168,13 +169,3 @@ def _print_view(out: Path, pairs: int, dropped: dict[str, int]) -> None:
     print(f"{out}: {pairs - sum(dropped.values()):,} of {pairs:,} pairs kept")
     for reason, count in sorted(dropped.items(), key=lambda item: -item[1]):
         print(f"{count:>12,}  {reason}")
-
-
-def _rank() -> tuple[int, int]:
-    """Which of how many processes this is."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def _device(device: str) -> str:
-    """A device of its own for each process that torchrun started on a machine."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device

@@ -102,7 +102,8 @@ def _open_or_encoded(source: str, system: Path) -> Pairs | EncodedPairs:
 
 
 def _print_metrics(path: Path, metrics: dict[str, float]) -> None:
-    from ..distributed.world import is_first_process
+    from ..distributed.world import this_process
 
-    if is_first_process():
+    rank, _ = this_process()
+    if rank == 0:
         print(f"{path}: " + ", ".join(f"{name} {value:.5g}" for name, value in metrics.items()))

@@ -31,15 +31,15 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         yield partial
         for folder, _, files in os.walk(partial):
             for file in files:
-                _sync(Path(folder, file))
-            _sync(Path(folder))
+                sync(Path(folder, file))
+            sync(Path(folder))
         os.replace(partial, path)
-        _sync(path.absolute().parent)
+        sync(path.absolute().parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have the disk hold what was written to a file or a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:

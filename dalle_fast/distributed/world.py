@@ -123,9 +123,17 @@ class _GatherBatch(torch.autograd.Function):
 ALONE = World()
 
 
-def is_first_process() -> bool:
-    """Whether this process is the only one or the first of many, before they know of one another."""
-    return _from_environment("RANK", 0) == 0
+def this_process() -> tuple[int, int]:
+    """The rank of this process, and how many ``torchrun`` has started: also where they never meet."""
+    return _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
+
+
+def device_of_process(device: str) -> torch.device:
+    """The device; of "cuda" each process that ``torchrun`` has started on a machine takes a GPU of its own."""
+    if device != "cuda":
+        return torch.device(device)
+    _, size = this_process()
+    return torch.device("cuda", _from_environment("LOCAL_RANK", 0 if size == 1 else None))
 
 
 @contextmanager
@@ -139,7 +147,7 @@ def join_world(device: str, parallel: Literal["fsdp", "ddp"] = "fsdp") -> Iterat
     Raises:
         ValueError: the environment is not one that torchrun makes, or the device has an index.
     """
-    size = _from_environment("WORLD_SIZE", 1)
+    _, size = this_process()
     if size == 1:
         yield ALONE
         return
@@ -153,7 +161,7 @@ def join_world(device: str, parallel: Literal["fsdp", "ddp"] = "fsdp") -> Iterat
             f"RANK={rank}, WORLD_SIZE={size}, LOCAL_WORLD_SIZE={on_machine}"
         )
     if place.type == "cuda":
-        place = torch.device("cuda", _from_environment("LOCAL_RANK"))
+        place = device_of_process(device)
         torch.cuda.set_device(place)
     store, _, _ = next(dist.rendezvous("env://"))
     # torchrun keeps its store when it replaces a killed worker, with the addresses of the dead in it.

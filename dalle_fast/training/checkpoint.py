@@ -27,6 +27,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from ..data.folders import sync
 from ..distributed.sharding import local, sharded_like
 from ..distributed.world import ALONE, World
 
@@ -121,11 +122,11 @@ class CheckpointWriter:
             json.dump(run, file)
             file.flush()
             os.fsync(file.fileno())
-        _sync(unfinished)
+        sync(unfinished)
         if path.exists():
             _delete(path)  # damaged, or this run would have gone on from it
         unfinished.rename(path)
-        _sync(self.folder)
+        sync(self.folder)
         complete = _newest_first(self.folder)
         kept = complete[complete.index(path) :][: self.keep]  # what claims to be of a later step is damaged, too
         for other in complete:
@@ -159,15 +160,6 @@ def _checksum(path: Path) -> int:
         while block := file.read(2**20):
             checksum = zlib.crc32(block, checksum)
     return checksum
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _first_failure(error: dcp.CheckpointException) -> BaseException:

@@ -180,9 +180,8 @@ def plan_paper(
             name = f"with PowerSGD of rank {rank}"
             traffic[name] = sent * (share * HALF * matrices + FLOAT * rest)
     title = f"{matrices + rest:,} parameters on {machines} x {gpus} GPUs, a batch of {batch}; each GPU holds"
-    caches: dict[str, float] = dict(
-        zip(("caches of a prompt", "caches of each candidate"), dalle_caches(cfg, HALF), strict=True)
-    )
+    prompt, candidate = dalle_caches(cfg, HALF)
+    caches = {"caches of a prompt": float(prompt), "caches of each candidate": float(candidate)}
     return Plan(title, needed, memory, batch * dalle_flops(cfg, recompute=True), traffic, caches)
 
 

@@ -1,0 +1,174 @@
+"""Near-duplicate images: planted ones are found, exactly and approximately, and no others."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dalle_fast import cli
+from dalle_fast.data import drop_duplicates, embed_pairs, open_pairs
+from dalle_fast.data.duplicates import ApproximateNeighbours, ExactNeighbours, find_duplicates
+from dalle_fast.data.scenes import SceneCorpus
+from dalle_fast.pipeline import find_system, load_clip
+
+THRESHOLD = 0.98  # of the shipped CLIP
+
+
+def planted(n: int = 90, dimensions: int = 32) -> tuple[torch.Tensor, dict[int, int]]:
+    """Unit vectors of which some are near an earlier one, and which: row -> row."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(n, dimensions, generator=generator)
+    duplicates = {row: int(torch.randint(row // 7 * 5, (1,), generator=generator)) // 7 * 7 for row in range(13, n, 7)}
+    for row, of in duplicates.items():
+        vectors[row] = vectors[of] + 0.02 * torch.randn(dimensions, generator=generator)
+    return torch.nn.functional.normalize(vectors, dim=1), duplicates
+
+
+def blocks(vectors: torch.Tensor, size: int) -> list[tuple[np.ndarray, torch.Tensor]]:
+    return list(
+        zip(np.array_split(np.arange(len(vectors)), range(size, len(vectors), size)), vectors.split(size), strict=True)
+    )
+
+
+@pytest.mark.parametrize("size", [1, 8, 90])
+@pytest.mark.parametrize("neighbours", [lambda: ExactNeighbours(90), ApproximateNeighbours])
+def test_planted_vectors_are_found(size: int, neighbours, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dalle_fast.data.duplicates._BLOCK", 16)
+    vectors, duplicates = planted()
+    found = list(find_duplicates(blocks(vectors, size), 0.95, neighbours()))
+    assert {row: of for row, of, _ in found} == duplicates
+    for row, of, cosine in found:
+        assert cosine == pytest.approx(float(vectors[row] @ vectors[of]), abs=2e-3)
+
+
+def test_what_stays_is_apart_and_what_goes_is_near_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a circle, where likeness forms chains, against the definition; not all of a chain goes."""
+    monkeypatch.setattr("dalle_fast.data.duplicates._BLOCK", 16)
+    angles = torch.rand(200, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 * torch.pi
+    vectors = torch.stack([angles.cos(), angles.sin()], 1).float()
+    kept: list[int] = []
+    for row in range(200):
+        if not kept or (vectors[row] @ vectors[kept].T).max() < 0.99:
+            kept.append(row)
+    found = list(find_duplicates(blocks(vectors, 50), 0.99, ExactNeighbours(200)))
+    assert sorted({*range(200)} - {row for row, _, _ in found}) == kept
+    assert len(kept) > 20
+    for row, of, cosine in found:
+        assert of in kept and of < row and cosine >= 0.99
+
+
+def test_approximate_agrees_with_exact() -> None:
+    """On 3,000 vectors with 300 near-duplicates: usearch's threads build another graph each time, and miss a few."""
+    generator = torch.Generator().manual_seed(2)
+    vectors = torch.randn(3000, 64, generator=generator)
+    rows = torch.randperm(2999, generator=generator)[:300] + 1
+    for row in rows.tolist():
+        vectors[row] = vectors[int(torch.randint(row, (1,), generator=generator))] + 0.05 * torch.randn(
+            64, generator=generator
+        )
+    vectors = torch.nn.functional.normalize(vectors, dim=1)
+    exact = {row for row, _, _ in find_duplicates(blocks(vectors, 500), 0.98, ExactNeighbours(3000))}
+    approximate = {row for row, _, _ in find_duplicates(blocks(vectors, 500), 0.98, ApproximateNeighbours())}
+    assert len(exact) > 250
+    assert len(approximate ^ exact) <= 0.02 * len(exact)
+
+
+def variants(image: np.ndarray) -> list[np.ndarray]:
+    """A picture as it comes around: compressed, smaller, larger, with a pixel cut off on every side."""
+    whole, buffer = Image.fromarray(image), io.BytesIO()
+    whole.save(buffer, "JPEG", quality=75)
+    size = whole.size[0]
+    smaller = whole.resize((3 * size // 4, 3 * size // 4), Image.Resampling.LANCZOS)
+    larger = whole.resize((2 * size, 2 * size), Image.Resampling.BICUBIC)
+    return [np.array(p) for p in (Image.open(buffer), smaller, larger, whole.crop((1, 1, size - 1, size - 1)))]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty scenes that differ, 64 x 64, each followed later by four near-duplicates; and a torn file."""
+    corpus, seen, scenes = SceneCorpus(100, size=64), set(), []
+    for i in range(len(corpus)):
+        scene = corpus.scene(i)
+        items = frozenset((scene.first, scene.second))
+        if scene.second and items not in seen and len(scenes) < 40:
+            seen.add(items)
+            scenes.append(corpus[i])
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, (image, caption) in enumerate(scenes):
+        for copy, pixels in enumerate([image, *variants(image)]):
+            Image.fromarray(pixels).save(folder / f"{copy}-{i:02}.png")
+            (folder / f"{copy}-{i:02}.txt").write_text(caption)
+    (folder / "2-50.png").write_bytes(b"torn")
+    (folder / "2-50.txt").write_text("torn")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def embedded(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    clip = load_clip(find_system("tiny")).requires_grad_(False)
+    folder = tmp_path_factory.mktemp("embedded") / "all"
+    assert embed_pairs(folder, open_pairs(pictures), clip.encode_image, 32, "tiny", shard_size=64)
+    return folder
+
+
+@pytest.mark.parametrize("exact_up_to", [201, 200])
+def test_near_duplicate_images_are_found_and_no_others(
+    exact_up_to: int, pictures: Path, embedded: Path, tmp_path: Path
+) -> None:
+    """By the shipped CLIP at a cosine of 0.98: all 160, none of the 40 that are distinct."""
+    pairs = open_pairs(pictures)
+    counts = drop_duplicates(tmp_path / "unique", pictures, pairs, embedded, THRESHOLD, exact_up_to)
+    assert counts == {"near-duplicate": 160, "broken image": 1}
+    unique = open_pairs(tmp_path / "unique")
+    assert [unique.name(i) for i in range(len(unique))] == [f"0-{i:02}.png" for i in range(40)]
+    for line in map(json.loads, (tmp_path / "unique" / "dropped.jsonl").read_text().splitlines()):
+        if line["reason"] == "broken image":
+            assert line["name"] == "2-50.png" and line["error"].startswith("UnidentifiedImageError")
+        else:
+            assert line["of_name"] == "0" + line["name"][1:] == pairs.name(line["of"])
+            assert THRESHOLD <= line["cosine"] <= 1
+    settings = json.loads((tmp_path / "unique" / "view.json").read_text())["settings"]["dedup"]
+    assert (settings["threshold"], settings["exact"]) == (THRESHOLD, exact_up_to == 201)
+
+
+def test_dedup_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """On a filtered source; in two steps, by two processes, and once more."""
+    narrowed, unique = tmp_path / "narrowed", tmp_path / "unique"
+    assert cli.main(["data", "filter", "--data", str(pictures), "--out", str(narrowed), "--max-repeats", "100"]) == 0
+    assert "200 of 201 pairs kept" in capsys.readouterr().out
+    args = ["data", "dedup", "--data", str(narrowed), "--out", str(unique)]
+    assert cli.main(args) == 0
+    assert f"{unique}: 40 of 200 pairs kept\n         160  near-duplicate\n" in capsys.readouterr().out
+    assert len(open_pairs(unique)) == 40
+    assert (tmp_path / "unique.embeddings" / "shard-00000" / "embeddings.npy").is_file()
+    again = [*args[:-1], str(tmp_path / "again"), "--embeddings", str(tmp_path / "unique.embeddings")]
+    assert cli.main([*again, "--threshold", "1.5"]) == 2
+    assert "threshold: expected a cosine above 0 and up to 1, got 1.5" in capsys.readouterr().err
+    assert cli.main([*again, "--threshold", "0.99999"]) == 0
+    assert len(open_pairs(tmp_path / "again")) > 100
+
+
+def test_processes_share_the_embedding(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    args = ["data", "dedup", "--data", str(pictures), "--out", str(tmp_path / "unique")]
+    for rank, said in (("1", "this process has done its part"), ("0", "40 of 201 pairs kept")):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(args) == 0
+        assert said in capsys.readouterr().out
+
+
+def test_embeddings_of_others_are_refused(pictures: Path, embedded: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="embeddings: expected those of scenes, got those of another source in"):
+        drop_duplicates(tmp_path / "unique", "scenes", open_pairs("scenes"), embedded, THRESHOLD)
+    pairs = open_pairs(pictures)
+    with pytest.raises(ValueError, match="embeddings: expected those of 201 images, got none or a part in"):
+        drop_duplicates(tmp_path / "unique", pictures, pairs, tmp_path / "none", THRESHOLD)
+    clip = load_clip(find_system("tiny"))
+    with pytest.raises(ValueError, match=r"fingerprint: expected tiny, with which .* was begun, got large"):
+        embed_pairs(embedded, pairs, clip.encode_image, 32, "large", shard_size=64)
