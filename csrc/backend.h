@@ -68,7 +68,7 @@ void launch_on_device_of(const torch::stable::Tensor& x, const char* op, const L
 #else
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   void* stream;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   check_launch(launch(static_cast<cudaStream_t>(stream)), op);
 #endif
 }
