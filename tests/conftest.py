@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import ModuleType
 
 import pytest
 from hypothesis import settings
@@ -28,6 +29,12 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() and "cuda" in df.backend(
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device that has kernels here. In the emulation of tests/cuda_on_cpu the CPU's are the CUDA kernels."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def cli() -> ModuleType:
+    """The commands, whose tests are left out where tyro is missing."""
+    return pytest.importorskip("dalle_fast.cli")
 
 
 def pytest_report_header() -> list[str]:

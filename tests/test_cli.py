@@ -15,13 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle_fast import cli
 from dalle_fast.config import PRESETS
 from dalle_fast.data import EncodedPairs
 from dalle_fast.models import load_model
 from dalle_fast.training import TrainingDiverged
 from dalle_fast.training.config import TRAIN_PRESETS
 
+cli = pytest.importorskip("dalle_fast.cli")
 STEPS = ["--train.steps", "2", "--train.batch-size", "4", "--train.val-samples", "4"]
 SMALL = {
     "tokenizer": ["--vocab-size", "280", "--text-len", "8"],

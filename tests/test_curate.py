@@ -6,12 +6,12 @@ import pickle
 import sys
 import tarfile
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_fast import cli
 from dalle_fast.config import Filters
 from dalle_fast.data import filter_pairs, open_pairs
 from dalle_fast.data.curate import REASONS, _judge, is_boilerplate, words_in
@@ -102,6 +102,7 @@ def test_long_captions_take_no_long_time(caption: str) -> None:
 
 
 def test_english_is_told_from_other_languages(tmp_path: Path) -> None:
+    pytest.importorskip("py3langid")
     english = [
         "a red bicycle leaning against a white wall",
         "two dogs playing in the snow near a frozen lake",
@@ -154,6 +155,7 @@ COUNTS = {
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_filter(workers: int, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("py3langid")
     monkeypatch.setattr("dalle_fast.data.curate._CHUNK", 4)
     counts = filter_pairs(tmp_path / "kept", mixed, open_pairs(mixed), Filters(max_repeats=5), workers)
     assert counts == COUNTS
@@ -178,7 +180,7 @@ def test_filter(workers: int, mixed: Path, tmp_path: Path, monkeypatch: pytest.M
     }
 
 
-def test_filter_command(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_filter_command(cli: ModuleType, mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     args = ["data", "filter", "--data", str(mixed), "--out", str(tmp_path / "kept"), "--max-repeats", "5"]
     assert cli.main([*args, "--min-words", "2", "--language", "none"]) == 0
     assert capsys.readouterr().out.splitlines() == [
@@ -208,6 +210,7 @@ def test_bad_filters(options: dict, message: str) -> None:
 
 
 def test_a_filter_that_keeps_nothing(mixed: Path, tmp_path: Path) -> None:
+    pytest.importorskip("py3langid")
     with pytest.raises(ValueError, match=r"pairs: expected some to keep of .*, got none: {.*'caption too short': 20"):
         filter_pairs(tmp_path / "kept", mixed, open_pairs(mixed), Filters(min_words=50))
     with pytest.raises(ValueError, match="workers: expected 0 or more, got -1"):

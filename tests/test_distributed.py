@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from training_helpers import DALLE, DVAE, checkpoint, part, same, tokenizer
 
-from dalle_fast import cli
 from dalle_fast.distributed.world import ALONE, join_world
 from dalle_fast.models import DiscreteVAE, load_model, save_model
 
@@ -196,7 +195,7 @@ def workers(launcher: int) -> dict[int, int]:
     return {int(rank[1]): int(child) for rank, child in zip(ranks, children, strict=True) if rank}
 
 
-def test_a_killed_worker_is_replaced_and_the_run_goes_on_from_the_last_save(tmp_path):
+def test_a_killed_worker_is_replaced_and_the_run_goes_on_from_the_last_save(cli, tmp_path):
     many, one = a_system(tmp_path / "many"), a_system(tmp_path / "one")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     command = [*torchrun, "-m", "dalle_fast.cli", *training(many)]

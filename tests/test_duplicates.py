@@ -3,13 +3,13 @@
 import io
 import json
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dalle_fast import cli
 from dalle_fast.data import drop_duplicates, embed_pairs, open_pairs
 from dalle_fast.data.duplicates import ApproximateNeighbours, ExactNeighbours, find_duplicates
 from dalle_fast.data.scenes import SceneCorpus
@@ -37,6 +37,8 @@ def blocks(vectors: torch.Tensor, size: int) -> list[tuple[np.ndarray, torch.Ten
 @pytest.mark.parametrize("size", [1, 8, 90])
 @pytest.mark.parametrize("neighbours", [lambda: ExactNeighbours(90), ApproximateNeighbours])
 def test_planted_vectors_are_found(size: int, neighbours, monkeypatch: pytest.MonkeyPatch) -> None:
+    if neighbours is ApproximateNeighbours:
+        pytest.importorskip("usearch")
     monkeypatch.setattr("dalle_fast.data.duplicates._BLOCK", 16)
     vectors, duplicates = planted()
     found = list(find_duplicates(blocks(vectors, size), 0.95, neighbours()))
@@ -63,6 +65,7 @@ def test_what_stays_is_apart_and_what_goes_is_near_it(monkeypatch: pytest.Monkey
 
 def test_approximate_agrees_with_exact() -> None:
     """On 3,000 vectors with 300 near-duplicates: usearch's threads build another graph each time, and miss a few."""
+    pytest.importorskip("usearch")
     generator = torch.Generator().manual_seed(2)
     vectors = torch.randn(3000, 64, generator=generator)
     rows = torch.randperm(2999, generator=generator)[:300] + 1
@@ -119,6 +122,8 @@ def embedded(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_near_duplicate_images_are_found_and_no_others(
     exact_up_to: int, pictures: Path, embedded: Path, tmp_path: Path
 ) -> None:
+    if exact_up_to < 201:
+        pytest.importorskip("usearch")
     """By the shipped CLIP at a cosine of 0.98: all 160, none of the 40 that are distinct."""
     pairs = open_pairs(pictures)
     counts = drop_duplicates(tmp_path / "unique", pictures, pairs, embedded, THRESHOLD, exact_up_to)
@@ -135,7 +140,7 @@ def test_near_duplicate_images_are_found_and_no_others(
     assert (settings["threshold"], settings["exact"]) == (THRESHOLD, exact_up_to == 201)
 
 
-def test_dedup_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_dedup_command(cli: ModuleType, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """On a filtered source; in two steps, by two processes, and once more."""
     narrowed, unique = tmp_path / "narrowed", tmp_path / "unique"
     assert cli.main(["data", "filter", "--data", str(pictures), "--out", str(narrowed), "--max-repeats", "100"]) == 0
@@ -153,7 +158,7 @@ def test_dedup_command(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_processes_share_the_embedding(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    cli: ModuleType, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     args = ["data", "dedup", "--data", str(pictures), "--out", str(tmp_path / "unique")]

@@ -10,13 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dalle_fast import cli
 from dalle_fast.data import (
     Batches,
     BrokenSample,
@@ -204,7 +204,7 @@ def test_a_kill_loses_the_shard_at_work(tmp_path: Path) -> None:
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
-def test_processes_share_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_processes_share_the_command(cli: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """As torchrun starts them; a training takes an unfinished folder for what it is."""
     (tmp_path / "in").mkdir()
     for i in range(5):

@@ -95,6 +95,7 @@ def test_simplejpeg_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], mode: str, options: dict
 ) -> None:
     """It is within a level of Pillow's own decoder."""
+    pytest.importorskip("simplejpeg")
     content = jpeg(size, mode, **options)
     decoders = MagicMock(wraps=images.simplejpeg)
     monkeypatch.setattr(images, "simplejpeg", decoders)

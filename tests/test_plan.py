@@ -12,7 +12,6 @@ from training_helpers import DALLE as DALLE_CFG
 from training_helpers import DVAE as DVAE_CFG
 from training_helpers import settings
 
-from dalle_fast import cli
 from dalle_fast.config import PRESETS, CLIPConfig, DVAEConfig
 from dalle_fast.mask import KINDS, AttentionMask
 from dalle_fast.models import CLIP, DALLE, DiscreteVAE
@@ -238,7 +237,7 @@ def test_impossible_sizes_are_refused(sizes, message):
         plan_paper(BIG, **{"batch": 1024, **sizes})
 
 
-def test_the_command_prints_the_plan(capsys):
+def test_the_command_prints_the_plan(cli, capsys):
     command = ["plan", "--preset", "12B", "--gpus", "8", "--machines", "128"]
     assert cli.main([*command, "--batch", "1024"]) == 0
     said = capsys.readouterr().out
