@@ -38,7 +38,7 @@ def train(codes: Any, seed: int, rank: int | None, world: World) -> tuple[float,
     short = {"steps": UPDATES, "warmup_steps": 20, "batch_size": 8}
     config = replace(TRAIN_PRESETS["tiny"].dalle, **short, seed=seed, powersgd_rank=rank)
     task = DALLETask(codes, None, pipe.tokenizer, pipe.dalle.cfg, config, None, world)
-    state, batches, curve = new_state(task.model, config, task.scales, world), task.batches(0), []
+    state, batches, curve = new_state(task.model, config, task.scales, world, task.start), task.batches(0), []
     for state.step in range(UPDATES):
         _, metrics = loop.update(state, task, next(batches), config.lr_at(state.step), config)
         curve.append(metrics["loss"].item())

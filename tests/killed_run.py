@@ -45,7 +45,7 @@ models.KINDS["toy"] = (Toy, ToyConfig)
 class ToyTask:
     """Noise from every global generator, and batches that depend on the step: all must be resumed."""
 
-    kind, scales = "toy", None
+    kind, start, scales = "toy", None, None
 
     def __init__(self) -> None:
         self.model = Toy(ToyConfig())

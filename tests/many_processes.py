@@ -11,17 +11,20 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo  # which each process would import by itself
 from torch.distributed import TCPStore
-from training_helpers import settings, task
+from training_helpers import CLIP, DALLE, Memory, settings, task
 
-from dalle_fast.distributed.sharding import local
+from dalle_fast.distributed.sharding import local, shard_model, shard_of
+from dalle_fast.distributed.start import new_model
 from dalle_fast.distributed.world import World, join_world
+from dalle_fast.models import KINDS
 from dalle_fast.training import TrainingStopped, loop
 from dalle_fast.training.checkpoint import CheckpointWriter, newest_checkpoint
 from dalle_fast.training.loop import fingerprint_of, fit
@@ -126,6 +129,24 @@ def resave(kind: str, source: Path, target: Path, changes: dict) -> Work:
     return work
 
 
+def starts(world: World) -> list[dict]:
+    """Models that are written shard by shard: whether they are as one process makes them, and the memory, in bytes."""
+    said = []
+    for kind, cfg in (("dalle", replace(DALLE, n_layer=8)), ("clip", CLIP)):
+        build = partial(KINDS[kind][0], cfg)
+        with Memory("cpu") as memory:
+            model, start = new_model(build, 7, world)
+            shard_model(model, world, powersgd=True)
+            start.write(model, world)
+        whole = dict(new_model(build, 7)[0].named_parameters())
+        shards = dict(model.named_parameters())
+        same = [torch.equal(local(shard), shard_of(whole[name], shard, world)) for name, shard in shards.items()]
+        sizes = [parameter.nbytes for parameter in whole.values()]
+        held = sum(local(shard).nbytes for shard in shards.values())
+        said.append({"same": all(same), "peak": memory.peak, "held": held, "largest": max(sizes), "whole": sum(sizes)})
+    return said
+
+
 def overflow_in_last(loss, world: World):
     """In the second update the gradients of the last process are not finite."""
 
@@ -164,6 +185,7 @@ def main(out: Path) -> None:
     for layout in ("one", "1x4", "4x1"):
         run("resaved", layout, lambda path: resave("dalle", out / "float16 2x2", path, HALF))
     run("dvae", "2x2", lambda path: train("dvae", path, {"conv_dtype": "float16"}))
+    run("starts", "1x4", lambda path: starts)
     run("stopped", "2x2", lambda path: train("dalle", path, {}, signal_to_last))
     print(json.dumps(said))
 

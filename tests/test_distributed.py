@@ -8,15 +8,18 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from training_helpers import DALLE, DVAE, checkpoint, part, same, tokenizer
 
-from dalle_fast.distributed.world import ALONE, join_world
+from dalle_fast.distributed.start import new_model
+from dalle_fast.distributed.world import ALONE, World, join_world
 from dalle_fast.models import DiscreteVAE, load_model, save_model
 
 TESTS = Path(__file__).parent
@@ -67,6 +70,15 @@ def test_each_process_holds_its_shards_only(said):
         assert sum(held) == total * 4 / shards
         assert max(held) < 1.01 * total / shards
         assert [process["device"] for process in said[f"float32 {layout}"]] == ["cpu", "meta", "meta", "meta"]
+
+
+def test_no_process_ever_holds_a_whole_model(said):
+    """All shards together are the model that one process makes; each holds its own, and one whole parameter at most."""
+    for process in said["starts 1x4"]:
+        for start in process:
+            assert start["same"]
+            assert start["held"] < start["whole"] / 3
+            assert start["peak"] < 1.1 * start["held"] + start["largest"] < start["whole"]
 
 
 def test_a_gradient_that_is_not_finite_in_one_process_skips_the_update_in_all(said, out):
@@ -126,6 +138,49 @@ def test_the_dvae_trains_in_many_processes(said, out):
     values = {process["val_loss"] for process in said["dvae 2x2"]}
     assert len(values) == 1
     assert load_model(out / "dvae 2x2" / "dvae.safetensors", "dvae")
+
+
+class Replaced(nn.Module):
+    """Has a layer whose weight is not the one that it was made with, and a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 5)
+        self.first.weight = nn.Parameter(torch.empty(5, 3))
+        nn.init.normal_(self.first.weight, std=0.1)
+        self.register_buffer("count", torch.empty(2))
+        nn.init.ones_(self.count)
+        self.second = nn.Linear(5, 2)
+
+
+def test_a_late_start_draws_what_an_early_one_does():
+    state = torch.get_rng_state()
+    model, start = new_model(Replaced, 3, World(size=2))
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    model.to_empty(device="cpu")
+    start.write(model, World(size=2))
+    early, nothing = new_model(Replaced, 3)
+    assert nothing is None
+    assert same(dict(model.state_dict()), dict(early.state_dict()))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Unfilled(nn.Linear):
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
+class Scaled(nn.Linear):
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.weight.mul_(2)
+
+
+def test_a_constructor_whose_start_would_be_lost_is_refused():
+    with pytest.raises(ValueError, match="bias: expected the constructor to fill it in place, got nothing that does"):
+        new_model(partial(Unfilled, 2, 2), 0, World(size=2))
+    with pytest.raises(TypeError, match=r"expected .*aten.normal_.default.* to write into tensors, got aten.mul_"):
+        new_model(partial(Scaled, 2, 2), 0, World(size=2))
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,13 @@
 """What a training is said to need: counted against real models, and against the paper's own numbers."""
 
-import weakref
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from training_helpers import CLIP as CLIP_CFG
 from training_helpers import DALLE as DALLE_CFG
 from training_helpers import DVAE as DVAE_CFG
-from training_helpers import settings
+from training_helpers import Memory, settings
 
 from dalle_fast.config import PRESETS, CLIPConfig, DVAEConfig
 from dalle_fast.mask import KINDS, AttentionMask
@@ -77,36 +74,12 @@ def test_recompute_adds_a_forward_of_the_resblocks():
     assert dalle_flops(BIG, recompute=True) == 4 * once + logits
 
 
-class Memory(TorchDispatchMode):
-    """Bytes of the tensors that are made within and still there, and the most that there were.
+def measured(model: torch.nn.Module, loss) -> tuple[int, int]:
+    """Bytes that are kept for the backward, and at the peak; but for parameters and, in the first, their gradients.
 
     On the device "meta", for which the code takes the ways of CUDA, nothing is computed.
     """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage._cdata not in self._known:
-                self._known.add(storage._cdata)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _free(self, storage: int, size: int) -> None:
-        self._known.discard(storage)
-        self.now -= size
-
-
-def measured(model: torch.nn.Module, loss) -> tuple[int, int]:
-    """Bytes that are kept for the backward, and at the peak; but for parameters and, in the first, their gradients."""
-    with Memory(model) as memory:
+    with Memory(known=model.parameters()) as memory:
         value = loss(model)
         kept = memory.now
         value.backward()

@@ -1,14 +1,19 @@
 """Models and data small enough to train a few steps of in a test."""
 
 import json
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dalle_fast.config import CLIPConfig, DALLEConfig, DVAEConfig
 from dalle_fast.data.encoded import EncodedPair
 from dalle_fast.data.pairs import Pair
+from dalle_fast.distributed.sharding import local
 from dalle_fast.distributed.world import ALONE, World
 from dalle_fast.tokenizer import Tokenizer
 from dalle_fast.training import TrainCLIP, TrainDALLE, TrainDVAE
@@ -82,3 +87,35 @@ def same(a: object, b: object) -> bool:
     if isinstance(a, (list, tuple)):
         return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of the tensors that are made within and still there, and the most that there were.
+
+    Args:
+        device: where; None is anywhere.
+        known: tensors whose memory is not counted.
+    """
+
+    def __init__(self, device: str | None = None, known: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._device = device
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if not isinstance(tensor, torch.Tensor) or self._device not in (None, tensor.device.type):
+                continue
+            storage = local(tensor).untyped_storage()
+            if storage._cdata not in self._known:
+                self._known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _free(self, storage: int, size: int) -> None:
+        self._known.discard(storage)
+        self.now -= size

@@ -36,15 +36,17 @@ def shard_model(model: nn.Module, world: World, powersgd: bool = False) -> None:
     Each becomes a ``DTensor``, of which this process has its rows; but scalars, which all have.
 
     Args:
-        model: on the CPU, with the same values in all processes.
+        model: on the CPU, with the same values in all processes; or on "meta": then anything may be in its shards.
         world: of more than one process.
         powersgd: cut matrices that are wider than high into columns, if that is possible without a rest: PowerSGD has
             less to send then. It also adds up the gradients over machines, instead of what is set up here.
     """
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
     scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
-    for scalar in scalars:
-        scalar.data = scalar.data.to(world.device)
+    if not on_meta:
+        for scalar in scalars:
+            scalar.data = scalar.data.to(world.device)
     resblocks = resblocks_of(model)
     cut = partial(_columns_of_wide, shards=world.shards) if powersgd else None
     for part in (*resblocks, model):
@@ -61,6 +63,8 @@ def shard_model(model: nn.Module, world: World, powersgd: bool = False) -> None:
         sharded.set_force_sum_reduction_for_comms(True)  # gloo knows no other
         if world.copies > 1 and not powersgd:
             sharded.set_all_reduce_hook(partial(dist.all_reduce, group=world.peers))
+    if on_meta:
+        model.to_empty(device=world.device)
     for resblock, following in pairwise(cast("list[FSDPModule]", resblocks)):
         resblock.set_modules_to_forward_prefetch([following])
     for method in METHODS.get(kind_of(model), ()):
@@ -100,6 +104,16 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def counted_here(tensor: torch.Tensor, world: World) -> torch.Tensor:
     """The shard of a tensor, but nothing of one that another process of the machine has as well and counts."""
     return local(tensor) if isinstance(tensor, DTensor) or world.shard == 0 else tensor.new_empty(0)
+
+
+def shard_of(whole: torch.Tensor, tensor: torch.Tensor, world: World) -> torch.Tensor:
+    """The part of a whole, as a view, that this process has if it is sharded as ``tensor`` is; all if that is not."""
+    if not isinstance(tensor, DTensor):
+        return whole
+    (placement,) = tensor.placements
+    dim = cast(Shard, placement).dim
+    size = whole.shape[dim]
+    return whole.narrow(dim, min(world.shard * -(-size // world.shards), size), local(tensor).shape[dim])
 
 
 def sharded_like(shard: torch.Tensor, tensor: torch.Tensor, world: World) -> torch.Tensor:

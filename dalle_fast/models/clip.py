@@ -67,17 +67,24 @@ class VisionTransformer(nn.Module):
         width, patch = cfg.vision_width, cfg.patch_size
         n_patch = (cfg.image_size // patch) ** 2
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
-        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
-        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(n_patch + 1, width))
+        self.class_embedding = _normal(width, std=width**-0.5)
+        self.positional_embedding = _normal(n_patch + 1, width, std=width**-0.5)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, cfg.vision_layers, width // cfg.head_dim)
         self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, cfg.embed_dim))
+        self.proj = _normal(width, cfg.embed_dim, std=width**-0.5)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.conv1(2 * images - 1).flatten(2).transpose(1, 2)  # [B, patches, width]
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positional_embedding
         return self.ln_post(self.transformer(self.ln_pre(x))[:, 0]) @ self.proj
+
+
+def _normal(*shape: int, std: float) -> nn.Parameter:
+    """A parameter with normally distributed values."""
+    parameter = nn.Parameter(torch.empty(shape))
+    nn.init.normal_(parameter, std=std)
+    return parameter
 
 
 def _as_it_is(x: torch.Tensor) -> torch.Tensor:
@@ -92,11 +99,12 @@ class CLIP(nn.Module):
         self.cfg = cfg
         self.visual = VisionTransformer(cfg)
         self.token_embedding = nn.Embedding(cfg.text_vocab + cfg.text_len, cfg.text_width)
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(cfg.text_len, cfg.text_width))
+        self.positional_embedding = _normal(cfg.text_len, cfg.text_width, std=0.01)
         self.transformer = Transformer(cfg.text_width, cfg.text_layers, cfg.text_width // cfg.head_dim)
         self.ln_final = nn.LayerNorm(cfg.text_width)
-        self.text_projection = nn.Parameter(cfg.text_width**-0.5 * torch.randn(cfg.text_width, cfg.embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.text_projection = _normal(cfg.text_width, cfg.embed_dim, std=cfg.text_width**-0.5)
+        self.logit_scale = nn.Parameter(torch.empty(()))
+        nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:

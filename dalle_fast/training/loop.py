@@ -19,6 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..distributed.sharding import backward, counted_here, gather_model
+from ..distributed.start import Start
 from ..distributed.world import ALONE, World
 from ..models import save_model
 from ..models.precision import Scales
@@ -41,6 +42,7 @@ class Task(Protocol[Model]):
 
     kind: str  # names the model's file and the folder of its training
     model: Model  # with its sizes in ``cfg``
+    start: Start | None  # what the model begins with, if it is on "meta"
     scales: Scales | None  # of its gradients, in 16 bits
 
     def batches(self, start: int) -> Iterator[Batch]:
@@ -90,7 +92,7 @@ def fit(
 
     if device.type == "cpu":
         keep_freed_memory()
-    state = new_state(task.model, config, task.scales, world)
+    state = new_state(task.model, config, task.scales, world, None if checkpoint else task.start)
     if checkpoint:
         state.load(*checkpoint)
         if world.is_first:  # whose it is; no training of many processes draws from it

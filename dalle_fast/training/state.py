@@ -12,6 +12,7 @@ from torch import nn
 from ..distributed.collectives import Machines
 from ..distributed.powersgd import PowerSGD, resblock_matrices, sum_between_machines
 from ..distributed.sharding import local, resblocks_of, shard_model, sharded_like
+from ..distributed.start import Start
 from ..distributed.world import ALONE, World
 from ..models import DALLE
 from ..models.precision import GradientScales, Scales
@@ -126,8 +127,18 @@ class State(Generic[Model]):
                 self.optimizer.state[parameters[owner]][key] = torch.empty_like(like, dtype=tensor.dtype, device=device)
 
 
-def new_state(model: Model, config: TrainConfig, scales: Scales | None = None, world: World = ALONE) -> State[Model]:
+def new_state(
+    model: Model,
+    config: TrainConfig,
+    scales: Scales | None = None,
+    world: World = ALONE,
+    start: Start | None = None,
+) -> State[Model]:
     """The state before the first update, on the device.
+
+    Args:
+        model: on the CPU; of many processes perhaps on "meta".
+        start: of a model on "meta". Without it anything is in the state until a checkpoint is loaded.
 
     Raises:
         ValueError: a rank of PowerSGD that the shards of a matrix cannot share.
@@ -135,6 +146,8 @@ def new_state(model: Model, config: TrainConfig, scales: Scales | None = None, w
     rank = config.compression_rank() if world.copies > 1 else None
     if world.size > 1:
         shard_model(model, world, powersgd=rank is not None)
+        if start:
+            start.write(model, world)
     else:
         model.to(config.device)
     powersgd = (

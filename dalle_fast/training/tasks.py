@@ -25,6 +25,7 @@ from ..data import (
     collate,
 )
 from ..data.loader import Corpus
+from ..distributed.start import Start, new_model
 from ..distributed.world import ALONE, World, join_world
 from ..models import CLIP, DALLE, DiscreteVAE
 from ..models.dvae import PIXEL_MARGIN
@@ -120,16 +121,10 @@ def check_memory(
         print(plan, file=sys.stderr)
 
 
-def new_model(model_class: Callable[[Any], nn.Module], model_cfg: Any, seed: int) -> Any:
-    """A model whose random start depends on the seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return model_class(model_cfg)
-
-
 class CorpusTask:
     """The data side of a task: ``sample`` is what training sees of a pair, ``val_sample`` what validation sees."""
 
+    start: Start | None = None
     scales: Scales | None = None
 
     def __init__(
@@ -205,13 +200,14 @@ class DVAETask(CorpusTask):
         sample = partial(_dvae_sample, size=size)
         super().__init__(pairs, val_pairs, sample, partial(_dvae_val_sample, size=size), train_cfg, world)
         self.config = train_cfg
-        self.model: DiscreteVAE = new_model(DiscreteVAE, model_cfg, train_cfg.seed)
+        # Small enough for every process to have all of it, which ``init_codes`` needs.
+        self.model, _ = new_model(partial(DiscreteVAE, model_cfg), train_cfg.seed)
         if train_cfg.init_codes:
             steps = range(-(-INIT_IMAGES // train_cfg.batch_size))
             whole = Batches(pairs, train_cfg.batch_size, sample, train_cfg.seed)  # every process must start alike
             images = torch.cat([whole.batch_at(step)["image"] for step in steps])
             self.model.init_codes(images, seed=train_cfg.seed)
-        self.model.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # twice as fast on a CPU
         self._loss_scale: LossScale | None = None
         self._dtype = dtype_of(train_cfg.conv_dtype, train_cfg.device)
         if self._dtype == torch.float16:
@@ -310,7 +306,7 @@ class CLIPTask(CorpusTask):
             train_cfg,
             world,
         )
-        self.model: CLIP = new_model(CLIP, model_cfg, train_cfg.seed)
+        self.model, self.start = new_model(partial(CLIP, model_cfg), train_cfg.seed, world)
 
     def loss(self, model: CLIP, batch: Batch, step: int) -> tuple[torch.Tensor, Metrics]:
         return model.loss(batch["image"], batch["text"], self._world.gather_batch)
@@ -350,7 +346,7 @@ class DALLETask(CorpusTask):
         )
         val_sample = partial(_captioned_val_sample, size=size, tokenizer=tokenizer)
         super().__init__(pairs, val_pairs, sample, val_sample, train_cfg, world)
-        self.model: DALLE = new_model(DALLE, model_cfg, train_cfg.seed)
+        self.model, self.start = new_model(partial(DALLE, model_cfg), train_cfg.seed, world)
         dtype = dtype_of(train_cfg.resblock_dtype, train_cfg.device)
         scales = None
         if dtype != torch.float32:
