@@ -15,7 +15,7 @@ CXX_FILES := $(shell find csrc tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: build demo test lint bench bench-end-to-end format pretrained asan cuda-on-cpu gpu
+.PHONY: build demo test lint bench bench-end-to-end format pretrained asan cuda-on-cpu cuda-races gpu
 
 build: $(BUILD_STAMP)
 
@@ -29,18 +29,26 @@ test: build
 
 # The op tests on a build that checks every address and every undefined operation. Python is not part of that build, so
 # the checkers' libraries come first by hand, and what Python itself keeps until its end is not counted as a leak.
-SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0
+PRELOAD = LD_PRELOAD="$(foreach library,$(1) stdc++,$$(gcc -print-file-name=lib$(library).so))"
+SANITIZED = $(call PRELOAD,asan ubsan) ASAN_OPTIONS=detect_leaks=0
 
 asan: build
-	DALLE_FAST_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
+	DALLE_FAST_SANITIZE=address $(BIN)/python setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
 	$(SANITIZED) OMP_NUM_THREADS=2 PYTHONPATH=build/asan/lib $(BIN)/pytest $(OP_TESTS)
 
 # The same tests and checks on the CUDA kernels, compiled for the CPU: no GPU, no CUDA toolkit.
 cuda-on-cpu: build
-	DALLE_FAST_SANITIZE=1 DALLE_FAST_CUDA_ON_CPU=1 \
+	DALLE_FAST_SANITIZE=address DALLE_FAST_CUDA_ON_CPU=1 \
 	$(BIN)/python setup.py --quiet build --build-base build/cuda_on_cpu_asan --build-lib build/cuda_on_cpu_asan/lib
 	$(SANITIZED) OMP_NUM_THREADS=1 PYTHONPATH=build/cuda_on_cpu_asan/lib $(BIN)/pytest -n 2 $(CUDA_OP_TESTS)
+
+# And once more, to find threads of a block that touch the same memory without a barrier between: a process that has one
+# ends there, and says why in build/cuda_on_cpu_tsan/race.*.
+cuda-races: build
+	DALLE_FAST_SANITIZE=thread DALLE_FAST_CUDA_ON_CPU=1 \
+	$(BIN)/python setup.py --quiet build --build-base build/cuda_on_cpu_tsan --build-lib build/cuda_on_cpu_tsan/lib
+	$(call PRELOAD,tsan) TSAN_OPTIONS=halt_on_error=1:log_path=build/cuda_on_cpu_tsan/race OMP_NUM_THREADS=1 \
+	PYTHONPATH=build/cuda_on_cpu_tsan/lib $(BIN)/pytest -n 2 $(CUDA_OP_TESTS)
 
 # What only a GPU can check; see benchmarks/gpu.py. It uses the installed torch, and no network.
 gpu:

@@ -2,7 +2,8 @@
 
 Metadata is in pyproject.toml. ``DALLE_FAST_CUDA=0`` leaves the CUDA kernels out, ``DALLE_FAST_CUDA=1`` insists on them;
 without it they are built when torch has CUDA and nvcc is found. For tests, ``DALLE_FAST_CUDA_ON_CPU=1`` compiles them
-as C++, to run on the CPU in place of its own kernels, and ``DALLE_FAST_SANITIZE=1`` adds checks of every address.
+as C++, to run on the CPU in place of its own kernels, and ``DALLE_FAST_SANITIZE=address`` or ``thread`` adds checks of
+every address, or of what threads do to the same memory.
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # one binary for every
 MATH_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
 CXX_FLAGS = ["-O3", "-g0", *MATH_FLAGS, "-fopenmp", "-fvisibility=hidden", "-Wall", STABLE_ABI]
 LINK_FLAGS = ["-fopenmp"]
-SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-SANITIZE_FLAGS += ["-g1", "-O1"]  # -O3 would take ten minutes
+SANITIZE = os.environ.get("DALLE_FAST_SANITIZE", "")
+SANITIZERS = {
+    "": [],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-fsanitize=thread"],
+}
 # One binary for 8.x and one for Hopper, whose own instructions need the "a"; newer chips compile the PTX.
 ARCHITECTURES = ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a"]
 NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-DDALLE_FAST_CUDA"]
@@ -32,10 +37,13 @@ NVCC_FLAGS += [f"-gencode={architecture}" for architecture in ARCHITECTURES]
 CUDA_ON_CPU = os.environ.get("DALLE_FAST_CUDA_ON_CPU") == "1"
 CUDA_ON_CPU_FLAGS = ["-O1", "-DDALLE_FAST_CUDA", "-DDALLE_FAST_CUDA_ON_CPU", "-Wno-unknown-pragmas"]
 
-if os.environ.get("DALLE_FAST_SANITIZE") == "1":
+if SANITIZE not in SANITIZERS:
+    raise SystemExit(f"DALLE_FAST_SANITIZE: expected address or thread, got {SANITIZE!r}")
+if SANITIZE == "address":
     CUDA_ON_CPU_FLAGS += ["-fsanitize-sections=cuda_on_cpu_shared"]  # the kernels' shared memory
-    CXX_FLAGS += SANITIZE_FLAGS
-    LINK_FLAGS += SANITIZE_FLAGS
+if SANITIZE:
+    CXX_FLAGS += [*SANITIZERS[SANITIZE], "-fno-omit-frame-pointer", "-g1", "-O1"]  # -O3 would take ten minutes
+    LINK_FLAGS += SANITIZERS[SANITIZE]
 
 
 def sources(*patterns: str) -> list[str]:

@@ -14,15 +14,26 @@ ROOT = Path(__file__).parents[1]
 SHIM = ROOT / "tests" / "cuda_on_cpu"
 
 
-@pytest.fixture(scope="module")
-def check(tmp_path_factory):
-    program = tmp_path_factory.mktemp("cuda_on_cpu") / "check"
+def build(folder, *sanitize):
     files = [SHIM / "check.cpp", SHIM / "cuda_on_cpu.cpp"]
-    sanitize = ["-fsanitize=address,undefined", "-fsanitize-sections=cuda_on_cpu_shared"]
     include = [f"-I{ROOT / 'csrc'}", f"-I{SHIM}"]
     command = ["g++", "-std=c++17", "-O1", "-g1", "-Wall", "-DDALLE_FAST_CUDA_ON_CPU", *sanitize, *include]
-    subprocess.run([*command, *files, "-o", program], check=True)
-    return lambda name: subprocess.run([program, name], capture_output=True, text=True)
+    subprocess.run([*command, *files, "-o", folder / "check"], check=True)
+    return lambda name: subprocess.run([folder / "check", name], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def check(tmp_path_factory):
+    sanitize = ["-fsanitize=address,undefined", "-fsanitize-sections=cuda_on_cpu_shared"]
+    return build(tmp_path_factory.mktemp("addresses"), *sanitize)
+
+
+@pytest.fixture(scope="module")
+def check_races(tmp_path_factory):
+    check = build(tmp_path_factory.mktemp("races"), "-fsanitize=thread")
+    if "FATAL: ThreadSanitizer" in (reason := check("early_return").stderr):  # Linux may randomise addresses too far
+        pytest.skip(reason)
+    return check
 
 
 def numbers(result):
@@ -62,6 +73,18 @@ def test_refused(check, name, message):
     result = check(name)
     assert result.returncode == 0, result.stderr
     assert message in result.stdout
+
+
+@pytest.mark.parametrize("name", ["ordered_by_barrier", "ordered_by_warp", "late_copy", "flag_of_all", "block_sum"])
+def test_threads_in_order(check_races, name):
+    numbers(check_races(name))
+
+
+@pytest.mark.parametrize("name", ["unordered", "unordered_by_shuffle", "early_copy"])
+def test_races_are_found(check_races, name):
+    result = check_races(name)
+    assert result.returncode != 0
+    assert "ThreadSanitizer: data race" in result.stderr
 
 
 def test_addresses_are_checked_inside_kernels(check):

@@ -40,7 +40,7 @@ Matrix<T> padded(const S* rows, int64_t count, int64_t columns) {
   Matrix<T> matrix(count, columns);
   parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      std::transform(rows + i * columns, rows + (i + 1) * columns, matrix.at(i), widen<S>);
+      std::transform(rows + i * columns, rows + (i + 1) * columns, matrix.at(i), [](S x) { return widen(x); });
   });
   return matrix;
 }
@@ -184,7 +184,7 @@ void gumbel_quantize_backward_cpu(const QuantizeBackward<S>& params) {
       }
       for (int64_t c = 0; c < chunk_codes; ++c) {
         S* out = params.grad_codebook + (first_code + c) * channels;
-        std::transform(grad_codebook.at(c), grad_codebook.at(c) + channels, out, narrow<S>);
+        std::transform(grad_codebook.at(c), grad_codebook.at(c) + channels, out, [](T x) { return narrow<S>(x); });
       }
     }
   });

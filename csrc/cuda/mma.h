@@ -105,6 +105,7 @@ void copy_async(void* shared, const void* global, bool inside) {
   if (reinterpret_cast<uintptr_t>(shared) % kBytes != 0 || reinterpret_cast<uintptr_t>(global) % kBytes != 0) {
     cuda_on_cpu::fail("a copy that is not aligned");
   }
+  cuda_on_cpu::may_write(shared, kBytes);
   Copies::of_thread().started.push_back({shared, inside ? global : nullptr, kBytes});
 }
 

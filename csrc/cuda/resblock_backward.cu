@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kMostThreads) backward_kernel(ResidualLayerNor
       store_chunk(grad_bias[c], bias_partials + i);
     });
   }
-  if (nonfinite) *p.nonfinite = 1;  // whoever writes it writes the same
+  if (nonfinite) raise_flag(p.nonfinite);
 }
 
 constexpr int kColumns = 32, kSlices = 16;  // a block's columns, and the parts in which it adds up partials

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cuda/device.h"
+#include "cuda/mma.h"
 
 using namespace dalle_fast;
 
@@ -76,6 +77,47 @@ __global__ void overrun(int* out) {
   out[0] = bytes[4 * (threadIdx.x + 1)];
 }
 
+// Each thread reads what another has written to shared memory; `meet` is all that lies between.
+template <typename Meet>
+DF_DEVICE void exchange(int* out, const Meet& meet) {
+  __shared__ int values[kThreads];
+  const unsigned thread = threadIdx.x;
+  values[thread] = static_cast<int>(thread);
+  meet();
+  out[thread] = values[thread ^ 1];
+}
+__global__ void ordered_by_barrier(int* out) {
+  exchange(out, [] { __syncthreads(); });
+}
+__global__ void ordered_by_warp(int* out) {
+  exchange(out, [] { __syncwarp(); });
+}
+__global__ void unordered(int* out) {
+  exchange(out, [] {});
+}
+__global__ void unordered_by_shuffle(int* out) {
+  exchange(out, [] { __shfl_sync(kAllLanes, 0, 0); });
+}
+
+// A ring of one buffer, refilled while others may still read it, unless a barrier holds the copy back.
+DF_DEVICE void refill(int* out, bool hold_back) {
+  __shared__ int buffer[kThreads];
+  const unsigned thread = threadIdx.x;
+  for (int round = 0; round < 2; ++round) {
+    copy_async<4>(&buffer[thread], &out[thread], true);
+    commit_copies();
+    wait_copies<0>();
+    __syncthreads();
+    const int neighbour = buffer[thread ^ 1];
+    if (hold_back) __syncthreads();
+    if (round == 1) out[thread] = neighbour;
+  }
+}
+__global__ void late_copy(int* out) { refill(out, true); }
+__global__ void early_copy(int* out) { refill(out, false); }
+
+__global__ void flag_of_all(int* out) { raise_flag(out); }
+
 template <typename Kernel, typename Out>
 int check(Kernel kernel, dim3 grid, int threads, size_t shared_bytes, std::vector<Out> out) {
   const cudaError_t error = launch(kernel, grid, threads, shared_bytes, nullptr, out.data());
@@ -102,6 +144,13 @@ int main(int, char** arguments) {
   if (name == "early_return") return check(early_return, 1, 64, 0, std::vector<int>(64));
   if (name == "stale_shared") return check(stale_shared, 2, 32, 4, std::vector<float>(4));
   if (name == "overrun") return check(overrun, 1, 32, 128, std::vector<int>(1));
+  if (name == "ordered_by_barrier") return check(ordered_by_barrier, 2, kThreads, 0, std::vector<int>(kThreads));
+  if (name == "ordered_by_warp") return check(ordered_by_warp, 2, kThreads, 0, std::vector<int>(kThreads));
+  if (name == "unordered") return check(unordered, 1, kThreads, 0, std::vector<int>(kThreads));
+  if (name == "unordered_by_shuffle") return check(unordered_by_shuffle, 1, kThreads, 0, std::vector<int>(kThreads));
+  if (name == "flag_of_all") return check(flag_of_all, 2, kThreads, 0, std::vector<int>(1));
+  if (name == "late_copy") return check(late_copy, 2, kThreads, 0, std::vector<int>(kThreads));
+  if (name == "early_copy") return check(early_copy, 1, kThreads, 0, std::vector<int>(kThreads));
   if (name == "barrier_of_some") return refuse(barrier_of_some);
   if (name == "shuffle_of_some") return refuse(shuffle_of_some);
   if (name == "different_collectives") return refuse(different_collectives);

@@ -8,12 +8,8 @@
 #include <memory>
 #include <mutex>
 #include <string>
-#include <vector>
 
-#ifdef __SANITIZE_ADDRESS__
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
+#include "sanitizers.h"
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -65,17 +61,16 @@ enum class State { kReady, kAtBarrier, kInCollective, kDone };
 
 struct Fiber {
   State state = State::kReady;
-  void* top = nullptr;  // of the stack, while the fiber does not run
-  const void* stack = nullptr;
-  size_t stack_bytes = 0;
-  void* sanitizer = nullptr;  // what AddressSanitizer keeps of a fiber that does not run
+  void* top = nullptr;  // of the stack, while the fiber does not run; null if it was left in the middle of a kernel
+  SanitizedFiber sanitized;
 };
 
 struct Warp {
   alignas(16) unsigned char values[2][warpSize * kMaxGathered];
-  int half;  // which of the two the next collective fills; the other may still be read
+  unsigned turn;  // the next collective fills values[turn % 2]; the other half may still be read
   int waiting;
   size_t bytes;
+  Meeting memory;
 };
 
 struct Free {
@@ -83,25 +78,18 @@ struct Free {
 };
 
 std::mutex launches;  // one at a time
-std::vector<Fiber> fibers(kMaxThreads);
-std::vector<Warp> warps(kMaxThreads / warpSize);
+Fiber fibers[kMaxThreads];
+Warp warps[kMaxThreads / warpSize];
 Fiber host;
 Fiber *running = &host, *left = &host;  // `left` is the one that ran before
 int threads, returned, at_barrier;
+unsigned barrier;  // the next one's number
+Meeting barrier_memory, block_memory;
 const std::function<void()>* thread_body;
 std::unique_ptr<unsigned char, Free> shared;
 std::string message;
 
-int running_index() { return static_cast<int>(running - fibers.data()); }
-
-void arrive() {
-#ifdef __SANITIZE_ADDRESS__
-  const void* stack;
-  size_t bytes;
-  __sanitizer_finish_switch_fiber(running->sanitizer, &stack, &bytes);
-  if (left == &host) host.stack = stack, host.stack_bytes = bytes;
-#endif
-}
+int running_index() { return static_cast<int>(running - fibers); }
 
 void switch_to(Fiber* next) {
   left = running;
@@ -110,12 +98,11 @@ void switch_to(Fiber* next) {
     const unsigned i = static_cast<unsigned>(running_index());
     threadIdx = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
   }
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_start_switch_fiber(left->state == State::kDone ? nullptr : &left->sanitizer, next->stack,
-                                 next->stack_bytes);
-#endif
-  cuda_on_cpu_switch(&left->top, next->top);
-  arrive();
+  void** const from = &left->top;
+  void* const to = next->top;
+  left->sanitized.leave_for(next->sanitized);
+  cuda_on_cpu_switch(from, to);
+  running->sanitized.arrive_from(left->sanitized);
 }
 
 std::string name(const dim3& i) {
@@ -144,30 +131,35 @@ void release_barrier_if_all_are_there() {
     if (fibers[i].state == State::kAtBarrier) fibers[i].state = State::kReady;
   }
   at_barrier = 0;
+  ++barrier;
 }
 
 void run_fiber() {
-  arrive();
-  (*thread_body)();
-  running->state = State::kDone;
-  ++returned;
-  release_barrier_if_all_are_there();
-  hand_over();
+  running->sanitized.arrive_from(left->sanitized);
+  for (;;) {  // a block each
+    block_memory.leave(0);
+    (*thread_body)();
+    block_memory.arrive(1);
+    const Scheduling scheduling;
+    running->state = State::kDone;
+    ++returned;
+    release_barrier_if_all_are_there();
+    hand_over();
+  }
 }
 
 void prepare(Fiber& fiber) {
-  if (fiber.stack == nullptr) {
-    fiber.stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (fiber.stack == MAP_FAILED) std::abort();
-    fiber.stack_bytes = kStackBytes;
-  }
-#ifdef __SANITIZE_ADDRESS__
-  ASAN_UNPOISON_MEMORY_REGION(fiber.stack, fiber.stack_bytes);
-#endif
-  fiber.sanitizer = nullptr;
   fiber.state = State::kReady;
+  if (fiber.top != nullptr) return;
+  SanitizedFiber& sanitized = fiber.sanitized;
+  if (sanitized.stack == nullptr) {
+    sanitized.stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (sanitized.stack == MAP_FAILED) std::abort();
+    sanitized.stack_bytes = kStackBytes;
+  }
+  sanitized.start();
   // As if run_fiber had been called, with a return address above it, and left before its first instruction.
-  void** end = reinterpret_cast<void**>(static_cast<char*>(const_cast<void*>(fiber.stack)) + fiber.stack_bytes);
+  void** end = reinterpret_cast<void**>(static_cast<char*>(const_cast<void*>(sanitized.stack)) + kStackBytes);
   constexpr int kRegisters = 6;
   end[-1] = nullptr;
   end[-2] = reinterpret_cast<void*>(run_fiber);
@@ -185,44 +177,60 @@ void run_block(size_t shared_bytes) {
   poison_static_shared();
   std::memset(shared.get(), kPoison, shared_bytes);
   returned = at_barrier = 0;
-  for (Warp& warp : warps) warp.half = warp.waiting = 0;
+  for (Warp& warp : warps) warp.waiting = 0;
   for (int i = 0; i < threads; ++i) prepare(fibers[i]);
+  block_memory.arrive(0);
   switch_to(&fibers[0]);
+  block_memory.leave(1);
+  if (message.empty()) return;
+  for (int i = 0; i < threads; ++i) fibers[i].top = nullptr;
 }
 
 }  // namespace
 
 void fail(const char* what) {
+  const Scheduling scheduling;
   message = std::string(what) + ", in thread " + name(threadIdx) + " of block " + name(blockIdx);
-  running->state = State::kDone;
   switch_to(&host);
   std::abort();
 }
 
 unsigned char* dynamic_shared() { return shared.get(); }
 
+void may_write(void* data, size_t bytes) {
+#ifdef __SANITIZE_THREAD__
+  __tsan_write_range(data, bytes);
+#endif
+}
+
 int lane() { return running_index() % warpSize; }
 
-const void* gather(const void* mine, size_t bytes) {
+const void* gather(const void* mine, size_t bytes, bool orders_memory) {
+  const Scheduling scheduling;
   const int first = running_index() / warpSize * warpSize;
   Warp& warp = warps[first / warpSize];
   if (warp.waiting > 0 && warp.bytes != bytes) fail("lanes of a warp meet in different collectives");
-  unsigned char* const values = warp.values[warp.half];
+  const unsigned turn = warp.turn;
+  unsigned char* const values = warp.values[turn % 2];
   std::memcpy(values + lane() * bytes, mine, bytes);
   warp.bytes = bytes;
+  if (orders_memory) warp.memory.arrive(turn);
   if (++warp.waiting < warpSize) {
     running->state = State::kInCollective;
     hand_over();
   } else {
     for (int i = first; i < first + warpSize; ++i) fibers[i].state = State::kReady;
-    warp.half ^= 1;
+    ++warp.turn;
     warp.waiting = 0;
   }
+  if (orders_memory) warp.memory.leave(turn);
   return values;
 }
 
 cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
   const std::lock_guard<std::mutex> lock(launches);
+  const Scheduling scheduling;
+  host.sanitized.adopt();
   const uint64_t size = uint64_t{block.x} * block.y * block.z;
   if (grid.x < 1 || grid.x > INT32_MAX || grid.y < 1 || grid.y > 65535 || grid.z < 1 || grid.z > 65535 || size < 1 ||
       size > kMaxThreads || size % warpSize != 0) {
@@ -257,10 +265,14 @@ cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<
 
 void __syncthreads() {
   using namespace cuda_on_cpu;
+  const Scheduling scheduling;
+  const unsigned number = barrier;
+  barrier_memory.arrive(number);
   ++at_barrier;
   running->state = State::kAtBarrier;
   release_barrier_if_all_are_there();
   if (running->state != State::kReady) hand_over();
+  barrier_memory.leave(number);
 }
 
 const char* cudaGetErrorString(cudaError_t error) {

@@ -77,8 +77,12 @@ cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<
 unsigned char* dynamic_shared();
 int lane();
 
-// Waits for the other threads of the warp; returns where all of them put `bytes` bytes, one after another.
-const void* gather(const void* mine, size_t bytes);
+// Waits for the other threads of the warp; returns where all of them put `bytes` bytes, one after another. Whether it
+// also orders what they do to memory matters to ThreadSanitizer alone.
+const void* gather(const void* mine, size_t bytes, bool orders_memory);
+
+// For ThreadSanitizer: the calling thread may write these bytes at any time from now on.
+void may_write(void* data, size_t bytes);
 
 }  // namespace cuda_on_cpu
 
@@ -87,17 +91,23 @@ const void* gather(const void* mine, size_t bytes);
 template <typename T>
 const T* warp_gather(const T& mine) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= cuda_on_cpu::kMaxGathered);
-  return static_cast<const T*>(cuda_on_cpu::gather(&mine, sizeof(T)));
+  return static_cast<const T*>(cuda_on_cpu::gather(&mine, sizeof(T), false));
 }
 
 void __syncthreads();
 
+inline void cuda_on_cpu_check(unsigned mask) {
+  if (mask != 0xFFFFFFFFu) cuda_on_cpu::fail("a warp collective needs all 32 lanes");
+}
 template <typename T>
 const T* cuda_on_cpu_masked_gather(unsigned mask, const T& mine) {
-  if (mask != 0xFFFFFFFFu) cuda_on_cpu::fail("a warp collective needs all 32 lanes");
+  cuda_on_cpu_check(mask);
   return warp_gather(mine);
 }
-inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) { cuda_on_cpu_masked_gather(mask, char{}); }
+inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) {
+  cuda_on_cpu_check(mask);
+  cuda_on_cpu::gather("", 1, true);
+}
 inline unsigned __activemask() { return 0xFFFFFFFFu; }
 
 // A shuffle within groups of `width` lanes: a source outside the group is the lane itself.
