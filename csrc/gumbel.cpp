@@ -61,16 +61,18 @@ auto with_storage(const Tensor& logits, const Body& body) {
       return body(float{});
     case ScalarType::Double:
       return body(double{});
+    case ScalarType::BFloat16:
+      return body(BFloat16{});
     default:
-      STD_TORCH_CHECK(logits.scalar_type() == ScalarType::BFloat16,
-                      "logits: expected float32, float64 or bfloat16, got ",
+      STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Half,
+                      "logits: expected float32, float64, bfloat16 or float16, got ",
                       torch::headeronly::toString(logits.scalar_type()));
-      return body(uint16_t{});
+      return body(Half{});
   }
 }
 
 ScalarType arithmetic_type(const Tensor& logits) {
-  return logits.scalar_type() == ScalarType::BFloat16 ? ScalarType::Float : logits.scalar_type();
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 // kl [B], codes [B, h, w], stats [B, kGumbelStats, h, w].

@@ -10,7 +10,7 @@
 
 namespace dalle_fast {
 
-// What a kernel computes with. S is how tensors are stored: float, double, or uint16_t for the bits of a bfloat16.
+// What a kernel computes with. S is how tensors are stored: float, double, BFloat16 or Half.
 template <typename S>
 using Arithmetic = std::conditional_t<std::is_same_v<S, double>, double, float>;
 

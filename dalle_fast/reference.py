@@ -195,8 +195,8 @@ def kl_to_uniform(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _widen(x: torch.Tensor) -> torch.Tensor:
-    """What arithmetic is done in: float32 for bfloat16."""
-    return x.float() if x.dtype == torch.bfloat16 else x
+    """What arithmetic is done in: float32 for 16 bits."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def gumbel_softmax(
@@ -204,7 +204,8 @@ def gumbel_softmax(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Relaxed one-hot sample over the codes (section 2.1). logits [B, K, h, w] -> y of that shape, kl [B] in nats.
 
-    ``hard`` returns exact one-hots with the gradient of the soft sample. bfloat16 is rounded at the end; kl is float32.
+    ``hard`` returns exact one-hots with the gradient of the soft sample. For 16 bits y is rounded at the end and kl
+    is float32.
     """
     wide = _widen(logits)
     noise = gumbel_noise(seed, logits.shape, logits.device).to(wide.dtype)

@@ -169,6 +169,20 @@ def test_gradient_scaling(dtype, device):
     assert df.scale_gradient(grad[:0], scale, dtype).shape == (0, 251)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_every_16_bit_number(dtype, device):
+    """Each is read as it is; what lies between two of them goes to the nearest, or to the even one."""
+    numbers = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
+    zeros = torch.zeros(65536, device=device)
+    total, _ = df.residual_layer_norm(zeros, numbers, zeros, zeros)
+    torch.testing.assert_close(total, numbers.float(), rtol=0, atol=0, equal_nan=True)
+    finite = numbers[numbers.isfinite()].double().sort().values
+    between = [finite, finite[:-1] + finite.diff() / 2, finite[:-1] + finite.diff() / 3, finite * 1.0001]
+    values = torch.cat(between).float()
+    stored = df.scale_gradient(values, torch.ones((), device=device), dtype)
+    assert torch.equal(stored.view(torch.int16), values.to(dtype).view(torch.int16))
+
+
 def test_float16_overflow_is_filtered(device):
     scale = torch.tensor(2.0**13, device=device)
     scaled = df.scale_gradient(torch.tensor([1.0, 100.0], device=device), scale, torch.float16)

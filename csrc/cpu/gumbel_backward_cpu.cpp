@@ -1,6 +1,6 @@
 // Two steps, each parallel over fixed pieces: draw the noise again, write y to the place of the gradient and sum
 // y * dy over the codes of a chunk; then, with the sums of all chunks added in order, replace y by the gradient. y in
-// bfloat16 would be rounded twice: there, the second step draws the noise once more.
+// 16 bits would be rounded twice: there, the second step draws the noise once more.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -79,6 +79,7 @@ void gumbel_softmax_backward_cpu(const GumbelBackward<S>& params) {
 
 template void gumbel_softmax_backward_cpu(const GumbelBackward<float>&);
 template void gumbel_softmax_backward_cpu(const GumbelBackward<double>&);
-template void gumbel_softmax_backward_cpu(const GumbelBackward<uint16_t>&);
+template void gumbel_softmax_backward_cpu(const GumbelBackward<BFloat16>&);
+template void gumbel_softmax_backward_cpu(const GumbelBackward<Half>&);
 
 }  // namespace dalle_fast

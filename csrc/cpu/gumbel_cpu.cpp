@@ -2,7 +2,7 @@
 //   1. a chunk of codes at a time: draw the noise, find each pixel's maximum within the chunk, write exponentials
 //      relative to it, keep their sums. Logits are read once from memory, whole rows in order;
 //   2. merge the sums of all chunks in order: statistics, KL, codes, and a factor for each chunk and pixel;
-//   3. scale the exponentials by their factor. bfloat16 would be rounded twice that way: there, step 1 writes nothing,
+//   3. scale the exponentials by their factor. 16 bits would be rounded twice that way: there, step 1 writes nothing,
 //      and step 3 draws the noise again.
 #include <torch/csrc/stable/ops.h>
 
@@ -166,7 +166,7 @@ void gumbel_softmax_forward_cpu(const GumbelForward<S>& params) {
 
   if (params.hard) {
     parallel_for(0, s.batch, 1, [&](int64_t begin, int64_t end) {
-      std::fill(params.y + begin * s.codes * s.pixels, params.y + end * s.codes * s.pixels, S(0));
+      std::fill(params.y + begin * s.codes * s.pixels, params.y + end * s.codes * s.pixels, S{});
       for (int64_t i = begin * s.pixels; i < end * s.pixels; ++i) {
         const int64_t image = i / s.pixels, pixel = i % s.pixels;
         params.y[image * s.codes * s.pixels + params.codes[i] * strides.code + pixel * strides.pixel] = narrow<S>(T(1));
@@ -191,6 +191,7 @@ void gumbel_softmax_forward_cpu(const GumbelForward<S>& params) {
 
 template void gumbel_softmax_forward_cpu(const GumbelForward<float>&);
 template void gumbel_softmax_forward_cpu(const GumbelForward<double>&);
-template void gumbel_softmax_forward_cpu(const GumbelForward<uint16_t>&);
+template void gumbel_softmax_forward_cpu(const GumbelForward<BFloat16>&);
+template void gumbel_softmax_forward_cpu(const GumbelForward<Half>&);
 
 }  // namespace dalle_fast

@@ -192,9 +192,11 @@ void gumbel_quantize_backward_cpu(const QuantizeBackward<S>& params) {
 
 template void gumbel_quantize_forward_cpu(const QuantizeForward<float>&);
 template void gumbel_quantize_forward_cpu(const QuantizeForward<double>&);
-template void gumbel_quantize_forward_cpu(const QuantizeForward<uint16_t>&);
+template void gumbel_quantize_forward_cpu(const QuantizeForward<BFloat16>&);
+template void gumbel_quantize_forward_cpu(const QuantizeForward<Half>&);
 template void gumbel_quantize_backward_cpu(const QuantizeBackward<float>&);
 template void gumbel_quantize_backward_cpu(const QuantizeBackward<double>&);
-template void gumbel_quantize_backward_cpu(const QuantizeBackward<uint16_t>&);
+template void gumbel_quantize_backward_cpu(const QuantizeBackward<BFloat16>&);
+template void gumbel_quantize_backward_cpu(const QuantizeBackward<Half>&);
 
 }  // namespace dalle_fast

@@ -70,16 +70,20 @@ struct Rows {
 
 template <typename S>
 DF_ALWAYS_INLINE Arithmetic<S> widen(S x) {
-  if constexpr (std::is_same_v<S, uint16_t>)
-    return load_bfloat16(x);
+  if constexpr (std::is_same_v<S, BFloat16>)
+    return load_bfloat16(x.bits);
+  else if constexpr (std::is_same_v<S, Half>)
+    return load_float16(x.bits);
   else
     return x;
 }
 
 template <typename S>
 DF_ALWAYS_INLINE S narrow(Arithmetic<S> x) {
-  if constexpr (std::is_same_v<S, uint16_t>)
-    return store_bfloat16(x);
+  if constexpr (std::is_same_v<S, BFloat16>)
+    return {store_bfloat16(x)};
+  else if constexpr (std::is_same_v<S, Half>)
+    return {store_float16(x)};
   else
     return x;
 }

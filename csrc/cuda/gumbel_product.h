@@ -1,5 +1,5 @@
 // The products of a tile with the codebook on the FP32 (or FP64) units: a warp has kOwnRows rows of the result and all
-// channels of the block, a lane OwnChannels of these. gumbel_product_mma.h has the same two classes for bfloat16.
+// channels of the block, a lane OwnChannels of these. gumbel_product_mma.h has the same two classes for 16 bits.
 #pragma once
 
 #include "cuda/gumbel_tile.h"
@@ -7,7 +7,7 @@
 namespace dalle_fast {
 
 // z [kTilePixels, kChannels], the sum over codes of weights times the codebook.
-template <typename S>
+template <typename S, bool tensor_cores = sizeof(S) == 2>
 class ForwardProduct {
  public:
   using T = Arithmetic<S>;
@@ -25,9 +25,8 @@ class ForwardProduct {
 
   // Rows of the codebook from first_code on, 0 beyond the last code or channel.
   DF_DEVICE void load_codebook(const S* codebook, int codes, int64_t channels, int first_code, int64_t first_channel) {
-    for_each_of_rows<kChannels>(codebook, codes, channels, first_code, first_channel, [&](int code, int channel, S x) {
-      codebook_[code * kChannels + channel] = load_element(x);
-    });
+    for_each_of_rows<kChannels>(codebook, codes, channels, first_code, first_channel,
+                                [&](int code, int channel, S x) { codebook_[code * kChannels + channel] = widen(x); });
   }
 
   // z *= factor of the pixel
@@ -77,7 +76,7 @@ class ForwardProduct {
 };
 
 // dy [kTileCodes, kTilePixels] = codebook dz, and the codebook's gradient [kTileCodes, kChannels] += y dz.
-template <typename S>
+template <typename S, bool tensor_cores = sizeof(S) == 2>
 class BackwardProduct {
  public:
   using T = Arithmetic<S>;
@@ -91,9 +90,8 @@ class BackwardProduct {
         dz_(codebook_ + kTileCodes * kChannels) {}
 
   DF_DEVICE void load_codebook(const S* codebook, int codes, int64_t channels, int first_code, int64_t first_channel) {
-    for_each_of_rows<kChannels>(codebook, codes, channels, first_code, first_channel, [&](int code, int channel, S x) {
-      *at(codebook_, code, code, channel) = load_element(x);
-    });
+    for_each_of_rows<kChannels>(codebook, codes, channels, first_code, first_channel,
+                                [&](int code, int channel, S x) { *at(codebook_, code, code, channel) = widen(x); });
   }
 
   DF_DEVICE void set_dz(int channel, int quad, const Quad<T>& dz) {

@@ -1,5 +1,5 @@
-// The products of gumbel_product.h for bfloat16, on tensor cores. The codebook and dz go in as they are; what is made
-// in float32, weights and y, as the sum of two bfloat16 numbers. So nothing but the result is rounded to bfloat16.
+// The products of gumbel_product.h for 16 bits (S: BFloat16, Half), on tensor cores. The codebook and dz go in as they
+// are; what is made in float32, weights and y, as the sum of two numbers of S. So nothing but the result is rounded.
 #pragma once
 
 #include "cuda/gumbel_product.h"
@@ -15,49 +15,54 @@ struct BlockRow {
   int block = lane() / 8, row = lane() % 8;
 };
 
-// [kTileCodes, kTilePixels] as two bfloat16 numbers each.
+// What the numbers of a SplitTile are multiplied by. Below 2^-14 float16 has fewer and fewer bits, and most of 8192
+// codes have weights as small as that.
+template <typename S>
+constexpr float kSplitScale = std::is_same_v<S, Half> ? 0x1p15f : 1.0f;
+
+// [kTileCodes, kTilePixels], from 0 to 1, as two numbers of S each.
+template <typename S>
 struct SplitTile {
-  uint16_t *high, *low;
+  S *high, *low;
 
   static constexpr int kElements = 2 * kTileCodes * kPixelPitch;
 
-  DF_DEVICE explicit SplitTile(uint16_t* shared) : high(shared), low(shared + kTileCodes * kPixelPitch) {}
+  DF_DEVICE explicit SplitTile(S* shared) : high(shared), low(shared + kTileCodes * kPixelPitch) {}
 
   DF_DEVICE void set(int code, int quad, const Quad<float>& x) const {
-    Quad<uint16_t> first, rest;
+    Quad<S> first, rest;
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
-      first.at[i] = store_element<uint16_t>(x.at[i]);
-      rest.at[i] = store_element<uint16_t>(x.at[i] - load_element(first.at[i]));
+      const float scaled = x.at[i] * kSplitScale<S>;
+      first.at[i] = narrow<S>(scaled);
+      rest.at[i] = narrow<S>(scaled - widen(first.at[i]));
     }
-    reinterpret_cast<Quad<uint16_t>*>(high + code * kPixelPitch)[quad] = first;
-    reinterpret_cast<Quad<uint16_t>*>(low + code * kPixelPitch)[quad] = rest;
+    reinterpret_cast<Quad<S>*>(high + code * kPixelPitch)[quad] = first;
+    reinterpret_cast<Quad<S>*>(low + code * kPixelPitch)[quad] = rest;
   }
 };
 
-template <>
-class ForwardProduct<uint16_t> {
+template <typename S>
+class ForwardProduct<S, true> {
  public:
   static constexpr int kChannels = 128;
   static constexpr int kChannelPitch = kChannels + 8;
   static constexpr size_t kSharedBytes =
-      sizeof(float) * kTileCodes * kCodePitch + sizeof(uint16_t) * (SplitTile::kElements + kTileCodes * kChannelPitch);
+      sizeof(float) * kTileCodes * kCodePitch + sizeof(S) * (SplitTile<S>::kElements + kTileCodes * kChannelPitch);
 
   DF_DEVICE explicit ForwardProduct(unsigned char* shared)
       : noisy_(reinterpret_cast<float*>(shared)),
-        weights_(reinterpret_cast<uint16_t*>(noisy_ + kTileCodes * kCodePitch)),
-        codebook_(weights_.high + SplitTile::kElements) {}
+        weights_(reinterpret_cast<S*>(noisy_ + kTileCodes * kCodePitch)),
+        codebook_(weights_.high + SplitTile<S>::kElements) {}
 
   DF_DEVICE Quad<float>& noisy(int code, int quad) const {
     return reinterpret_cast<Quad<float>*>(noisy_ + code * kCodePitch)[quad];
   }
   DF_DEVICE void set_weight(int code, int quad, const Quad<float>& weight) const { weights_.set(code, quad, weight); }
 
-  DF_DEVICE void load_codebook(const uint16_t* codebook, int codes, int64_t channels, int first_code,
-                               int64_t first_channel) {
-    for_each_of_rows<kChannels>(
-        codebook, codes, channels, first_code, first_channel,
-        [&](int code, int channel, uint16_t x) { codebook_[code * kChannelPitch + channel] = x; });
+  DF_DEVICE void load_codebook(const S* codebook, int codes, int64_t channels, int first_code, int64_t first_channel) {
+    for_each_of_rows<kChannels>(codebook, codes, channels, first_code, first_channel,
+                                [&](int code, int channel, S x) { codebook_[code * kChannelPitch + channel] = x; });
   }
 
   DF_DEVICE void rescale(const float* factor) {
@@ -81,8 +86,8 @@ class ForwardProduct<uint16_t> {
                                       n * 8 + at.block / 2 * 8);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          mma<BFloat16>(z_[n + i], high, w[2 * i], w[2 * i + 1]);
-          mma<BFloat16>(z_[n + i], low, w[2 * i], w[2 * i + 1]);
+          mma<S>(z_[n + i], high, w[2 * i], w[2 * i + 1]);
+          mma<S>(z_[n + i], low, w[2 * i], w[2 * i + 1]);
         }
       }
     }
@@ -93,7 +98,9 @@ class ForwardProduct<uint16_t> {
 #pragma unroll
     for (int n = 0; n < kOwnBlocks; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) body(pixel() + i / 2 * 8, first_channel() + n * 8 + lane() % 4 * 2 + i % 2, z_[n][i]);
+      for (int i = 0; i < 4; ++i) {
+        body(pixel() + i / 2 * 8, first_channel() + n * 8 + lane() % 4 * 2 + i % 2, z_[n][i] / kSplitScale<S>);
+      }
     }
   }
 
@@ -105,39 +112,37 @@ class ForwardProduct<uint16_t> {
   static DF_DEVICE int pixel() { return first_pixel() + lane() / 4; }
 
   float* noisy_;  // [kTileCodes][kCodePitch]
-  SplitTile weights_;
-  uint16_t* codebook_;  // [kTileCodes][kChannelPitch]
+  SplitTile<S> weights_;
+  S* codebook_;  // [kTileCodes][kChannelPitch]
   float z_[kOwnBlocks][4] = {};
 };
 
-template <>
-class BackwardProduct<uint16_t> {
+template <typename S>
+class BackwardProduct<S, true> {
  public:
   static constexpr int kChannels = 128;
   static constexpr int kChannelPitch = kChannels + 8;
   static constexpr size_t kSharedBytes =
       sizeof(float) * kTileCodes * kCodePitch +
-      sizeof(uint16_t) * (SplitTile::kElements + kTileCodes * kChannelPitch + kChannels * kPixelPitch);
+      sizeof(S) * (SplitTile<S>::kElements + kTileCodes * kChannelPitch + kChannels * kPixelPitch);
 
   DF_DEVICE BackwardProduct(unsigned char* shared, const TilePlace& place)
       : place_(place),
         dy_(reinterpret_cast<float*>(shared)),
-        y_(reinterpret_cast<uint16_t*>(dy_ + kTileCodes * kCodePitch)),
-        codebook_(y_.high + SplitTile::kElements),
+        y_(reinterpret_cast<S*>(dy_ + kTileCodes * kCodePitch)),
+        codebook_(y_.high + SplitTile<S>::kElements),
         dz_(codebook_ + kTileCodes * kChannelPitch) {}
 
-  DF_DEVICE void load_codebook(const uint16_t* codebook, int codes, int64_t channels, int first_code,
-                               int64_t first_channel) {
-    for_each_of_rows<kChannels>(
-        codebook, codes, channels, first_code, first_channel,
-        [&](int code, int channel, uint16_t x) { codebook_[code * kChannelPitch + channel] = x; });
+  DF_DEVICE void load_codebook(const S* codebook, int codes, int64_t channels, int first_code, int64_t first_channel) {
+    for_each_of_rows<kChannels>(codebook, codes, channels, first_code, first_channel,
+                                [&](int code, int channel, S x) { codebook_[code * kChannelPitch + channel] = x; });
   }
 
   DF_DEVICE void set_dz(int channel, int quad, const Quad<float>& dz) {
-    Quad<uint16_t> bits;
+    Quad<S> bits;
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) bits.at[i] = store_element<uint16_t>(dz.at[i]);
-    reinterpret_cast<Quad<uint16_t>*>(dz_ + channel * kPixelPitch)[quad] = bits;
+    for (int i = 0; i < kQuad; ++i) bits.at[i] = narrow<S>(dz.at[i]);
+    reinterpret_cast<Quad<S>*>(dz_ + channel * kPixelPitch)[quad] = bits;
   }
 
   DF_DEVICE void clear_dy() {
@@ -157,8 +162,8 @@ class BackwardProduct<uint16_t> {
         uint32_t dz[4];
         load_blocks_transposed(
             dz, dz_ + (channel + at.block % 2 * 8 + at.row) * kPixelPitch + first_pixel() + n * 8 + at.block / 2 * 8);
-        mma<BFloat16>(dy_own_[n], w, dz[0], dz[1]);
-        mma<BFloat16>(dy_own_[n + 1], w, dz[2], dz[3]);
+        mma<S>(dy_own_[n], w, dz[0], dz[1]);
+        mma<S>(dy_own_[n + 1], w, dz[2], dz[3]);
       }
     }
   }
@@ -194,8 +199,8 @@ class BackwardProduct<uint16_t> {
             dz, dz_ + (first_channel() + n * 8 + at.block / 2 * 8 + at.row) * kPixelPitch + pixel + at.block % 2 * 8);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          mma<BFloat16>(gradient_[n + i], high, dz[2 * i], dz[2 * i + 1]);
-          mma<BFloat16>(gradient_[n + i], low, dz[2 * i], dz[2 * i + 1]);
+          mma<S>(gradient_[n + i], high, dz[2 * i], dz[2 * i + 1]);
+          mma<S>(gradient_[n + i], low, dz[2 * i], dz[2 * i + 1]);
         }
       }
     }
@@ -207,7 +212,7 @@ class BackwardProduct<uint16_t> {
     for (int n = 0; n < kOwnBlocks; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        body(code() + i / 2 * 8, first_channel() + n * 8 + lane() % 4 * 2 + i % 2, gradient_[n][i]);
+        body(code() + i / 2 * 8, first_channel() + n * 8 + lane() % 4 * 2 + i % 2, gradient_[n][i] / kSplitScale<S>);
       }
     }
   }
@@ -222,9 +227,9 @@ class BackwardProduct<uint16_t> {
 
   TilePlace place_;
   float* dy_;  // [kTileCodes][kCodePitch]
-  SplitTile y_;
-  uint16_t* codebook_;  // [kTileCodes][kChannelPitch]
-  uint16_t* dz_;        // [kChannels][kPixelPitch]
+  SplitTile<S> y_;
+  S* codebook_;  // [kTileCodes][kChannelPitch]
+  S* dz_;        // [kChannels][kPixelPitch]
   float dy_own_[kDyBlocks][4] = {};
   float gradient_[kOwnBlocks][4] = {};
 };

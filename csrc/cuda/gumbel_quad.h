@@ -11,24 +11,6 @@
 
 namespace dalle_fast {
 
-template <typename S>
-DF_DEVICE Arithmetic<S> load_element(S x) {
-  if constexpr (std::is_same_v<S, uint16_t>) {
-    return widen(BFloat16{x});
-  } else {
-    return x;
-  }
-}
-
-template <typename S>
-DF_DEVICE S store_element(Arithmetic<S> x) {
-  if constexpr (std::is_same_v<S, uint16_t>) {
-    return narrow<BFloat16>(x).bits;
-  } else {
-    return x;
-  }
-}
-
 DF_DEVICE float exp_of(float x) { return __expf(x); }
 DF_DEVICE double exp_of(double x) { return exp(x); }
 
@@ -75,11 +57,11 @@ class QuadGrid {
     if (packed_ && pixel < pixels_) {
       const Packed packed = *reinterpret_cast<const Packed*>(from);
 #pragma unroll
-      for (int i = 0; i < kQuad; ++i) quad.at[i] = load_element<Value>(packed.at[i]);
+      for (int i = 0; i < kQuad; ++i) quad.at[i] = widen(packed.at[i]);
     } else {
 #pragma unroll
       for (int i = 0; i < kQuad; ++i) {
-        if (pixel + i < pixels_) quad.at[i] = load_element<Value>(from[i * strides_.pixel]);
+        if (pixel + i < pixels_) quad.at[i] = widen(from[i * strides_.pixel]);
       }
     }
     return quad;
@@ -90,12 +72,12 @@ class QuadGrid {
     if (packed_ && pixel < pixels_) {
       Packed packed;
 #pragma unroll
-      for (int i = 0; i < kQuad; ++i) packed.at[i] = store_element<S>(quad.at[i]);
+      for (int i = 0; i < kQuad; ++i) packed.at[i] = narrow<S>(quad.at[i]);
       *reinterpret_cast<Packed*>(to) = packed;
     } else {
 #pragma unroll
       for (int i = 0; i < kQuad; ++i) {
-        if (pixel + i < pixels_) to[i * strides_.pixel] = store_element<S>(quad.at[i]);
+        if (pixel + i < pixels_) to[i * strides_.pixel] = narrow<S>(quad.at[i]);
       }
     }
   }

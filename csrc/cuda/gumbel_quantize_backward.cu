@@ -4,7 +4,7 @@
 // logits, and y times dz adds to that of the codebook. Shares are fixed by the shape; a last kernel adds them in order.
 // With more channels than one block owns, those of the first ones make dy from all channels in turn.
 //
-// bfloat16 uses tensor cores; they have too few bits for float32, which takes the FP32 units and eight times as long.
+// 16 bits use tensor cores; these have too few bits for float32, which takes the FP32 units and eight times as long.
 #include "cuda/gumbel_product_mma.h"
 
 namespace dalle_fast {
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kTileThreads) dots_kernel(QuantizeBackward<S> 
   const S* const dz = p.grad_z + image * p.channels * s.pixels + pixel * p.dz_strides.pixel;
   T sum = 0;
   for (int64_t c = 0; c < p.channels; ++c) {
-    sum += load_element(dz[c * p.dz_strides.code]) * p.soft[index * p.channels + c];
+    sum += widen(dz[c * p.dz_strides.code]) * p.soft[index * p.channels + c];
   }
   p.workspace[index] = sum;
 }
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kTileThreads) add_parts_kernel(QuantizeBackwar
   const T* const parts = p.workspace + p.shape.batch * p.shape.pixels;
   T sum = 0;
   for (int64_t split = 0; split < splits; ++split) sum += parts[split * n + i];
-  p.grad_codebook[i] = store_element<S>(sum);
+  p.grad_codebook[i] = narrow<S>(sum);
 }
 
 }  // namespace
@@ -147,9 +147,11 @@ cudaError_t launch_gumbel_quantize_backward(const QuantizeBackward<S>& params, c
 
 template int64_t gumbel_quantize_workspace<float>(const GumbelShape&, int64_t);
 template int64_t gumbel_quantize_workspace<double>(const GumbelShape&, int64_t);
-template int64_t gumbel_quantize_workspace<uint16_t>(const GumbelShape&, int64_t);
+template int64_t gumbel_quantize_workspace<BFloat16>(const GumbelShape&, int64_t);
+template int64_t gumbel_quantize_workspace<Half>(const GumbelShape&, int64_t);
 template cudaError_t launch_gumbel_quantize_backward(const QuantizeBackward<float>&, cudaStream_t);
 template cudaError_t launch_gumbel_quantize_backward(const QuantizeBackward<double>&, cudaStream_t);
-template cudaError_t launch_gumbel_quantize_backward(const QuantizeBackward<uint16_t>&, cudaStream_t);
+template cudaError_t launch_gumbel_quantize_backward(const QuantizeBackward<BFloat16>&, cudaStream_t);
+template cudaError_t launch_gumbel_quantize_backward(const QuantizeBackward<Half>&, cudaStream_t);
 
 }  // namespace dalle_fast

@@ -4,7 +4,7 @@
 // adds the product with these codes' rows of the codebook. Sums for the statistics stay with the thread that owns a
 // quad's codes and are merged at the end. More channels than one block owns: more blocks, which draw the noise again.
 //
-// bfloat16 uses tensor cores; they have too few bits for float32, which takes the FP32 units and eight times as long.
+// 16 bits use tensor cores; these have too few bits for float32, which takes the FP32 units and eight times as long.
 #include "cuda/gumbel_product_mma.h"
 
 namespace dalle_fast {
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S>) forward_kernel(Q
     const T soft = sum * reinterpret_cast<const T*>(factor)[pixel_of_tile];
     p.soft[(image * s.pixels + pixel) * p.channels + channel] = soft;
     S* const out = p.z + image * p.channels * s.pixels + channel * p.z_strides.code + pixel * p.z_strides.pixel;
-    *out = p.hard ? p.codebook[pixel_code[pixel_of_tile] * p.channels + channel] : store_element<S>(soft);
+    *out = p.hard ? p.codebook[pixel_code[pixel_of_tile] * p.channels + channel] : narrow<S>(soft);
   });
 }
 
@@ -156,6 +156,7 @@ cudaError_t launch_gumbel_quantize_forward(const QuantizeForward<S>& params, cud
 
 template cudaError_t launch_gumbel_quantize_forward(const QuantizeForward<float>&, cudaStream_t);
 template cudaError_t launch_gumbel_quantize_forward(const QuantizeForward<double>&, cudaStream_t);
-template cudaError_t launch_gumbel_quantize_forward(const QuantizeForward<uint16_t>&, cudaStream_t);
+template cudaError_t launch_gumbel_quantize_forward(const QuantizeForward<BFloat16>&, cudaStream_t);
+template cudaError_t launch_gumbel_quantize_forward(const QuantizeForward<Half>&, cudaStream_t);
 
 }  // namespace dalle_fast

@@ -297,9 +297,11 @@ template cudaError_t launch_sum_kl(const GumbelShape&, const float*, float*, cud
 template cudaError_t launch_sum_kl(const GumbelShape&, const double*, double*, cudaStream_t);
 template cudaError_t launch_gumbel_softmax_forward(const GumbelForward<float>&, cudaStream_t);
 template cudaError_t launch_gumbel_softmax_forward(const GumbelForward<double>&, cudaStream_t);
-template cudaError_t launch_gumbel_softmax_forward(const GumbelForward<uint16_t>&, cudaStream_t);
+template cudaError_t launch_gumbel_softmax_forward(const GumbelForward<BFloat16>&, cudaStream_t);
+template cudaError_t launch_gumbel_softmax_forward(const GumbelForward<Half>&, cudaStream_t);
 template cudaError_t launch_gumbel_softmax_backward(const GumbelBackward<float>&, cudaStream_t);
 template cudaError_t launch_gumbel_softmax_backward(const GumbelBackward<double>&, cudaStream_t);
-template cudaError_t launch_gumbel_softmax_backward(const GumbelBackward<uint16_t>&, cudaStream_t);
+template cudaError_t launch_gumbel_softmax_backward(const GumbelBackward<BFloat16>&, cudaStream_t);
+template cudaError_t launch_gumbel_softmax_backward(const GumbelBackward<Half>&, cudaStream_t);
 
 }  // namespace dalle_fast

@@ -50,7 +50,7 @@ DF_DEVICE void for_each_of_rows(const S* codebook, int codes, int64_t channels, 
   const S* const from = codebook + first_code * channels + first_channel + channel;
   for (int row = threadIdx.x / block_channels; row < kTileCodes; row += kTileThreads / block_channels) {
     const bool inside = first_code + row < codes && first_channel + channel < channels;
-    body(row, channel, inside ? from[row * channels] : S(0));
+    body(row, channel, inside ? from[row * channels] : S{});
   }
 }
 

@@ -10,14 +10,6 @@
 
 namespace dalle_fast {
 
-struct alignas(2) Half {
-  uint16_t bits;
-};
-
-struct alignas(2) BFloat16 {
-  uint16_t bits;
-};
-
 namespace half_detail {
 
 inline uint32_t bits_of(float x) {

@@ -15,8 +15,8 @@ def gumbel_softmax(
     """Relaxed one-hot sample over the codes, and the KL divergence to the uniform prior (section 2.1).
 
     Args:
-        logits: [B, K, h, w], float32, float64 or bfloat16 (computed in float32), contiguous or channels_last (another
-            layout is copied).
+        logits: [B, K, h, w], float32, float64, bfloat16 or float16 (16 bits are computed in float32), contiguous or
+            channels_last (another layout is copied).
         tau: temperature, positive; the sample tends to a one-hot as it tends to 0.
         seed: of the Gumbel noise: an int, or an int64 tensor of one element, best on the device of logits, where
             nothing waits for it. The noise is a function of seed and logical element index alone, and the backward
@@ -25,7 +25,7 @@ def gumbel_softmax(
 
     Returns:
         y: the sample, as logits.
-        kl: [B], KL(softmax(logits) || uniform) in nats, summed over the grid; float32 for bfloat16 logits.
+        kl: [B], KL(softmax(logits) || uniform) in nats, summed over the grid; float32 for logits of 16 bits.
 
     Raises:
         TypeError: an argument of another type or dtype.
@@ -85,8 +85,8 @@ def int64_tensor(value: int | torch.Tensor, name: str, device: torch.device) -> 
 
 def _checked(logits: torch.Tensor, tau: float, seed: int | torch.Tensor) -> tuple[float, torch.Tensor]:
     """tau as a float and seed as an int64 tensor on the device of logits, or an error."""
-    if logits.dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        raise TypeError(f"logits: expected float32, float64 or bfloat16, got {logits.dtype}")
+    if logits.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"logits: expected float32, float64, bfloat16 or float16, got {logits.dtype}")
     if logits.dim() != 4 or logits.numel() == 0:
         raise ValueError(f"logits: expected a non-empty [B, K, h, w], got {list(logits.shape)}")
     if not float(tau) > 0 or float(tau) == float("inf"):
@@ -102,7 +102,7 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 def _statistics(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Empty kl [B], codes [B, h, w] and stats [B, 4, h, w] (csrc/gumbel.h), as the kernels return them."""
     batch, _, height, width = logits.shape
-    dtype = torch.float32 if logits.dtype == torch.bfloat16 else logits.dtype
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     kl, stats = logits.new_empty(batch, dtype=dtype), logits.new_empty(batch, 4, height, width, dtype=dtype)
     return kl, logits.new_empty((batch, height, width), dtype=torch.int64), stats
 
