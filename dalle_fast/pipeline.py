@@ -79,11 +79,12 @@ class TextToImage:
     clip: CLIP
 
     @classmethod
-    def load(cls, folder_or_name: str | Path, weights: str = "float32") -> TextToImage:
+    def load(cls, folder_or_name: str | Path, weights: str = "float32", device: str = "cpu") -> TextToImage:
         """Open a folder that training wrote, or a built-in model by its name.
 
         Args:
             weights: what sampling reads on a CPU, as in ``DALLE.pack``: ``float32``, ``bfloat16`` or ``int8``.
+            device: where the models run, such as "cuda".
 
         Raises:
             FileNotFoundError: no such folder or name, or a part of it is missing.
@@ -100,7 +101,9 @@ class TextToImage:
             raise ValueError(f"image codes in {folder}: expected the dvae's grid and vocabulary in dalle, got {grid}")
         if clip.cfg.image_size != dvae.cfg.image_size:
             raise ValueError(f"image_size in {folder}: expected the dvae's {dvae.cfg.image_size} in clip")
-        return cls(tokenizer, dvae, dalle.pack(weights), clip)
+        if torch.device(device).type == "cpu":
+            dalle.pack(weights)
+        return cls(tokenizer, dvae.to(device), dalle.to(device), clip.to(device))
 
     @torch.no_grad()
     def __call__(
@@ -127,7 +130,7 @@ class TextToImage:
         """
         if not 1 <= top <= n:
             raise ValueError(f"top: expected 1 to n = {n}, got {top}")
-        text = self.tokenizer.encode([caption])
+        text = self.tokenizer.encode([caption]).to(self.dalle.start.device)
         prompt = None if image_prompt is None else self._prompt(image_prompt, keep_rows, keep_columns)
         if prompt is None and (keep_rows or keep_columns):
             raise ValueError("keep_rows, keep_columns: expected an image_prompt to keep them of")
@@ -150,5 +153,5 @@ class TextToImage:
             if not 0 <= value < grid:
                 raise ValueError(f"{name}: expected 0 to {grid - 1}, got {value}")
         pixels = torch.from_numpy(center_crop_resize(image, size)).permute(2, 0, 1)[None] / 255
-        place = torch.arange(grid)
+        pixels, place = pixels.to(self.dalle.start.device), torch.arange(grid)
         return self.dvae.encode(pixels)[0], (place[:, None] < rows) | (place[None, :] < columns)

@@ -45,6 +45,7 @@ def generate(
     top_p: float | None = None,
     guidance: float | None = None,
     weights: Literal["float32", "bfloat16", "int8"] = "float32",
+    device: str = "cpu",
     image_prompt: Path | None = None,
     rows: int = 0,
     columns: int = 0,
@@ -62,6 +63,7 @@ def generate(
         top_p: Draw each code from the likeliest that add up to this probability.
         guidance: Weight of the caption against no caption; 1 is no guidance, none is the model's own weight.
         weights: What the transformer's weights are rounded to for drawing on a CPU; fewer bits are faster.
+        device: Where the models run, such as cuda.
         image_prompt: Picture to go on from.
         rows: Rows of codes of the image prompt to keep.
         columns: Columns of codes of the image prompt to keep.
@@ -70,7 +72,7 @@ def generate(
     picture = None if image_prompt is None else _read_picture(image_prompt)
     from ..pipeline import TextToImage
 
-    pipe = TextToImage.load(model, weights)
+    pipe = TextToImage.load(model, weights, device)
     result = pipe(caption, n, top, seed, temperature, top_k, top_p, guidance, picture, rows, columns)
     result.save(out)
     print(f"{out}: best {top} of {n}, scores {', '.join(f'{score:.2f}' for score in result.scores.tolist())}")

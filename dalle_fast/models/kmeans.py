@@ -27,8 +27,8 @@ def kmeans(points: torch.Tensor, k: int, seed: int = 0, max_rounds: int = 100, t
     """
     if points.ndim != 2 or len(points) == 0 or k < 1:
         raise ValueError(f"kmeans: expected points [n, D] and k of 1 or more, got {list(points.shape)} and {k}")
-    generator = torch.Generator().manual_seed(seed)
-    centroids = points[torch.randint(len(points), (1,), generator=generator)]
+    generator = torch.Generator(points.device).manual_seed(seed)
+    centroids = points[torch.randint(len(points), (1,), generator=generator, device=points.device)]
     distance = (points - centroids).square().sum(1)
     for _ in range(1, k):
         weights = distance if distance.sum() > 0 else torch.ones_like(distance)
