@@ -10,29 +10,17 @@
 #pragma once
 
 #include "attention_params.h"
+#include "cuda/attention_strip.h"
 #include "cuda/device.h"
 #include "cuda/mma.h"
 #include "cuda/stream_mask.h"
 
 namespace dalle_fast {
 
-constexpr int kStrip = 16, kTileWarps = 4, kTile = kTileWarps * kStrip, kBlock = kTile / 2;
+constexpr int kTileWarps = 4, kTile = kTileWarps * kStrip;
 constexpr int kThreads = kTileWarps * 32;
 constexpr int kStages = 3;
 constexpr int kChunk = 8;  // channels that one thread copies
-
-// Scores are in units of log 2: the hardware's exponential is that of 2.
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
-
-DF_DEVICE float exp2_approximate(float x) {
-#ifdef DALLE_FAST_CUDA_ON_CPU
-  return exp2f(x);
-#else
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#endif
-}
 
 // Tokens first ... end - 1 of a head.
 struct Tile {
@@ -137,12 +125,18 @@ struct SharedRows {
   // Starts to load kRows tokens from `first` on; those from `end` on become 0.
   template <int kRows>
   DF_DEVICE void load(const TokenRows<const T>& from, const StreamMask& mask, int first, int end) const {
-    const int chunk = threadIdx.x % kChunks;
-    for (int row = threadIdx.x / kChunks; row < kRows; row += kThreads / kChunks) {
-      const bool inside = first + row < end && chunk * kChunk < from.channels;
-      const int64_t offset = inside ? mask.token(first + row) * from.stride + chunk * kChunk : 0;
-      copy_async<16>(at(row, chunk), from.data + offset, inside);
-    }
+    for_each_chunk<kRows>(from, mask, first, end,
+                          [&](int row, int chunk, int token, bool inside) { copy(row, chunk, from, token, inside); });
+  }
+
+  // The same for two tensors of the same tokens, the second into `other`.
+  template <int kRows>
+  DF_DEVICE void load(const TokenRows<const T>& a, const SharedRows& other, const TokenRows<const T>& b,
+                      const StreamMask& mask, int first, int end) const {
+    for_each_chunk<kRows>(a, mask, first, end, [&](int row, int chunk, int token, bool inside) {
+      copy(row, chunk, a, token, inside);
+      other.copy(row, chunk, b, token, inside);
+    });
   }
 
   // kStrip rows from `row` on, 16 channels or all of them, as the left side of products.
@@ -207,6 +201,25 @@ struct SharedRows {
   }
 
  private:
+  // Calls f(row, chunk, token, whether there is one) for the chunks that the thread copies.
+  template <int kRows, typename F>
+  DF_DEVICE static void for_each_chunk(const TokenRows<const T>& from, const StreamMask& mask, int first, int end,
+                                       const F& f) {
+    constexpr int kStep = kThreads / kChunks;
+    static_assert(kRows % kStep == 0);
+    const int chunk = threadIdx.x % kChunks;
+#pragma unroll
+    for (int i = 0; i < kRows / kStep; ++i) {
+      const int row = threadIdx.x / kChunks + i * kStep;
+      const bool inside = first + row < end && chunk * kChunk < from.channels;
+      f(row, chunk, inside ? mask.token(first + row) : 0, inside);
+    }
+  }
+
+  DF_DEVICE void copy(int row, int chunk, const TokenRows<const T>& from, int token, bool inside) const {
+    copy_async<16>(at(row, chunk), from.data + (inside ? token * from.stride + chunk * kChunk : 0), inside);
+  }
+
   DF_DEVICE static void clear(float (&c)[kBlock / 8][4]) {
     for (int n = 0; n < kBlock / 8; ++n) {
       for (float& x : c[n]) x = 0;
@@ -230,6 +243,7 @@ template <typename T, int kChannels>
 struct Ring {
   using Rows = SharedRows<T, kChannels>;
   static constexpr size_t kTileBytes = kTile * kChannels * sizeof(T), kBytes = kStages * kTileBytes;
+  static_assert(kTile == 2 * kBlock);
 
   T* data;
 
@@ -240,8 +254,7 @@ struct Ring {
   // Starts to load a block of two tensors, whose tokens end at `end`.
   DF_DEVICE void load(int slot, const TokenRows<const T>& a, const TokenRows<const T>& b, const StreamMask& mask,
                       int block, int end) const {
-    first(slot).template load<kBlock>(a, mask, block, end);
-    second(slot).template load<kBlock>(b, mask, block, end);
+    first(slot).template load<kBlock>(a, second(slot), b, mask, block, end);
   }
 };
 
@@ -251,8 +264,8 @@ template <typename Load>
 class Pipeline {
  public:
   DF_DEVICE explicit Pipeline(const Load& load) : load_(load) {
-#pragma unroll
-    for (int slot = 0; slot < kStages - 1; ++slot) pending_[slot] = load_next(slot);
+#pragma unroll 1  // one copy of the code
+    for (int slot = 0; slot < kStages - 1; ++slot) load_next(slot);
   }
 
   // Calls use(block, slot) for one block after the other; then the ring is free.
@@ -262,102 +275,22 @@ class Pipeline {
       const int block = pending_[0];
       wait_copies<kStages - 2>();
       __syncthreads();  // the block is there, and nobody reads the one before it
-#pragma unroll
-      for (int i = 0; i < kStages - 2; ++i) pending_[i] = pending_[i + 1];
-      pending_[kStages - 2] = load_next((slot + kStages - 1) % kStages);
+      load_next((slot + kStages - 1) % kStages);
       use(block, slot);
     }
     __syncthreads();
   }
 
  private:
-  DF_DEVICE int load_next(int slot) {
-    const int block = load_(slot);
+  DF_DEVICE void load_next(int slot) {
+#pragma unroll
+    for (int i = 0; i < kStages - 2; ++i) pending_[i] = pending_[i + 1];
+    pending_[kStages - 2] = load_(slot);
     commit_copies();
-    return block;
   }
 
   const Load& load_;
-  int pending_[kStages - 1];
-};
-
-// Which pairs of a strip, the rows, and a block, the columns, see each other.
-class StripMask {
- public:
-  bool any, all;
-
-  // A strip of queries: `seen` are the keys of row lane % 16.
-  DF_DEVICE static StripMask of_queries(uint32_t seen) {
-    StripMask mask(seen, 0xFFFFFFFFu);
-    const int g = threadIdx.x % 32 / 4;
-    for (int i = 0; i < 2; ++i) mask.rows_[i] = __shfl_sync(kAllLanes, seen, g + 8 * i);
-    return mask;
-  }
-
-  // A strip of keys: `seen` are those that the query of column `lane` sees.
-  DF_DEVICE static StripMask of_keys(uint32_t seen) {
-    constexpr uint32_t kRows = (1u << kStrip) - 1;
-    StripMask mask(seen & kRows, kRows);
-    if (mask.all || !mask.any) return mask;
-    const int g = threadIdx.x % 32 / 4;
-    for (int n = 0; n < kBlock / 8; ++n) {
-      for (int i = 0; i < 2; ++i) {
-        const int column = column_of(n, i);
-        const uint32_t keys = __shfl_sync(kAllLanes, seen, column) >> g;
-        mask.rows_[0] |= (keys & 1) << column;
-        mask.rows_[1] |= (keys >> 8 & 1) << column;
-      }
-    }
-    return mask;
-  }
-
-  // Element i of the lane in block n of 8 columns.
-  DF_DEVICE static int column_of(int n, int i) { return 8 * n + threadIdx.x % 4 * 2 + i % 2; }
-  DF_DEVICE bool keep(int n, int i) const { return all || (rows_[i / 2] >> column_of(n, i) & 1) != 0; }
-
- private:
-  DF_DEVICE StripMask(uint32_t seen, uint32_t everything)
-      : any(__any_sync(kAllLanes, seen != 0)), all(__all_sync(kAllLanes, seen == everything)) {}
-
-  uint32_t rows_[2] = {0, 0};  // g and g + 8, a bit for each column
-};
-
-// The online softmax of a strip of queries: of rows g and g + 8 the largest score and the sum of the lane's weights.
-struct StripSoftmax {
-  float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
-
-  // Turns scores into weights and scales what was made with earlier ones to fit them.
-  template <int kColumns>
-  DF_DEVICE void add(float (&scores)[kBlock / 8][4], float (&out)[kColumns][4]) {
-    float most[2] = {maximum[0], maximum[1]}, shift[2];
-    for (const auto& x : scores) {
-      for (int i = 0; i < 4; ++i) most[i / 2] = fmaxf(most[i / 2], x[i]);
-    }
-    for (int i = 0; i < 2; ++i) {
-      for (int lanes = 1; lanes < 4; lanes *= 2) most[i] = fmaxf(most[i], __shfl_xor_sync(kAllLanes, most[i], lanes));
-      shift[i] = most[i] == -INFINITY ? 0.0f : most[i];  // nothing seen so far
-      const float correction = exp2_approximate(maximum[i] - shift[i]);
-      maximum[i] = most[i];
-      sum[i] *= correction;
-      for (auto& x : out) {
-        x[2 * i] *= correction;
-        x[2 * i + 1] *= correction;
-      }
-    }
-    for (auto& x : scores) {
-      for (int i = 0; i < 4; ++i) {
-        x[i] = exp2_approximate(x[i] - shift[i / 2]);
-        sum[i / 2] += x[i];
-      }
-    }
-  }
-
-  // Sums over all lanes, after the last scores.
-  DF_DEVICE void finish() {
-    for (float& x : sum) {
-      for (int lanes = 1; lanes < 4; lanes *= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
-    }
-  }
+  int pending_[kStages - 1] = {};  // first tokens of the blocks on their way, the next one first
 };
 
 // Calls f(element type, kChannels), both wrapped, for the instance of a kernel that takes the shape.

@@ -133,13 +133,18 @@ DF_DEVICE void attend_to_text(const DecodeAttention& p, const Owned& owned, floa
   const auto v = rows_of<const T>(p.text_v, p.shape, owned.prompt, owned.head);
   const int text_len = p.shape.grid.text_len;
   const auto load = [&](int slot, int first) {
-    constexpr int kChunks = kChannels / kChunk;
+    constexpr int kChunks = kChannels / kChunk, kRows = kBlockThreads / kChunks;  // rows at once
+    static_assert(kStep % kRows == 0);
     const int chunk = threadIdx.x % kChunks;
-    for (int row = threadIdx.x / kChunks; row < kStep && first < text_len; row += kBlockThreads / kChunks) {
-      const bool inside = first + row < text_len && chunk * kChunk < p.shape.channels;
-      const int64_t token = inside ? first + row : 0, channel = inside ? chunk * kChunk : 0;
-      copy_async<16>(shared.keys(slot).at(row, chunk), k.data + token * k.stride + channel, inside);
-      copy_async<16>(shared.values(slot).at(row, chunk), v.data + token * v.stride + channel, inside);
+    if (first < text_len) {
+#pragma unroll
+      for (int i = 0; i < kStep / kRows; ++i) {
+        const int row = threadIdx.x / kChunks + i * kRows;
+        const bool inside = first + row < text_len && chunk * kChunk < p.shape.channels;
+        const int64_t token = inside ? first + row : 0, channel = inside ? chunk * kChunk : 0;
+        copy_async<16>(shared.keys(slot).at(row, chunk), k.data + token * k.stride + channel, inside);
+        copy_async<16>(shared.values(slot).at(row, chunk), v.data + token * v.stride + channel, inside);
+      }
     }
     commit_copies();
   };

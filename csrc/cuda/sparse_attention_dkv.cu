@@ -89,23 +89,29 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kChannels>) dkv_kernel(Spars
     const StripMask strip = StripMask::of_keys(query < blocks.end(block) ? mask.keep(query, first) : 0);
     if (!strip.any) return;
 
+    const float *lse = shared.stats(slot), *delta = lse + kBlock;
     float weights[kBlock / 8][4], dscores[kBlock / 8][4];
     if (shared.kKeeps) {
       ring.first(slot).score(shared.keys(), row, weights);
-      ring.second(slot).score(shared.values(), row, dscores);
     } else {
       ring.first(slot).score(keys, weights);
-      ring.second(slot).score(values, dscores);
     }
-    const float *lse = shared.stats(slot), *delta = lse + kBlock;
     for (int n = 0; n < kBlock / 8; ++n) {
       for (int i = 0; i < 4; ++i) {
-        const int column = StripMask::column_of(n, i);
-        weights[n][i] = strip.keep(n, i) ? exp2_approximate(weights[n][i] * to_log2 - lse[column] * kLog2E) : 0.0f;
-        dscores[n][i] = weights[n][i] * (dscores[n][i] - delta[column]);
+        weights[n][i] = exp2_approximate(weights[n][i] * to_log2 - lse[StripMask::column_of(n, i)] * kLog2E);
       }
     }
+    strip.hide(weights, 0.0f);
     ring.second(slot).weigh(weights, dv);
+
+    if (shared.kKeeps) {
+      ring.second(slot).score(shared.values(), row, dscores);
+    } else {
+      ring.second(slot).score(values, dscores);
+    }
+    for (int n = 0; n < kBlock / 8; ++n) {
+      for (int i = 0; i < 4; ++i) dscores[n][i] = weights[n][i] * (dscores[n][i] - delta[StripMask::column_of(n, i)]);
+    }
     ring.first(slot).weigh(dscores, dk);
   });
 

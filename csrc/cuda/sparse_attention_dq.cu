@@ -81,16 +81,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kChannels>) dq_kernel(Sparse
     const StripMask strip = StripMask::of_queries(mask.keep(query, block));
     if (!strip.any) return;
 
-    float scores[kBlock / 8][4], dweights[kBlock / 8][4];
-    ring.first(slot).score(queries, scores);
-    ring.second(slot).score(dout, dweights);
-    for (int n = 0; n < kBlock / 8; ++n) {
-      for (int i = 0; i < 4; ++i) {
-        const float weight = strip.keep(n, i) ? exp2_approximate(scores[n][i] * to_log2 - lse[i / 2]) : 0.0f;
-        scores[n][i] = weight * (dweights[n][i] - delta[i / 2]);
-      }
+    float weights[kBlock / 8][4], dscores[kBlock / 8][4];
+    ring.first(slot).score(queries, weights);
+    ring.second(slot).score(dout, dscores);
+    for (auto& x : weights) {
+      for (int i = 0; i < 4; ++i) x[i] = exp2_approximate(x[i] * to_log2 - lse[i / 2]);
     }
-    ring.first(slot).weigh(scores, dq);
+    strip.hide(weights, 0.0f);
+    for (int n = 0; n < kBlock / 8; ++n) {
+      for (int i = 0; i < 4; ++i) dscores[n][i] = weights[n][i] * (dscores[n][i] - delta[i / 2]);
+    }
+    ring.first(slot).weigh(dscores, dq);
   });
 
   if (idle) return;

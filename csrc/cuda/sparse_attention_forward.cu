@@ -49,9 +49,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kChannels>) forward_kernel(S
 
     float scores[kBlock / 8][4];
     ring.first(slot).score(queries, scores);
-    for (int n = 0; n < kBlock / 8; ++n) {
-      for (int i = 0; i < 4; ++i) scores[n][i] = strip.keep(n, i) ? scores[n][i] * to_log2 : -INFINITY;
+    for (auto& x : scores) {
+      for (float& score : x) score *= to_log2;
     }
+    strip.hide(scores, -INFINITY);
     softmax.add(scores, out);
     ring.second(slot).weigh(scores, out);
   });

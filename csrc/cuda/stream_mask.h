@@ -20,11 +20,11 @@ struct StreamMask {
 
   DF_DEVICE bool is_text(int i) const { return i < grid.text_len; }
 
-  // The index of a token in memory.
+  // The index of a token in memory. One mask alone has an order of its own: a comparison, where choosing the mask would
+  // be a jump for every row that a kernel loads.
   DF_DEVICE int token(int i) const {
-    const int text_len = grid.text_len;
-    if (i < text_len) return i;
-    return text_len + with_image_mask([=](const auto& mask) { return mask.token(i - text_len); });
+    if (kind != MaskKind::kColumn || is_text(i)) return i;
+    return grid.text_len + ColumnMask{grid}.token(i - grid.text_len);
   }
 
   // The keys of a query as ranges: the text, then those of the image.
@@ -52,18 +52,19 @@ struct StreamMask {
     return {first, text_len + with_image_mask([=](const auto& mask) { return mask.last_query(last - text_len); }) + 1};
   }
 
-  // Whether one of the queries sees one of the keys; both ranges are of image tokens, their ends inclusive.
+  // Whether one of the queries sees one of the keys. Both ranges are of image tokens, their ends inclusive, one of them
+  // in the window of the other: only a window of several runs has gaps.
   DF_DEVICE bool meet(int first_query, int last_query, int first_key, int last_key) const {
+    if (kind != MaskKind::kConv) return true;
     const int text_len = grid.text_len;
-    return with_image_mask([=](const auto& mask) {
-      for (int i = 0; i < mask.runs(); ++i) {
-        if (mask.run(first_query - text_len, i).begin <= last_key - text_len &&
-            mask.run(last_query - text_len, i).end > first_key - text_len) {
-          return true;
-        }
+    const ConvMask mask{{grid}};
+    for (int i = 0; i < mask.runs(); ++i) {
+      if (mask.run(first_query - text_len, i).begin <= last_key - text_len &&
+          mask.run(last_query - text_len, i).end > first_key - text_len) {
+        return true;
       }
-      return false;
-    });
+    }
+    return false;
   }
 
   // Which of the keys first ... first + 31 the query sees, the first in the lowest bit. Of the text if the first is.
