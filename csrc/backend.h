@@ -57,6 +57,7 @@ inline torch::stable::Tensor with_huge_pages(torch::stable::Tensor x) {
 #ifdef DALLE_FAST_CUDA
 
 inline void check_launch(cudaError_t error, const char* op) {
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch, of whomever, would report it once more
   STD_TORCH_CHECK(error == cudaSuccess, op, ": the CUDA kernel was not launched: ", cudaGetErrorString(error));
 }
 

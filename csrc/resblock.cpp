@@ -104,6 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const OptionalTensor& grad_t
                                                     const OptionalTensor& nonfinite) {
   const ScalarType stream = total.scalar_type();
   const int64_t width = weight.numel(), rows = mean.numel();
+  STD_TORCH_CHECK(total.numel() > 0, "total: expected a non-empty [..., D]");
   check(total, "total", rows * width, total);
   if (grad_total) check(*grad_total, "grad_total", rows * width, stream, total);
   check(grad_normed, "grad_normed", rows * width, total);

@@ -288,6 +288,14 @@ def test_bad_scaling(change, error, message):
         df.residual_layer_norm(x, weight=torch.ones(4), bias=torch.zeros(4), **scaling)
 
 
+def test_backward_of_nothing():
+    empty, rows, width = torch.zeros(0, 4), torch.zeros(0, 1), torch.ones(4)
+    with pytest.raises(RuntimeError, match=r"total: expected a non-empty \[..., D\]"):
+        torch.ops.dalle_fast.residual_layer_norm_backward(
+            None, empty, empty, width, rows, rows, torch.float32, None, None, None
+        )
+
+
 def test_bad_scale():
     grad = torch.zeros(3)
     with pytest.raises(TypeError, match=r"scale: expected torch.float32, got torch.float64"):

@@ -13,7 +13,7 @@ struct alignas(kQuad * sizeof(T) < 16 ? kQuad * sizeof(T) : 16) Quad {
   T at[kQuad];
 };
 
-// log of a positive, normal x, within 2e-7. The special function unit is that close near 1 only.
+// log of a positive, normal x, within 4e-7 and its rounding. The special function unit is that close near 1 only.
 DF_DEVICE float log_of(float x) {
   const int exponent = (__float_as_int(x) - 0x3F3504F3) >> 23;  // such that the mantissa lies in [sqrt(1/2), sqrt(2))
   const float mantissa = __int_as_float(__float_as_int(x) - exponent * (1 << 23));
