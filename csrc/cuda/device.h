@@ -1,10 +1,10 @@
 // What every kernel includes first: the CUDA language, from nvcc or, in tests without a GPU, from tests/cuda_on_cpu.
 #pragma once
 
-#include "cuda/runtime.h"
-
 #include <cstdint>
 #include <utility>
+
+#include "cuda/runtime.h"
 
 #define DF_DEVICE __device__ __forceinline__
 
