@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import gc
 import json
 import platform
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -269,13 +271,30 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.write_line(f"{about}; at most {MACHINE['GFLOP/s']} GFLOP/s and {MACHINE['GB/s']} GB/s")
     for line in table():
         terminalreporter.write_line(line)
-    if folder := config.getoption("--results"):
-        folder.mkdir(parents=True, exist_ok=True)
-        title = MACHINE["processor"] if on_gpu(config) else f"{MACHINE['processor']} {MACHINE['threads']} threads"
-        name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-        path = folder / f"{name}.json"
-        earlier = json.loads(path.read_text())["races"] if path.exists() else []
-        ran = {row["case"] for row in RESULTS}
-        races = [row for row in earlier if row["case"] not in ran] + RESULTS
-        path.write_text(json.dumps({"machine": MACHINE, "races": races}, indent=1) + "\n")
-        terminalreporter.write_line(f"written: {path}")
+    if config.getoption("--results"):
+        terminalreporter.write_line(f"written: {write_results(config)}")
+
+
+def write_results(config) -> Path:
+    """Put the races so far into the JSON file of this machine."""
+    folder = config.getoption("--results")
+    folder.mkdir(parents=True, exist_ok=True)
+    title = MACHINE["processor"] if on_gpu(config) else f"{MACHINE['processor']} {MACHINE['threads']} threads"
+    path = folder / f"{re.sub(r'[^a-z0-9]+', '-', title.lower()).strip('-')}.json"
+    earlier = json.loads(path.read_text())["races"] if path.exists() else []
+    ran = {row["case"] for row in RESULTS}
+    races = [row for row in earlier if row["case"] not in ran] + RESULTS
+    path.write_text(json.dumps({"machine": MACHINE, "races": races}, indent=1) + "\n")
+    return path
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    """Save what is done, should a later case end the process, and give the next one the whole memory of the GPU."""
+    if RESULTS and item.config.getoption("--results"):
+        write_results(item.config)
+    if on_gpu(item.config):
+        sys.last_value = sys.last_traceback = sys.last_exc = None  # of a failed case, with its tensors
+        torch.compiler.reset()  # else the ninth graph of a function is not compiled any more
+        gc.collect()
+        torch.cuda.empty_cache()
