@@ -178,6 +178,33 @@ def test_a_damaged_index_is_made_anew(tmp_path: Path, damage: str) -> None:
     assert index_files(tmp_path) == whole
 
 
+def test_damage_behind_the_header_is_noticed_when_it_is_read(tmp_path: Path) -> None:
+    """Wherever it is; what is not in the same block can still be read."""
+    shard = shard_of(tmp_path / "a.tar", 0, samples=2 * index._IN_BLOCK + 1)
+    records = b"".join(index.RECORD.pack(i, 1, i, 1, 1, 0) for i in range(2 * index._IN_BLOCK + 1))
+    index.write_index(str(shard), shard.stat(), records, [Skipped("a", "broken"), Skipped("b", "broken")])
+    (path,) = (tmp_path / index.FOLDER).iterdir()
+    whole, (found,) = path.read_bytes(), index.index_shards([shard])[0]
+    parts = [52, 52 + 1024, 52 + 2048, 52 + 2048 + 24, len(whole)]  # blocks of 51, 51 and 1; what is skipped
+    assert list(found.records()) == [(i, 1, i, 1, 1, 0) for i in range(len(records) // 20)]
+    for place in (*range(parts[0], parts[-1], 50), *(end - 1 for end in parts[1:])):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :])
+        part = np.searchsorted(parts, place, side="right") - 1
+        message = f"index: expected bytes {parts[part]} to {parts[part + 1]} of {path} as they were written, got others"
+        pairs = open_pairs(shard)
+        for block in range(3):
+            number = block * index._IN_BLOCK
+            if block == part:
+                with pytest.raises(BrokenSample, match=rf"a\.tar: ValueError: {message}"):
+                    pairs.find(number)
+            else:
+                assert pairs.find(number)[1].image == number
+        with pytest.raises(ValueError, match=message):
+            list(pairs.skipped if part == 3 else found.records())
+    path.write_bytes(whole)
+    assert list(open_pairs(shard).skipped) == [("a", "broken"), ("b", "broken")]
+
+
 def test_indexes_go_where_they_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the shards or, where something is in the way, to the cache; if that cannot be either, it is an error."""
     cache, data = tmp_path / "cache", tmp_path / "data"

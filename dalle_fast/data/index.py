@@ -3,9 +3,11 @@
 The index of ``00000.tar`` is ``.dalle_fast_index/00000.tar.idx`` beside it or, where that cannot be written, in
 ``~/.cache/dalle_fast/index``. It is complete or absent, and holds for the size and modification time of the shard:
 
-    header    see _HEADER, with a checksum
-    samples   20 bytes each, see Record
+    header    see _HEADER
+    samples   20 bytes each, see Record, in blocks of 51
     skipped   [name, reason] of what cannot be used, a JSON line each
+
+The header, each block and all that is skipped are followed by their CRC-32, by which every read is checked.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ _MAGIC = b"DFINDEX1"
 _HEADER = struct.Struct("<8sQqQQQ")  # magic; size and mtime in ns of the shard; samples; skipped, and their bytes
 _CHECKSUM = struct.Struct("<I")
 RECORD = struct.Struct("<IIIIHH")  # see Record
+_IN_BLOCK = 51  # records: with their checksum 1 KB, which takes hardly longer to read than one of them
 _SAMPLES_AT = _HEADER.size + _CHECKSUM.size
 _STALE_AFTER = 3600  # seconds; by then whoever wrote a partial file is gone
 
@@ -73,16 +76,29 @@ class ShardIndex(NamedTuple):
     skipped: int
 
     def records(self) -> Iterator[Record]:
+        """All in order. Raises ValueError where the file is damaged."""
         with open(self.file, "rb") as file:
-            file.seek(_SAMPLES_AT)
-            content = file.read(self.samples * RECORD.size)
-        return map(Record._make, RECORD.iter_unpack(content))
+            for block in range(0, self.samples, _IN_BLOCK):
+                yield from map(Record._make, RECORD.iter_unpack(self.block_of(block, file.fileno())))
+
+    def block_of(self, sample: int, file: int) -> bytes:
+        """The packed records of the block that a sample is in. Raises ValueError where the open file is damaged."""
+        first = sample - sample % _IN_BLOCK
+        return self._read(file, _place(first), _place(min(first + _IN_BLOCK, self.samples)))
 
     def skipped_samples(self) -> Iterator[Skipped]:
+        """All in order. Raises ValueError if their part of the file is damaged."""
         with open(self.file, "rb") as file:
-            file.seek(_SAMPLES_AT + self.samples * RECORD.size)
-            for line in file:
-                yield Skipped(*json.loads(line))
+            lines = self._read(file.fileno(), _place(self.samples), os.fstat(file.fileno()).st_size)
+        yield from (Skipped(*json.loads(line)) for line in lines.splitlines())
+
+    def _read(self, file: int, begin: int, end: int) -> bytes:
+        """What is between two places of the open file, without the checksum at the end."""
+        content = _unsealed(os.pread(file, end - begin, begin))
+        if content is None:
+            place = f"bytes {begin} to {end} of {self.file}"
+            raise ValueError(f"index: expected {place} as they were written, got others; delete it to make it anew")
+        return content
 
 
 class ShardTable:
@@ -117,7 +133,7 @@ class OpenShard:
     """
 
     def __init__(self, index: ShardIndex) -> None:
-        self._path = index.shard
+        self._path, self._records = index.shard, index.block_of
         self._descriptors: list[int] = []
         for path in (index.shard, index.file):
             self._descriptors.append(os.open(path, os.O_RDONLY))
@@ -131,8 +147,8 @@ class OpenShard:
             os.close(descriptor)
 
     def record(self, i: int) -> Record:
-        """Where sample ``i`` is."""
-        return Record._make(RECORD.unpack(os.pread(self._index, RECORD.size, _SAMPLES_AT + i * RECORD.size)))
+        """Where sample ``i`` is. Raises ValueError where the index is damaged."""
+        return Record._make(RECORD.unpack_from(self._records(i, self._index), i % _IN_BLOCK * RECORD.size))
 
     def image(self, record: Record, size: int | None = None) -> bytes:
         """The image file of a sample, or its first ``size`` bytes."""
@@ -174,13 +190,28 @@ def find_index(shard: str) -> ShardIndex | None:
 
 def _read_header(index: int) -> tuple[bytes, int, int, int, int, int] | None:
     """The header of an open index file, or None if it is damaged, cut short or of another version."""
-    content = os.pread(index, _SAMPLES_AT, 0)
-    if len(content) < _SAMPLES_AT or content[_HEADER.size :] != _CHECKSUM.pack(zlib.crc32(content[: _HEADER.size])):
+    content = _unsealed(os.pread(index, _SAMPLES_AT, 0))
+    if content is None or len(content) < _HEADER.size:
         return None
-    header = _HEADER.unpack(content[: _HEADER.size])
-    magic, _, _, samples, _, skipped_bytes = header
-    whole = _SAMPLES_AT + samples * RECORD.size + skipped_bytes
-    return header if magic == _MAGIC and os.fstat(index).st_size == whole else None
+    header = _HEADER.unpack(content)
+    whole = _place(header[3]) + header[5] + _CHECKSUM.size
+    return header if header[0] == _MAGIC and os.fstat(index).st_size == whole else None
+
+
+def _place(sample: int) -> int:
+    """Where in an index file the block begins of which a sample is the first; or ends, if that is the last."""
+    return _SAMPLES_AT + sample * RECORD.size + -(-sample // _IN_BLOCK) * _CHECKSUM.size
+
+
+def _sealed(content: bytes) -> bytes:
+    """With its checksum behind it."""
+    return content + _CHECKSUM.pack(zlib.crc32(content))
+
+
+def _unsealed(sealed: bytes) -> bytes | None:
+    """Without the checksum; None if it is another content's."""
+    content = sealed[: -_CHECKSUM.size]
+    return content if sealed[-_CHECKSUM.size :] == _CHECKSUM.pack(zlib.crc32(content)) else None
 
 
 def _version(stat: os.stat_result) -> tuple[int, int]:
@@ -273,12 +304,14 @@ def write_index(shard: str, stat: os.stat_result, samples: bytes, skipped: Seque
         samples: packed records.
     """
     lines = "".join(json.dumps(sample) + "\n" for sample in skipped).encode()
-    count = len(samples) // RECORD.size
-    header = _HEADER.pack(_MAGIC, *_version(stat), count, len(skipped), len(lines))
+    header = _HEADER.pack(_MAGIC, *_version(stat), len(samples) // RECORD.size, len(skipped), len(lines))
+    size = _IN_BLOCK * RECORD.size
+    blocks = [samples[start : start + size] for start in range(0, len(samples), size)]
+    content = b"".join(map(_sealed, (header, *blocks, lines)))
     failed: OSError | None = None
     for path in map(Path, _places(shard)):
         try:
-            _replace(path, header + _CHECKSUM.pack(zlib.crc32(header)) + samples + lines)
+            _replace(path, content)
             return
         except OSError as error:
             failed = failed or error
