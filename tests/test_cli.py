@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
+from dalle_fast import pipeline
 from dalle_fast.config import PRESETS
 from dalle_fast.data import EncodedPairs
-from dalle_fast.models import load_model
+from dalle_fast.models import load_model, save_model
 from dalle_fast.training import TrainingDiverged
 from dalle_fast.training.config import TRAIN_PRESETS
 
@@ -111,7 +112,7 @@ def test_reconstruct(system, corpus, tmp_path):
     Image.open(tmp_path / "r.png").verify()
 
 
-def test_encoded_images_train_the_transformer(system, corpus, tmp_path, capsys):
+def test_encoded_images_train_the_transformer(system, corpus, tmp_path, capsys, monkeypatch):
     result = run("encode", "--data", corpus, "--out", tmp_path / "codes", "--model", system, "--batch-size", 2)
     assert result.returncode == 0, result.stderr
     assert "5 images as 4 x 4 codes" in result.stdout
@@ -126,10 +127,17 @@ def test_encoded_images_train_the_transformer(system, corpus, tmp_path, capsys):
         (other / name).write_bytes((system / name).read_bytes())
     ok("train", "dalle", "--data", tmp_path / "codes", "--out", other, *SMALL["dalle"], *STEPS)
     assert (other / "dalle.safetensors").is_file()
-    (other / "dvae.safetensors").write_bytes((other / "dvae.safetensors").read_bytes() + b" ")
-    again = ["train", "dalle", "--data", tmp_path / "codes", "--out", other, *SMALL["dalle"], *STEPS]
-    assert cli.main([*map(str, again)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+
+    dvae, hashed, hash_of = load_model(other / "dvae.safetensors"), [], pipeline.sha256_of
+    dvae.encoder.blocks.input.b.data += 1
+    save_model(dvae, other / "dvae.safetensors")
+    (tmp_path / "val").symlink_to(tmp_path / "codes")
+    monkeypatch.setattr(pipeline, "sha256_of", lambda path: hashed.append(path) or hash_of(path))
+    again = ["train", "dalle", "--data", tmp_path / "codes", "--val", tmp_path / "val", "--out", other]
+    assert cli.main([*map(str, again), *SMALL["dalle"], *STEPS]) == 2
+    message = f"data: expected codes of the dVAE in {other}, got another dVAE's in {tmp_path / 'codes'}\n"
+    assert capsys.readouterr().err.endswith(message)
+    assert hashed == [other / "dvae.safetensors"]  # a large file, and once is enough
 
 
 def test_info():

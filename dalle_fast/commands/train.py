@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,24 +82,32 @@ def training_commands(preset: str) -> dict[str, Any]:
         from ..training import train_dalle
 
         tokenizer, vae = load_tokenizer(out), load_dvae(out)
-        pairs, held_out = _open_or_encoded(data, out), val and _open_or_encoded(val, out)
-        _, metrics = train_dalle(pairs, held_out, tokenizer, model, train, out, vae)
+        sources = {source: _open_or_encoded(source) for source in (data, val) if source}
+        _check_codes(sources, out)
+        _, metrics = train_dalle(sources[data], val and sources[val], tokenizer, model, train, out, vae)
         _print_metrics(out / "dalle.safetensors", metrics)
 
     return {"tokenizer": tokenizer, "dvae": dvae, "clip": clip, "dalle": dalle}
 
 
-def _open_or_encoded(source: str, system: Path) -> Pairs | EncodedPairs:
-    """A source of images, or codes that the dVAE of this system made."""
+def _open_or_encoded(source: str) -> Pairs | EncodedPairs:
+    """A source of images, or of codes."""
+    from ..data import EncodedPairs
+
+    encoded = any((Path(source) / name).is_file() for name in ("meta.json", "settings.json"))
+    return EncodedPairs(source) if encoded else open_source(source)
+
+
+def _check_codes(sources: Mapping[str, Pairs | EncodedPairs], system: Path) -> None:
+    """Raise ValueError where there are codes that the dVAE of this system has not made."""
     from ..data import EncodedPairs
     from ..pipeline import fingerprint
 
-    if not any((Path(source) / name).is_file() for name in ("meta.json", "settings.json")):
-        return open_source(source)
-    pairs = EncodedPairs(source)
-    if pairs.fingerprint != fingerprint(system, "dvae"):
-        raise ValueError(f"data: expected codes of the dVAE in {system}, got another dVAE's in {source}")
-    return pairs
+    made_by = {source: pairs.fingerprint for source, pairs in sources.items() if isinstance(pairs, EncodedPairs)}
+    expected = fingerprint(system, "dvae") if made_by else None
+    for source, got in made_by.items():
+        if got != expected:
+            raise ValueError(f"data: expected codes of the dVAE in {system}, got another dVAE's in {source}")
 
 
 def _print_metrics(path: Path, metrics: dict[str, float]) -> None:
