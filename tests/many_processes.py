@@ -179,7 +179,7 @@ def main(out: Path) -> None:
         run("float32", layout, lambda path, recompute=recompute: train("dalle", path, {"recompute": recompute}))
     for layout in ("one", "2x2"):
         run("float16", layout, lambda path: train("dalle", path, HALF, overflow_in_last))
-        run("clip", layout, lambda path: train("clip", path, {"val_samples": 2}))
+        run("clip", layout, lambda path: train("clip", path, {"val_samples": 6}))
     run("powersgd", "2x2", lambda path: train("dalle", path, COMPRESSED, overflow_in_last))
     run("powersgd resaved", "4x1", lambda path: resave("dalle", out / "powersgd 2x2", path, COMPRESSED))
     for layout in ("one", "1x4", "4x1"):

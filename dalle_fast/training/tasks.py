@@ -41,6 +41,7 @@ from .plan import plan_run, refuse_what_cannot_fit
 Sample = dict[str, Any]
 MAX_SEED = 2**63
 INIT_IMAGES = 256  # whose patches the codes may start at
+CLIP_VAL_BATCH = 256  # pairs among which CLIP chooses in validation, at most
 
 
 def train_tokenizer(
@@ -141,7 +142,7 @@ class CorpusTask:
         self._val_pairs = val_pairs
         self._val_sample = val_sample
         self._val_samples = config.val_samples
-        self._batch_size = config.batch_size // world.size
+        self._val_batch_size = config.batch_size // world.size
 
     def batches(self, start: int) -> Iterator[Batch]:
         return self._batches.iterate(start)
@@ -156,7 +157,7 @@ class CorpusTask:
         for i in range(count):
             with suppress(BrokenSample):
                 samples.append(self._val_sample(self._val_pairs[i * total // count]))
-            if samples and (len(samples) == self._batch_size or i == count - 1):
+            if samples and (len(samples) == self._val_batch_size or i == count - 1):
                 yield collate(samples), len(samples)
                 samples = []
 
@@ -306,6 +307,8 @@ class CLIPTask(CorpusTask):
             train_cfg,
             world,
         )
+        # Choosing among more is harder: the number must not depend on that of the processes.
+        self._val_batch_size = min(train_cfg.batch_size, CLIP_VAL_BATCH)
         self.model, self.start = new_model(partial(CLIP, model_cfg), train_cfg.seed, world)
 
     def loss(self, model: CLIP, batch: Batch, step: int) -> tuple[torch.Tensor, Metrics]:
