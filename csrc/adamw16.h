@@ -65,7 +65,11 @@ constexpr float kMaxVariance = 5.0f;  // appendix D
 
 DF_HOST_DEVICE inline void adamw16_element(const AdamW16Rates& rates, float grad, float& param, uint16_t& mean_code,
                                            uint16_t& variance_code) {
+#ifdef __CUDA_ARCH__
+  grad = __fmul_rn(grad, rates.factor);  // rounded, not fused: as if the gradient had been multiplied before
+#else
   grad *= rates.factor;
+#endif
   float mean = minifloat_decode<Minifloat::k1_6_9>(mean_code);
   mean += rates.mean_rate * (grad - mean);
   float variance = minifloat_decode<Minifloat::k0_6_10>(variance_code) * rates.beta2;
