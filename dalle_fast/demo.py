@@ -169,7 +169,7 @@ def _draw_sheet(pipe: TextToImage, path: Path) -> None:
 
 def make_pretrained(out: Path) -> dict[str, object]:
     """Train the model that ships, and write it to the package in half precision."""
-    metrics = run(out, pairs=40_000, captions=200, steps=(4_000, 4_000, 1_500))
+    metrics = run(out, pairs=40_000, captions=200, steps=(4_000, 4_000, 2_500))
     target = BUILT_IN / "tiny"
     for kind in ("dvae", "dalle", "clip"):
         save_model(load_model(out / f"{kind}.safetensors"), target / f"{kind}.safetensors", half=True)
