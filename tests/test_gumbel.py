@@ -15,6 +15,7 @@ from dalle_fast import reference
 
 # The large one has more than a tile of pixels.
 GRIDS = pytest.mark.parametrize("grid", [(9, 13), pytest.param((27, 39), marks=pytest.mark.large)], ids=str)
+TAUS = pytest.mark.parametrize("tau", [1.0, 0.7])  # with and without the short cut
 HALVES = [torch.bfloat16, torch.float16]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -86,28 +87,45 @@ def test_wide_codebook(dtype, hard, device):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_more_codes_than_fit_in_shared_memory(layout, device):
+@TAUS
+def test_more_codes_than_fit_in_shared_memory(tau, layout, device):
     logits = random_logits(1, 9001, 2, 3, layout=layout, device=device)
-    y, kl, grad = run_softmax(df, logits, 0.7, 5, False)
-    y64, kl64, grad64 = run_softmax(reference, logits.double(), 0.7, 5, False)
+    y, kl, grad = run_softmax(df, logits, tau, 5, False)
+    y64, kl64, grad64 = run_softmax(reference, logits.double(), tau, 5, False)
     assert error(y, y64) <= FORWARD
     assert error(kl, kl64) <= FORWARD
     assert error(grad, grad64) <= GRADIENT
 
 
+@pytest.mark.parametrize("slope", [60.0, -60.0])
+@TAUS
+def test_logits_that_rise_or_fall_with_the_code(tau, slope, device):
+    """What exponentials are relative to has to follow the logits."""
+    logits = random_logits(1, 2500, 2, 3, device=device) + slope * torch.linspace(0, 1, 2500, device=device).view(
+        -1, 1, 1
+    )
+    codebook = random_logits(2500, 3, 1, 1, seed=1, device=device).flatten(1)
+    ours = [*run(df, logits, codebook, tau, 5, False), *run_softmax(df, logits, tau, 5, False)]
+    logits, codebook = logits.double(), codebook.double()
+    exact = [*run(reference, logits, codebook, tau, 5, False), *run_softmax(reference, logits, tau, 5, False)]
+    assert torch.equal(ours[2], exact[2])
+    for result, wanted in zip(ours, exact, strict=True):
+        assert error(result, wanted) <= FORWARD
+
+
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("channels", [21, 300])
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("dtype", "tau"), [(torch.bfloat16, 0.5), (torch.bfloat16, 1.0), (torch.float16, 1.0)])
 @GRIDS
-def test_16_bits(dtype, layout, hard, channels, grid, device):
+def test_16_bits(dtype, tau, layout, hard, channels, grid, device):
     """As close to float64 as the reference in 16 bits, up to a factor; the KL is computed in float32."""
     logits = random_logits(2, 70, *grid, layout=layout, device=device).to(dtype)
     codebook = random_logits(70, channels, 1, 1, seed=1, device=device).flatten(1).to(dtype)
-    ours, in_half = (run(module, logits, codebook, 0.5, 77, hard) for module in (df, reference))
-    exact = run(reference, logits.double(), codebook.double(), 0.5, 77, hard)
-    ours, in_half = ([*a, *run_softmax(m, logits, 0.5, 77, hard)] for m, a in ((df, ours), (reference, in_half)))
-    exact = [*exact, *run_softmax(reference, logits.double(), 0.5, 77, hard)]
+    ours, in_half = (run(module, logits, codebook, tau, 77, hard) for module in (df, reference))
+    exact = run(reference, logits.double(), codebook.double(), tau, 77, hard)
+    ours, in_half = ([*a, *run_softmax(m, logits, tau, 77, hard)] for m, a in ((df, ours), (reference, in_half)))
+    exact = [*exact, *run_softmax(reference, logits.double(), tau, 77, hard)]
     assert torch.equal(ours[2], exact[2])
     for a, b, e in zip(ours, in_half, exact, strict=True):
         assert a.dtype == b.dtype
@@ -295,7 +313,7 @@ def test_seed_as_int_or_tensor(device):
     assert not torch.equal(y, df.gumbel_softmax(logits, 1.0, -6)[0])
 
 
-@pytest.mark.parametrize("tau", [1.0, 0.7])  # with and without the short cut
+@TAUS
 def test_impossible_codes_get_nothing(tau, device):
     logits = random_logits(1, 200, 2, 2, device=device)
     logits[:, :100] = float("-inf")
@@ -304,7 +322,7 @@ def test_impossible_codes_get_nothing(tau, device):
     torch.testing.assert_close(y.sum(1), torch.ones(1, 2, 2, device=device))
 
 
-@pytest.mark.parametrize("tau", [1.0, 0.7])  # with and without the short cut
+@TAUS
 def test_nan_logits_stay_visible(tau, device):
     logits = random_logits(1, 200, 2, 2, device=device)
     logits[0, 150, 1, 1] = float("nan")

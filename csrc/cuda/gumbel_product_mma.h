@@ -42,6 +42,28 @@ struct SplitTile {
   }
 };
 
+// Rows of the codebook from first_code on, 0 beyond the last code or channel, to rows `pitch` apart; 16 bytes at a time
+// where rows are aligned to these.
+template <int block_channels, int pitch, typename S>
+DF_DEVICE void copy_rows(const S* codebook, int codes, int64_t channels, int first_code, int64_t first_channel, S* to) {
+  constexpr int kAtOnce = 16 / sizeof(S), kParts = block_channels / kAtOnce;
+  static_assert(pitch % kAtOnce == 0 && kTileThreads % kParts == 0);
+  if (channels % kAtOnce != 0 || reinterpret_cast<uintptr_t>(codebook) % 16 != 0) {
+    for_each_of_rows<block_channels>(codebook, codes, channels, first_code, first_channel,
+                                     [&](int code, int channel, S x) { to[code * pitch + channel] = x; });
+    return;
+  }
+  using Part = Channels<S, kAtOnce>;
+  const int channel = threadIdx.x % kParts * kAtOnce;
+  const S* const from = codebook + first_code * channels + first_channel + channel;
+#pragma unroll
+  for (int row = threadIdx.x / kParts; row < kTileCodes; row += kTileThreads / kParts) {
+    const bool inside = first_code + row < codes && first_channel + channel < channels;
+    *reinterpret_cast<Part*>(to + row * pitch + channel) =
+        inside ? *reinterpret_cast<const Part*>(from + row * channels) : Part{};
+  }
+}
+
 template <typename S>
 class ForwardProduct<S, true> {
  public:
@@ -61,8 +83,7 @@ class ForwardProduct<S, true> {
   DF_DEVICE void set_weight(int code, int quad, const Quad<float>& weight) const { weights_.set(code, quad, weight); }
 
   DF_DEVICE void load_codebook(const S* codebook, int codes, int64_t channels, int first_code, int64_t first_channel) {
-    for_each_of_rows<kChannels>(codebook, codes, channels, first_code, first_channel,
-                                [&](int code, int channel, S x) { codebook_[code * kChannelPitch + channel] = x; });
+    copy_rows<kChannels, kChannelPitch>(codebook, codes, channels, first_code, first_channel, codebook_);
   }
 
   DF_DEVICE void rescale(const float* factor) {
@@ -134,8 +155,7 @@ class BackwardProduct<S, true> {
         dz_(codebook_ + kTileCodes * kChannelPitch) {}
 
   DF_DEVICE void load_codebook(const S* codebook, int codes, int64_t channels, int first_code, int64_t first_channel) {
-    for_each_of_rows<kChannels>(codebook, codes, channels, first_code, first_channel,
-                                [&](int code, int channel, S x) { codebook_[code * kChannelPitch + channel] = x; });
+    copy_rows<kChannels, kChannelPitch>(codebook, codes, channels, first_code, first_channel, codebook_);
   }
 
   DF_DEVICE void set_dz(int channel, int quad, const Quad<float>& dz) {

@@ -11,8 +11,40 @@
 
 namespace dalle_fast {
 
-DF_DEVICE float exp_of(float x) { return __expf(x); }
+// Below 2^-126 they give 0: three instructions less than __expf, two less than __fdividef.
+DF_DEVICE float exp_of(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+  return y;
+#else
+  return __expf(x);
+#endif
+}
+DF_DEVICE float ratio_of(float a, float b) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+#else
+  return a / b;
+#endif
+}
 DF_DEVICE double exp_of(double x) { return exp(x); }
+DF_DEVICE double ratio_of(double a, double b) { return a / b; }
+DF_DEVICE double log_of(double x) { return log(x); }
+
+// At tau = 1 there is a short cut. The noise is -log E with E = -log u, so exp(logit + noise) = exp(logit) / E, and the
+// KL needs exp(logit) as well: a code takes one exponential, one logarithm and a division, where it is two of each
+// otherwise. Kernels have it as a template argument.
+template <typename Body>
+cudaError_t with_short_cut(const GumbelShape& s, const Body& body) {
+  return s.tau == 1 ? body(std::true_type{}) : body(std::false_type{});
+}
+
+// How far logits may lie above the reference that keeps their exponentials in range. It is raised by those beyond: at
+// the first codes, and hardly ever again.
+constexpr float kSlack = 16;
 
 // The noise of an image's quads.
 class QuadNoise {
@@ -22,14 +54,28 @@ class QuadNoise {
 
   template <typename T>
   DF_DEVICE Quad<T> add_to(const Quad<T>& logits, int64_t code, int64_t pixel) const {
-    const Quad<uint32_t> words = quad_words(seed_, static_cast<uint64_t>(first_ + code * pixels_ + pixel));
+    const Quad<uint32_t> drawn = words(code, pixel);
     Quad<T> noisy;
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) noisy.at[i] = logits.at[i] + static_cast<T>(gumbel_from_word(words.at[i]));
+    for (int i = 0; i < kQuad; ++i) noisy.at[i] = logits.at[i] + static_cast<T>(gumbel_from_word(drawn.at[i]));
     return noisy;
   }
 
+  // E of the short cut.
+  template <typename T>
+  DF_DEVICE Quad<T> exponential(int64_t code, int64_t pixel) const {
+    const Quad<uint32_t> drawn = words(code, pixel);
+    Quad<T> exponential;
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) exponential.at[i] = static_cast<T>(exponential_from_word(drawn.at[i]));
+    return exponential;
+  }
+
  private:
+  DF_DEVICE Quad<uint32_t> words(int64_t code, int64_t pixel) const {
+    return quad_words(seed_, static_cast<uint64_t>(first_ + code * pixels_ + pixel));
+  }
+
   uint64_t seed_;
   int64_t first_, pixels_;
 };
@@ -92,30 +138,39 @@ class QuadGrid {
 // Sums of a pixel's logits over some of the codes.
 template <typename T>
 struct PlainSums {
-  T max;       // the largest
-  T sum;       // of exp(logit - max)
-  T weighted;  // of the same times (logit - max)
+  T reference;  // one of them; none is larger by more than kSlack
+  T sum;        // of exp(logit - reference)
+  T weighted;   // of the same times (logit - reference)
 
-  // Makes the sums relative to a larger maximum.
-  DF_DEVICE void raise(T larger) {
-    const T below = max - larger, factor = exp_of(below);
+  DF_DEVICE bool too_low_for(T logit) const { return logit > reference + T(kSlack); }
+
+  // Makes the sums relative to a larger logit; returns exp(reference - larger), by which they become smaller.
+  DF_DEVICE T raise(T larger) {
+    const T below = reference - larger, factor = exp_of(below);
     weighted = factor > 0 ? factor * (weighted + below * sum) : T(0);
     sum *= factor;
-    max = larger;
+    reference = larger;
+    return factor;
   }
 
-  // Adds a logit that is not above max.
-  DF_DEVICE void add(T logit) {
-    const T below = logit - max, weight = exp_of(below);
+  // Adds a logit that the reference is not too low for; returns exp(logit - reference).
+  DF_DEVICE T add(T logit) {
+    const T above = logit - reference, weight = exp_of(above);
     sum += weight;
-    weighted += weight * below;
+    weighted += weight * above;
+    return weight;
+  }
+
+  // The noisy logit for exp(noisy - reference), which the short cut computes with in its place.
+  DF_DEVICE T noisy_of(T ratio) const {
+    return ratio > 0 ? reference + log_of(ratio) : std::numeric_limits<T>::lowest();  // 0: all logits are -inf
   }
 
   DF_DEVICE void merge(PlainSums other) {
-    if (other.max > max)
-      raise(other.max);
+    if (other.reference > reference)
+      raise(other.reference);
     else
-      other.raise(max);
+      other.raise(reference);
     sum += other.sum;
     weighted += other.weighted;
   }
@@ -136,7 +191,7 @@ struct Best {
 template <typename T>
 struct PixelSums {
   Best<T> best;
-  T noisy_sum;  // of exp((noisy - reference) / tau), the reference being the largest so far
+  T noisy_sum;  // of exp((noisy - largest) / tau), the largest so far
   PlainSums<T> plain;
 
   static constexpr DF_DEVICE PixelSums none() {
@@ -150,7 +205,7 @@ struct PixelSums {
     const double sum = plain.sum, log_plain = log(sum), log_codes = log(static_cast<double>(s.codes));
     stats[kNoisyReference * s.pixels + index] = best.noisy;
     stats[kNoisyLogSum * s.pixels + index] = static_cast<T>(log(static_cast<double>(noisy_sum)));
-    stats[kPlainLse * s.pixels + index] = static_cast<T>(plain.max + log_plain);
+    stats[kPlainLse * s.pixels + index] = static_cast<T>(plain.reference + log_plain);
     stats[kPixelKl * s.pixels + index] = static_cast<T>(log_codes + plain.weighted / sum - log_plain);
   }
 };
@@ -188,6 +243,19 @@ struct PixelStats {
     return exp_of(log_q) * (log_q + log_codes - kl);
   }
 };
+
+// y of a quad; its noise is drawn again.
+template <bool short_cut, typename T>
+DF_DEVICE Quad<T> soft_quad(const QuadNoise& noise, const Quad<T>& logits, int64_t code, int64_t pixel,
+                            const PixelStats<T> (&stats)[kQuad], T inverse_tau) {
+  Quad<T> y = short_cut ? noise.exponential<T>(code, pixel) : noise.add_to(logits, code, pixel);
+#pragma unroll
+  for (int i = 0; i < kQuad; ++i) {
+    y.at[i] =
+        short_cut ? ratio_of(stats[i].soft(logits.at[i], inverse_tau), y.at[i]) : stats[i].soft(y.at[i], inverse_tau);
+  }
+  return y;
+}
 
 template <typename T>
 DF_DEVICE PixelStats<T> load_stats(const GumbelShape& s, const T* stats, int64_t image, int64_t pixel) {

@@ -19,7 +19,14 @@ int64_t splits_of(const GumbelShape& s, int64_t channels, int64_t block_channels
   return wanted < 1 ? 1 : wanted < tiles ? wanted : tiles;
 }
 
-template <typename S>
+// What a block knows of a tile's pixels: quads lie side by side, as lanes read them.
+template <typename T>
+struct TileStats {
+  Quad<T> stats[kGumbelStats][kTileQuads], dots[kTileQuads];
+  Quad<int> codes[kTileQuads];
+};
+
+template <typename S, bool short_cut>
 __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S>) backward_kernel(QuantizeBackward<S> p) {
   using T = Arithmetic<S>;
   using Product = BackwardProduct<S>;
@@ -33,6 +40,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S>) backward_kernel(
   GumbelShape dz_shape = s;
   dz_shape.codes = p.channels;
 
+  __shared__ TileStats<T> pixels;
   DF_SHARED(shared);
   Product product(shared, place);
   // The block's own channels last: their dz stays for the codebook's gradient.
@@ -45,6 +53,16 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S>) backward_kernel(
     const int64_t image = tile / image_tiles, first_pixel = tile % image_tiles * kTilePixels;
     const int64_t my_pixel = first_pixel + place.quad * kQuad;
     const QuadGrid<const S> dz_grid(p.grad_z, dz_shape, p.dz_strides, image);
+    if (threadIdx.x < kTilePixels && first_pixel + threadIdx.x < s.pixels) {
+      const int64_t pixel = first_pixel + threadIdx.x, index = image * s.pixels + pixel;
+      const int quad = threadIdx.x / kQuad, i = threadIdx.x % kQuad;
+#pragma unroll
+      for (int stat = 0; stat < kGumbelStats; ++stat) {
+        pixels.stats[stat][quad].at[i] = p.stats[(image * kGumbelStats + stat) * s.pixels + pixel];
+      }
+      pixels.dots[quad].at[i] = p.workspace[index];
+      pixels.codes[quad].at[i] = static_cast<int>(p.codes[index]);
+    }
     product.clear_dy();
     for (int64_t from = last_channel; from >= first_channel; from -= Product::kChannels) {
       __syncthreads();
@@ -70,16 +88,20 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S>) backward_kernel(
       Quad<T> sample{}, grad{};
       if (code < codes) {
         const Quad<T> logits = logits_grid.load(code, my_pixel);
-        const Quad<T> noisy = noise.add_to(logits, code, my_pixel);
+        PixelStats<T> stats[kQuad];
 #pragma unroll
         for (int i = 0; i < kQuad; ++i) {
-          if (my_pixel + i >= s.pixels) continue;
-          const int64_t index = image * s.pixels + my_pixel + i;
-          const PixelStats<T> stats = load_stats(s, p.stats, image, my_pixel + i);
-          const T y = stats.soft(noisy.at[i], inverse_tau);
-          sample.at[i] = p.hard ? T(p.codes[index] == code) : y;
+          stats[i] = {pixels.stats[kNoisyReference][place.quad].at[i], pixels.stats[kNoisyLogSum][place.quad].at[i],
+                      pixels.stats[kPlainLse][place.quad].at[i], pixels.stats[kPixelKl][place.quad].at[i]};
+        }
+        const Quad<T> dots = pixels.dots[place.quad],
+                      y = soft_quad<short_cut>(noise, logits, code, my_pixel, stats, inverse_tau);
+        const Quad<int> hard_code = pixels.codes[place.quad];
+#pragma unroll
+        for (int i = 0; i < kQuad; ++i) {
+          if (my_pixel + i < s.pixels) sample.at[i] = p.hard ? T(hard_code.at[i] == code) : y.at[i];
           grad.at[i] =
-              y * inverse_tau * (dy.at[i] - p.workspace[index]) + grad_kl * stats.kl_gradient(logits.at[i], log_codes);
+              y.at[i] * inverse_tau * (dy.at[i] - dots.at[i]) + grad_kl * stats[i].kl_gradient(logits.at[i], log_codes);
         }
         if (makes_dy) grad_grid.store(code, my_pixel, grad);
       }
@@ -140,7 +162,9 @@ cudaError_t launch_gumbel_quantize_backward(const QuantizeBackward<S>& params, c
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(tiles_of(s.codes, kTileCodes)),
                   static_cast<unsigned>(tiles_of(params.channels, Product::kChannels)), static_cast<unsigned>(splits));
-  error = launch(backward_kernel<S>, grid, kTileThreads, Product::kSharedBytes, stream, params);
+  error = with_short_cut(s, [&](auto short_cut) {
+    return launch(backward_kernel<S, short_cut.value>, grid, kTileThreads, Product::kSharedBytes, stream, params);
+  });
   if (error != cudaSuccess) return error;
   return launch(add_parts_kernel<S>, one_each(s.codes * params.channels), kTileThreads, 0, stream, params, splits);
 }

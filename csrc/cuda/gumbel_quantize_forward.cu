@@ -10,7 +10,7 @@
 namespace dalle_fast {
 namespace {
 
-template <typename S>
+template <typename S, bool short_cut>
 __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S>) forward_kernel(QuantizeForward<S> p) {
   using T = Arithmetic<S>;
   using Product = ForwardProduct<S>;
@@ -40,39 +40,46 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S>) forward_kernel(Q
   constexpr PixelSums<T> kNone = PixelSums<T>::none();
   Quad<PixelSums<T>> sums{{kNone, kNone, kNone, kNone}};
   for (int first = 0; first < codes; first += kTileCodes) {
-    Quad<T> logits[kOwnCodes], most{{kLowest, kLowest, kLowest, kLowest}};
+    Quad<T> logits[kOwnCodes], most;
 #pragma unroll
     for (int c = 0; c < kOwnCodes; ++c) {
       const int code = first + place.slice + c * kTileSlices;
       if (code < codes) logits[c] = grid.load(code, my_pixel);
     }
 #pragma unroll
-    for (int c = 0; c < kOwnCodes; ++c) {
-      const int code = first + place.slice + c * kTileSlices;
-      Quad<T> noisy{{-kInfinity, -kInfinity, -kInfinity, -kInfinity}};
-      if (code < codes) noisy = noise.add_to(logits[c], code, my_pixel);
-#pragma unroll
-      for (int i = 0; i < kQuad; ++i) {
-        Best<T>& best = sums.at[i].best;
-        if (noisy.at[i] > best.noisy) best = {noisy.at[i], code};
-        if (noisy.at[i] > most.at[i]) most.at[i] = noisy.at[i];
-      }
-      z.noisy(place.slice + c * kTileSlices, place.quad) = noisy;
-    }
-#pragma unroll
     for (int i = 0; i < kQuad; ++i) {
-      PlainSums<T>& plain = sums.at[i].plain;
-      T plain_max = plain.max;
+      most.at[i] = short_cut ? T(0) : kLowest;
+      T plain_max = kLowest;
 #pragma unroll
       for (int c = 0; c < kOwnCodes; ++c) {
         const bool inside = first + place.slice + c * kTileSlices < codes;
         if (inside && logits[c].at[i] > plain_max) plain_max = logits[c].at[i];
       }
-      plain.raise(plain_max);
-#pragma unroll
-      for (int c = 0; c < kOwnCodes; ++c) {
-        if (first + place.slice + c * kTileSlices < codes) plain.add(logits[c].at[i]);
+      if (sums.at[i].plain.too_low_for(plain_max)) {
+        const T below = sums.at[i].plain.raise(plain_max);
+        if (short_cut) sums.at[i].best.noisy *= below;
       }
+    }
+#pragma unroll
+    for (int c = 0; c < kOwnCodes; ++c) {
+      const int code = first + place.slice + c * kTileSlices;
+      constexpr T kNothing = short_cut ? T(0) : -kInfinity;
+      Quad<T> noisy{{kNothing, kNothing, kNothing, kNothing}};  // in the short cut E, then its exponential
+      if (code < codes) {
+        noisy = short_cut ? noise.exponential<T>(code, my_pixel) : noise.add_to(logits[c], code, my_pixel);
+#pragma unroll
+        for (int i = 0; i < kQuad; ++i) {
+          const T weight = sums.at[i].plain.add(logits[c].at[i]);
+          if (short_cut) noisy.at[i] = ratio_of(weight, noisy.at[i]);
+          if (noisy.at[i] > most.at[i]) most.at[i] = noisy.at[i];
+          if (noisy.at[i] > sums.at[i].best.noisy) sums.at[i].best = {noisy.at[i], code};
+        }
+      }
+      z.noisy(place.slice + c * kTileSlices, place.quad) = noisy;
+    }
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) {
+      if (short_cut) most.at[i] = sums.at[i].plain.noisy_of(most.at[i]);
     }
     maxima[place.slice][place.quad] = most;
     z.load_codebook(p.codebook, codes, p.channels, first, first_channel);
@@ -89,15 +96,20 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S>) forward_kernel(Q
     }
     __syncthreads();
 
+    T scale[kQuad];  // of what the short cut has made
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) sums.at[i].noisy_sum *= factor[place.quad].at[i];
+    for (int i = 0; i < kQuad; ++i) {
+      sums.at[i].noisy_sum *= factor[place.quad].at[i];
+      scale[i] = exp_of(sums.at[i].plain.reference - reference[place.quad].at[i]);
+    }
 #pragma unroll
     for (int c = 0; c < kOwnCodes; ++c) {
       const int code = place.slice + c * kTileSlices;
       Quad<T> weight = z.noisy(code, place.quad);
 #pragma unroll
       for (int i = 0; i < kQuad; ++i) {
-        weight.at[i] = exp_of((weight.at[i] - reference[place.quad].at[i]) * inverse_tau);
+        weight.at[i] =
+            short_cut ? weight.at[i] * scale[i] : exp_of((weight.at[i] - reference[place.quad].at[i]) * inverse_tau);
         sums.at[i].noisy_sum += weight.at[i];
       }
       z.set_weight(code, place.quad, weight);
@@ -109,7 +121,10 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S>) forward_kernel(Q
   }
 
 #pragma unroll
-  for (int i = 0; i < kQuad; ++i) parts[place.slice * kTilePixels + place.quad * kQuad + i] = sums.at[i];
+  for (int i = 0; i < kQuad; ++i) {
+    if (short_cut) sums.at[i].best.noisy = sums.at[i].plain.noisy_of(sums.at[i].best.noisy);
+    parts[place.slice * kTilePixels + place.quad * kQuad + i] = sums.at[i];
+  }
   __syncthreads();
   if (leads) {
     PixelSums<T> total = parts[threadIdx.x];
@@ -119,6 +134,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S>) forward_kernel(Q
       total.noisy_sum += part.noisy_sum;
       total.plain.merge(part.plain);
     }
+    total.best.noisy = my_reference;  // what the sum is relative to; in the short cut they differ by rounding
     my_factor = 1 / total.noisy_sum;
     pixel_code[threadIdx.x] = total.best.code;
     const int64_t pixel = first_pixel + threadIdx.x;
@@ -149,7 +165,9 @@ cudaError_t launch_gumbel_quantize_forward(const QuantizeForward<S>& params, cud
   const dim3 grid(static_cast<unsigned>(s.batch * tiles_of(s.pixels, kTilePixels)),
                   static_cast<unsigned>(tiles_of(params.channels, Product::kChannels)));
   const size_t shared_bytes = Product::kSharedBytes > kParts ? Product::kSharedBytes : kParts;
-  const cudaError_t error = launch(forward_kernel<S>, grid, kTileThreads, shared_bytes, stream, params);
+  const cudaError_t error = with_short_cut(s, [&](auto short_cut) {
+    return launch(forward_kernel<S, short_cut.value>, grid, kTileThreads, shared_bytes, stream, params);
+  });
   if (error != cudaSuccess) return error;
   return launch_sum_kl(s, params.stats, params.kl, stream);
 }

@@ -3,10 +3,11 @@
 // Forward: the first sweep draws the noise and keeps running maxima and sums for each pixel; the second writes y.
 // Backward: the first sweep draws the noise again and sums y * dy; the second writes the gradient.
 //
-// Drawing noise costs more than memory does, so the first sweep leaves what it made (noisy logits, or y) in shared
-// memory: 7,000 codes in float32 on sm_90. The second sweep draws again only for the codes beyond. It runs from the
-// last code to the first, since what was read last is still in the L2 cache: in float32 the 256 KB of logits that each
-// of 132 blocks has in work take 35 MB of it. So y costs one read and one write of memory.
+// Drawing noise costs more than memory does, so the first sweep leaves what it made (noisy logits, in the short cut
+// exponentials of them, or y) in shared memory: 7,000 codes in float32 on sm_90. The second sweep draws again only for
+// the codes beyond. It runs from the last code to the first, since what was read last is still in the L2 cache: in
+// float32 the 256 KB of logits that each of 132 blocks has in work take 35 MB of it. So y costs one read and one write
+// of memory.
 #include "cuda/gumbel_quad.h"
 #include "cuda/reduce.h"
 
@@ -83,10 +84,11 @@ DF_DEVICE void for_each_batch(int64_t codes, int slice, const Body& body) {
   for (int64_t b = 0; b < batches; ++b) body((backwards ? batches - 1 - b : b) * kStep + slice);
 }
 
-template <typename S>
+template <typename S, bool short_cut>
 __global__ void __launch_bounds__(kThreads) forward_kernel(GumbelForward<S> p, int64_t kept) {
   using T = Arithmetic<S>;
   constexpr int kCodes = kBatch<T>;
+  constexpr T kLowest = std::numeric_limits<T>::lowest();
   const GumbelShape& s = p.shape;
   const T inverse_tau = static_cast<T>(1 / s.tau);
   const Place place(s, p.strides);
@@ -94,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(GumbelForward<S> p, i
   const QuadGrid<S> y_grid(p.y, s, p.strides, place.image);
   const QuadNoise noise(s, place.image);
   DF_SHARED(shared);
-  auto* kept_noisy = reinterpret_cast<Quad<T>*>(shared);  // [kept][kQuads]
+  auto* kept_codes = reinterpret_cast<Quad<T>*>(shared);  // [kept][kQuads]
   __shared__ PixelSums<T> parts[kWarps][kPixels];
   __shared__ PixelStats<T> pixel_stats[kPixels];
   __shared__ int pixel_code[kPixels];
@@ -102,7 +104,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(GumbelForward<S> p, i
   constexpr PixelSums<T> kNone = PixelSums<T>::none();
   Quad<PixelSums<T>> sums{{kNone, kNone, kNone, kNone}};
   for_each_batch<kCodes, false>(s.codes, place.slice, [&](int64_t first) {
-    Quad<T> logits[kCodes], noisy[kCodes];
+    Quad<T> logits[kCodes], noisy[kCodes];  // in the short cut E, then exp(noisy - reference)
 #pragma unroll
     for (int c = 0; c < kCodes; ++c) {
       const int64_t code = first + c * kSlices;
@@ -112,31 +114,61 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(GumbelForward<S> p, i
     for (int c = 0; c < kCodes; ++c) {
       const int64_t code = first + c * kSlices;
       if (code >= s.codes) continue;
-      noisy[c] = noise.add_to(logits[c], code, place.my_pixel);
-      if (code < kept) kept_noisy[code * kQuads + place.quad] = noisy[c];
+      noisy[c] = short_cut ? noise.exponential<T>(code, place.my_pixel) : noise.add_to(logits[c], code, place.my_pixel);
     }
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
       PixelSums<T>& sum = sums.at[i];
-      T best = sum.best.noisy, plain_max = sum.plain.max;
+      T plain_max = kLowest;
+#pragma unroll
+      for (int c = 0; c < kCodes; ++c) {
+        if (first + c * kSlices < s.codes && logits[c].at[i] > plain_max) plain_max = logits[c].at[i];
+      }
+      if (sum.plain.too_low_for(plain_max)) {
+        const T factor = sum.plain.raise(plain_max);
+        if (short_cut) {
+          sum.best.noisy *= factor;
+          sum.noisy_sum *= factor;
+          for (int64_t code = place.slice; code < first && code < kept; code += kSlices) {
+            kept_codes[code * kQuads + place.quad].at[i] *= factor;
+          }
+        }
+      }
+      const T largest = sum.best.noisy;
 #pragma unroll
       for (int c = 0; c < kCodes; ++c) {
         const int64_t code = first + c * kSlices;
         if (code >= s.codes) continue;
-        if (noisy[c].at[i] > best) best = noisy[c].at[i], sum.best.code = static_cast<int>(code);
-        if (logits[c].at[i] > plain_max) plain_max = logits[c].at[i];
+        const T plain = sum.plain.add(logits[c].at[i]);
+        if (short_cut) {
+          noisy[c].at[i] = ratio_of(plain, noisy[c].at[i]);
+          sum.noisy_sum += noisy[c].at[i];
+        }
+        if (noisy[c].at[i] > sum.best.noisy) sum.best = {noisy[c].at[i], static_cast<int>(code)};
       }
-      sum.noisy_sum *= exp_of((sum.best.noisy - best) * inverse_tau);
-      sum.best.noisy = best;
-      sum.plain.raise(plain_max);
+      if (short_cut) continue;
+      sum.noisy_sum *= exp_of((largest - sum.best.noisy) * inverse_tau);
 #pragma unroll
       for (int c = 0; c < kCodes; ++c) {
-        if (first + c * kSlices >= s.codes) continue;
-        sum.noisy_sum += exp_of((noisy[c].at[i] - best) * inverse_tau);
-        sum.plain.add(logits[c].at[i]);
+        if (first + c * kSlices < s.codes) sum.noisy_sum += exp_of((noisy[c].at[i] - sum.best.noisy) * inverse_tau);
       }
     }
+#pragma unroll
+    for (int c = 0; c < kCodes; ++c) {
+      const int64_t code = first + c * kSlices;
+      if (code < kept) kept_codes[code * kQuads + place.quad] = noisy[c];
+    }
   });
+  T reference[kQuad];  // of the exponentials that the thread has kept
+#pragma unroll
+  for (int i = 0; i < kQuad; ++i) {
+    PixelSums<T>& sum = sums.at[i];
+    reference[i] = sum.plain.reference;
+    if (short_cut) {
+      if (sum.best.noisy > 0) sum.noisy_sum /= sum.best.noisy;
+      sum.best.noisy = sum.plain.noisy_of(sum.best.noisy);
+    }
+  }
 
   const PixelSums<T> total = reduce_pixels(sums, place, kNone, MergeSums<T>{inverse_tau}, parts);
   const int warp = threadIdx.x / kWarp;
@@ -152,10 +184,12 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(GumbelForward<S> p, i
 
   PixelStats<T> stats[kQuad];
   int best_code[kQuad];
+  T factor[kQuad];
 #pragma unroll
   for (int i = 0; i < kQuad; ++i) {
     stats[i] = pixel_stats[place.quad * kQuad + i];
     best_code[i] = pixel_code[place.quad * kQuad + i];
+    factor[i] = stats[i].soft(reference[i], inverse_tau);
   }
   for_each_batch<1, true>(s.codes, place.slice, [&](int64_t code) {
     if (code >= s.codes) return;
@@ -163,17 +197,19 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(GumbelForward<S> p, i
     if (p.hard) {
 #pragma unroll
       for (int i = 0; i < kQuad; ++i) y.at[i] = code == best_code[i] ? T(1) : T(0);
-    } else {
-      y = code < kept ? kept_noisy[code * kQuads + place.quad]
-                      : noise.add_to(logits_grid.load(code, place.my_pixel), code, place.my_pixel);
+    } else if (code < kept) {
+      y = kept_codes[code * kQuads + place.quad];
 #pragma unroll
-      for (int i = 0; i < kQuad; ++i) y.at[i] = stats[i].soft(y.at[i], inverse_tau);
+      for (int i = 0; i < kQuad; ++i) y.at[i] = short_cut ? y.at[i] * factor[i] : stats[i].soft(y.at[i], inverse_tau);
+    } else {
+      const Quad<T> logits = logits_grid.load(code, place.my_pixel);
+      y = soft_quad<short_cut>(noise, logits, code, place.my_pixel, stats, inverse_tau);
     }
     y_grid.store(code, place.my_pixel, y);
   });
 }
 
-template <typename S>
+template <typename S, bool short_cut>
 __global__ void __launch_bounds__(kThreads) backward_kernel(GumbelBackward<S> p, int64_t kept) {
   using T = Arithmetic<S>;
   constexpr int kCodes = kBatch<T>;
@@ -194,10 +230,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(GumbelBackward<S> p,
 #pragma unroll
   for (int i = 0; i < kQuad; ++i) stats[i] = load_stats(s, p.stats, place.image, place.my_pixel + i);
   const auto soft = [&](const Quad<T>& logits, int64_t code) {
-    Quad<T> y = noise.add_to(logits, code, place.my_pixel);
-#pragma unroll
-    for (int i = 0; i < kQuad; ++i) y.at[i] = stats[i].soft(y.at[i], inverse_tau);
-    return y;
+    return soft_quad<short_cut>(noise, logits, code, place.my_pixel, stats, inverse_tau);
   };
   const auto load = [&](int64_t first, Quad<T>(&logits)[kCodes], Quad<T>(&dy)[kCodes]) {
 #pragma unroll
@@ -260,9 +293,10 @@ __global__ void __launch_bounds__(kThreads) sum_kl_kernel(int64_t pixels, const 
   if (threadIdx.x == 0) kl[blockIdx.x] = static_cast<T>(sum);
 }
 
-// Launches kernel(params, kept) with as many codes kept as shared memory holds.
+// Launches kernel(params, kept) with as many of `codes` kept as shared memory holds.
 template <typename Kernel, typename Params>
-cudaError_t launch_sweeps(Kernel kernel, const Params& params, size_t element_bytes, cudaStream_t stream) {
+cudaError_t launch_sweeps(Kernel kernel, const Params& params, int64_t codes, size_t element_bytes,
+                          cudaStream_t stream) {
   int device, shared_bytes;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
@@ -270,7 +304,7 @@ cudaError_t launch_sweeps(Kernel kernel, const Params& params, size_t element_by
   }
   if (error != cudaSuccess) return error;
   const int64_t code_bytes = kPixels * element_bytes, room = (shared_bytes - kStaticShared) / code_bytes;
-  const int64_t kept = params.shape.codes < room ? params.shape.codes : room;
+  const int64_t kept = codes < room ? codes : room;
   return launch(kernel, blocks(params.shape), kThreads, kept * code_bytes, stream, params, kept);
 }
 
@@ -283,14 +317,20 @@ cudaError_t launch_sum_kl(const GumbelShape& shape, const T* stats, T* kl, cudaS
 
 template <typename S>
 cudaError_t launch_gumbel_softmax_forward(const GumbelForward<S>& params, cudaStream_t stream) {
-  const cudaError_t error = launch_sweeps(forward_kernel<S>, params, sizeof(Arithmetic<S>), stream);
+  const cudaError_t error = with_short_cut(params.shape, [&](auto short_cut) {
+    const int64_t codes = params.hard ? 0 : params.shape.codes;  // one-hots need no second look
+    return launch_sweeps(forward_kernel<S, short_cut.value>, params, codes, sizeof(Arithmetic<S>), stream);
+  });
   if (error != cudaSuccess) return error;
   return launch_sum_kl(params.shape, params.stats, params.kl, stream);
 }
 
 template <typename S>
 cudaError_t launch_gumbel_softmax_backward(const GumbelBackward<S>& params, cudaStream_t stream) {
-  return launch_sweeps(backward_kernel<S>, params, sizeof(Arithmetic<S>), stream);
+  return with_short_cut(params.shape, [&](auto short_cut) {
+    return launch_sweeps(backward_kernel<S, short_cut.value>, params, params.shape.codes, sizeof(Arithmetic<S>),
+                         stream);
+  });
 }
 
 template cudaError_t launch_sum_kl(const GumbelShape&, const float*, float*, cudaStream_t);

@@ -21,7 +21,8 @@ DF_DEVICE float log_of(float x) {
 }
 
 // -log(u) near u = 1 is what makes large noise: that logarithm must be close in its last places.
-DF_DEVICE float gumbel_from_word(uint32_t word) { return -log_of(-logf(uniform_from_word(word))); }
+DF_DEVICE float exponential_from_word(uint32_t word) { return -logf(uniform_from_word(word)); }
+DF_DEVICE float gumbel_from_word(uint32_t word) { return -log_of(exponential_from_word(word)); }
 
 // The words of elements `first` ... `first` + 3.
 DF_DEVICE Quad<uint32_t> quad_words(uint64_t seed, uint64_t first) {
