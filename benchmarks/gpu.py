@@ -27,7 +27,7 @@ RACED = ("attention", "decode", "gumbel", "resblock", "adamw16", "sample", "end_
 # Name, most seconds, and commands that share them.
 STEPS: list[tuple[str, int, list[list[str]]]] = [
     ("build", 105, [[sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]]),
-    ("tests", 90, [[*PYTEST, "-n", "8"]]),
+    ("tests", 90, [[*PYTEST, "-n", "12"]]),
     ("memcheck", 45, [[*SANITIZER, "memcheck", *PYTEST, *OP_TESTS]]),
     ("racecheck", 45, [[*SANITIZER, "racecheck", *PYTEST, *OP_TESTS]]),
     ("races", 250, [[*RACES, f"benchmarks/bench_{name}.py"] for name in RACED]),
