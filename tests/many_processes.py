@@ -8,6 +8,7 @@ makes subfolders of FOLDER, one for each training, and prints JSON: what each pr
 import json
 import os
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -44,7 +45,8 @@ class Layout:
     def run(self, work: Work) -> list[Any]:
         """What the processes return, by rank."""
         size = self.machines * self.on_each
-        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # at any free port
+        listener = socket.create_server(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
         children = []
         for rank in range(size):
             read, write = os.pipe()
@@ -52,7 +54,7 @@ class Layout:
             if pid == 0:
                 os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank % self.on_each)}
                 os.environ |= {"LOCAL_WORLD_SIZE": str(self.on_each)}
-                os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
                 os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
                 try:
                     with join_world("cpu", self.parallel) as world:
@@ -64,8 +66,11 @@ class Layout:
                 os._exit(1)
             os.close(write)
             children.append((pid, read))
+        # After the last fork: a child that was forked while the store's thread held a lock would wait for it forever.
+        store = TCPStore("127.0.0.1", port, None, True, wait_for_workers=False, master_listen_fd=listener.detach())
         said = [b"".join(iter(lambda read=read: os.read(read, 2**16), b"")) for _, read in children]
         statuses = [os.waitpid(pid, 0)[1] for pid, _ in children]
+        del store
         if any(statuses):
             sys.exit(f"{self}: a process failed, see above")
         return [json.loads(text) for text in said]
