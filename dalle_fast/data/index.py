@@ -194,8 +194,9 @@ def _read_header(index: int) -> tuple[bytes, int, int, int, int, int] | None:
     if content is None or len(content) < _HEADER.size:
         return None
     header = _HEADER.unpack(content)
-    whole = _place(header[3]) + header[5] + _CHECKSUM.size
-    return header if header[0] == _MAGIC and os.fstat(index).st_size == whole else None
+    magic, _, _, samples, _, skipped_bytes = header
+    whole = _place(samples) + skipped_bytes + _CHECKSUM.size
+    return header if magic == _MAGIC and os.fstat(index).st_size == whole else None
 
 
 def _place(sample: int) -> int:
