@@ -7,9 +7,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH_STAMP := .venv/.torch-$(TORCH)
 BUILD_STAMP := .venv/.built
-OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,attention decode linear sample gumbel rng resblock scales adamw16 minifloat))
+OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,sparse_attention decode_attention packed_linear sample gumbel philox_uniform resblock resblock_scales adamw16 minifloat))
 # Tests of the ops that have a CUDA kernel.
-CUDA_OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,adamw16 attention decode gumbel minifloat resblock scales rng sample))
+CUDA_OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,adamw16 sparse_attention decode_attention gumbel minifloat resblock resblock_scales philox_uniform sample))
 CXX_FILES := $(shell find csrc tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -76,7 +76,7 @@ format: build
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 pretrained: build
-	$(BIN)/python -m dalle_fast.demo --pretrained
+	$(BIN)/python -m dalle_fast.demo.run --pretrained
 	mkdir -p docs
 	cp runs/pretrained/sheet.png runs/pretrained/reconstructions.png runs/pretrained/losses.png docs/
 

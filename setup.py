@@ -59,7 +59,7 @@ def cuda_decision() -> tuple[bool, str]:
         return False, "the CUDA kernels run on the CPU, for tests"
     if wish == "0":
         return False, "switched off by DALLE_FAST_CUDA=0"
-    if not sources("csrc/cuda/*.cu"):
+    if not sources("csrc/*/*.cu"):
         missing = "this version has no CUDA kernels"
     elif torch.version.cuda is None:
         missing = f"torch {torch.__version__} was built without CUDA"
@@ -86,7 +86,7 @@ def cuda_as_cpp() -> list[str]:
     folder = ROOT / "build" / "cuda_on_cpu" / "sources"
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for kernel in sources("csrc/cuda/*.cu"):
+    for kernel in sources("csrc/*/*.cu"):
         file = folder / f"{Path(kernel).stem}.cpp"
         text = f'#include "{ROOT / kernel}"\n'
         if not file.exists() or file.read_text() != text:
@@ -97,7 +97,7 @@ def cuda_as_cpp() -> list[str]:
 
 def torch_ops(with_cuda: bool) -> Extension:
     """``_C``: schemas, checks, and the kernels of each backend."""
-    files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
+    files = [file for file in sources("csrc/*.cpp", "csrc/*/*.cpp") if not file.startswith("csrc/host/")]
     options = {"include_dirs": [str(ROOT / "csrc")], "py_limited_api": True, "extra_link_args": LINK_FLAGS}
     if CUDA_ON_CPU:
         options["include_dirs"] += [str(ROOT / "tests" / "cuda_on_cpu")]
@@ -109,7 +109,7 @@ def torch_ops(with_cuda: bool) -> Extension:
         return CppExtension("dalle_fast._C", files, extra_compile_args={"cxx": CXX_FLAGS}, **options)
     return CUDAExtension(
         "dalle_fast._C",
-        files + sources("csrc/cuda/*.cu"),
+        files + sources("csrc/*/*.cu"),
         extra_compile_args={"cxx": [*CXX_FLAGS, "-DDALLE_FAST_CUDA", "-DUSE_CUDA"], "nvcc": NVCC_FLAGS},
         **options,
     )

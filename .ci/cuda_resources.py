@@ -97,5 +97,5 @@ def main(files: list[Path]) -> int:
 
 
 if __name__ == "__main__":
-    chosen = [Path(name) for name in sys.argv[1:]] or sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    chosen = [Path(name) for name in sys.argv[1:]] or sorted((ROOT / "csrc").glob("*/*.cu"))
     raise SystemExit(main(chosen))

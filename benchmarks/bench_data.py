@@ -21,14 +21,15 @@ import torch
 from PIL import Image
 
 import dalle_fast as df
-from dalle_fast.data import Batches, collate, image, open_pairs
+from dalle_fast.data import Batches, collate, open_pairs
+from dalle_fast.data import images as image
 from dalle_fast.data.augment import augment_dalle, augment_dvae
-from dalle_fast.data.encoding import encode_pairs
-from dalle_fast.data.permutation import shuffled
-from dalle_fast.data.scenes import SceneCorpus
-from dalle_fast.data.shards import ShardPairs
+from dalle_fast.data.encode import encode_pairs
+from dalle_fast.data.shuffle import shuffled
+from dalle_fast.data.sources.scenes import SceneCorpus
+from dalle_fast.data.sources.tar import ShardPairs
 from dalle_fast.tokenizer import Tokenizer
-from dalle_fast.training.tasks import _captioned_sample
+from dalle_fast.training.task import captioned_sample
 
 PICTURES, SHARDS, WIDTH, HEIGHT, SIZE = 512, 2, 500, 375, 256
 BATCH, BATCHES = 32, 24  # of a measurement of the whole way
@@ -182,7 +183,7 @@ def per_second(batches: Batches) -> float:
 
 
 def sample_of(tokenizer: Tokenizer, size: int | None):
-    return partial(_captioned_sample, size=size, tokenizer=tokenizer, bpe_dropout=True, caption_dropout=0.0)
+    return partial(captioned_sample, size=size, tokenizer=tokenizer, bpe_dropout=True, caption_dropout=0.0)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import dalle_fast as df
 from dalle_fast.config import PRESETS, DALLEConfig
-from dalle_fast.models.repeat import repeat
+from dalle_fast.sampling import repeat
 
 CONFIG = DALLEConfig(d_model=512, n_layer=12)
 PICTURES = 64

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from dalle_fast.data import index
-from dalle_fast.data.index import Record
 from dalle_fast.data.pairs import find_shards
-from dalle_fast.data.permutation import shuffled
-from dalle_fast.data.shards import ShardPairs
+from dalle_fast.data.shuffle import shuffled
+from dalle_fast.data.sources import tar_index as index
+from dalle_fast.data.sources.tar import ShardPairs
+from dalle_fast.data.sources.tar_index import Record
 
 SHARDS, SAMPLES = 25_000, 10_000
 IMAGE_SIZE, CAPTION_SIZE = 100_000, 60  # bytes

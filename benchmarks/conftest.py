@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 
-from dalle_fast.training.memory import keep_freed_memory
+from dalle_fast.training.loop import keep_freed_memory
 
 RESULTS: list[dict[str, Any]] = []
 CEILINGS = ("GFLOP/s", "GB/s")  # units that the machine has a best value of

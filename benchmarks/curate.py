@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dalle_fast.config import Filters
 from dalle_fast.data import Batches, EncodedPairs, embed_pairs, encode_pairs, filter_pairs, open_pairs
-from dalle_fast.data.duplicates import ApproximateNeighbours, ExactNeighbours, Neighbours, find_duplicates
-from dalle_fast.data.scenes import SceneCorpus
+from dalle_fast.data.dedup import ApproximateNeighbours, ExactNeighbours, Neighbours, find_duplicates
+from dalle_fast.data.filters import Filters
+from dalle_fast.data.sources.scenes import SceneCorpus
 from dalle_fast.pipeline import find_system, load_clip, load_dvae
 
 PAIRS = 20_000

@@ -15,12 +15,12 @@ import torch
 
 from dalle_fast.config import PRESETS
 from dalle_fast.data import open_pairs
-from dalle_fast.demo import stack
-from dalle_fast.models.kmeans import image_patches, kmeans, nearest
-from dalle_fast.sheet import contact_sheet, save_image
+from dalle_fast.demo.run import stack
+from dalle_fast.figures import contact_sheet, save_image
+from dalle_fast.models.codebook_init import image_patches, kmeans, nearest
 from dalle_fast.training import train_dvae
-from dalle_fast.training.config import TRAIN_PRESETS
 from dalle_fast.training.metrics import perplexity
+from dalle_fast.training.settings import TRAIN_PRESETS
 
 SHOWN = 8
 

@@ -19,11 +19,20 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PYTEST = [sys.executable, "-m", "pytest", "-q"]
 # The slowest come last.
-OPS = ("rng", "scales", "adamw16", "sample", "resblock", "gumbel", "decode", "attention")
+OPS = (
+    "philox_uniform",
+    "resblock_scales",
+    "adamw16",
+    "sample",
+    "resblock",
+    "gumbel",
+    "decode_attention",
+    "sparse_attention",
+)
 OP_TESTS = ["-n", "0", "-k", "cuda and not graph", "-m", "not large", *(f"tests/test_{op}.py" for op in OPS)]
 SANITIZER = ["compute-sanitizer", "--error-exitcode", "1", "--kernel-name", "kns=dalle_fast", "--tool"]
 RACES = [*PYTEST, "--benchmark-quiet", "--device", "cuda", "--results", str(RESULTS)]
-RACED = ("attention", "decode", "gumbel", "resblock", "adamw16", "sample", "end_to_end")
+RACED = ("sparse_attention", "decode_attention", "gumbel", "resblock", "adamw16", "sample", "end_to_end")
 # Name, most seconds, and commands that share them.
 STEPS: list[tuple[str, int, list[list[str]]]] = [
     ("build", 105, [[sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]]),

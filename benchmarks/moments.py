@@ -11,11 +11,11 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 import dalle_fast as df
-from dalle_fast.data.scenes import SceneCorpus
-from dalle_fast.demo import encode_all
+from dalle_fast.data.sources.scenes import SceneCorpus
+from dalle_fast.demo.run import encode_all
 from dalle_fast.training import loop
-from dalle_fast.training.config import TRAIN_PRESETS
-from dalle_fast.training.tasks import DALLETask
+from dalle_fast.training.dalle import DALLETask
+from dalle_fast.training.settings import TRAIN_PRESETS
 
 SCENES, UPDATES, LAST, SEEDS = 2_000, 150, 50, (0, 1, 2)
 

@@ -16,17 +16,17 @@ import torch
 import torch.multiprocessing as mp
 
 import dalle_fast as df
-from dalle_fast.data.scenes import SceneCorpus
-from dalle_fast.demo import encode_all
+from dalle_fast.data.sources.scenes import SceneCorpus
+from dalle_fast.demo.run import encode_all
 from dalle_fast.distributed.collectives import Machines, all_reduce
 from dalle_fast.distributed.powersgd import resblock_matrices
 from dalle_fast.distributed.sharding import local
 from dalle_fast.distributed.world import World, join_world
 from dalle_fast.training import loop
-from dalle_fast.training.config import TRAIN_PRESETS
+from dalle_fast.training.dalle import DALLETask
 from dalle_fast.training.plan import powersgd_saving
+from dalle_fast.training.settings import TRAIN_PRESETS
 from dalle_fast.training.state import State, new_state
-from dalle_fast.training.tasks import DALLETask
 
 SCENES, UPDATES, LAST, SEEDS, RANKS = 2_000, 150, 50, (0, 1, 2), (48, 24)
 MACHINES, GPUS = 2, 2

@@ -18,7 +18,7 @@ from dalle_fast.config import DALLEConfig
 from dalle_fast.distributed.start import new_model
 from dalle_fast.distributed.world import join_world
 from dalle_fast.models import DALLE
-from dalle_fast.training.config import TrainDALLE
+from dalle_fast.training.settings import TrainDALLE
 from dalle_fast.training.state import new_state
 
 PROCESSES = 4

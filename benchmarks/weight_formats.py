@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 import dalle_fast as df
-from dalle_fast.data.scenes import all_scenes
-from dalle_fast.demo import CANDIDATES, judge
+from dalle_fast.data.sources.scenes import all_scenes
+from dalle_fast.demo.run import CANDIDATES, judge
 
 CAPTIONS = 60
 

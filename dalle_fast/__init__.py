@@ -5,55 +5,74 @@ Public names are loaded when they are first used, so that importing the package 
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
+
+from ._lazy import attach
 
 __version__ = "0.1.0"
 
-# Where each public name lives; a module stands for itself.
-_HOMES = {
-    "AttentionMask": "mask",
-    "layer_masks": "mask",
-    "minifloat": "minifloat",
-    "reference": "reference",
-    "backend": "ops",
-    "sparse_attention": "ops",
-    "decode_attention": "ops",
-    "sample": "ops",
-    "gumbel_softmax": "ops",
-    "gumbel_quantize": "ops",
-    "residual_layer_norm": "ops",
-    "scale_gradient": "ops",
-    "unscale_gradient": "ops",
-    "initial_scales": "ops",
-    "update_scales": "ops",
-    "PackedWeight": "ops",
-    "pack_linear": "ops",
-    "packed_linear": "ops",
-    "adamw16": "ops",
-    "gradient_norm": "ops",
-    "PRESETS": "config",
-    "Tokenizer": "tokenizer",
-    "DiscreteVAE": "models",
-    "DALLE": "models",
-    "CLIP": "models",
-    "load_model": "models",
-    "save_model": "models",
-    "AdamW16": "training",
-    "TextToImage": "pipeline",
-}
+if TYPE_CHECKING:
+    from . import minifloat as minifloat
+    from . import reference as reference
+    from .config import PRESETS as PRESETS
+    from .mask import AttentionMask as AttentionMask
+    from .mask import layer_masks as layer_masks
+    from .models import CLIP as CLIP
+    from .models import DALLE as DALLE
+    from .models import DiscreteVAE as DiscreteVAE
+    from .models import load_model as load_model
+    from .models import save_model as save_model
+    from .ops import PackedWeight as PackedWeight
+    from .ops import adamw16 as adamw16
+    from .ops import backend as backend
+    from .ops import decode_attention as decode_attention
+    from .ops import gradient_norm as gradient_norm
+    from .ops import gumbel_quantize as gumbel_quantize
+    from .ops import gumbel_softmax as gumbel_softmax
+    from .ops import initial_scales as initial_scales
+    from .ops import pack_linear as pack_linear
+    from .ops import packed_linear as packed_linear
+    from .ops import residual_layer_norm as residual_layer_norm
+    from .ops import sample as sample
+    from .ops import scale_gradient as scale_gradient
+    from .ops import sparse_attention as sparse_attention
+    from .ops import unscale_gradient as unscale_gradient
+    from .ops import update_scales as update_scales
+    from .pipeline import TextToImage as TextToImage
+    from .tokenizer import Tokenizer as Tokenizer
+    from .training import AdamW16 as AdamW16
 
-__all__ = ["__version__", *_HOMES]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f".{_HOMES[name]}", __name__)
-    value = module if name == _HOMES[name] else getattr(module, name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "minifloat": "minifloat",
+        "reference": "reference",
+        "PRESETS": "config",
+        "AttentionMask": "mask",
+        "layer_masks": "mask",
+        "CLIP": "models",
+        "DALLE": "models",
+        "DiscreteVAE": "models",
+        "load_model": "models",
+        "save_model": "models",
+        "PackedWeight": "ops",
+        "adamw16": "ops",
+        "backend": "ops",
+        "decode_attention": "ops",
+        "gradient_norm": "ops",
+        "gumbel_quantize": "ops",
+        "gumbel_softmax": "ops",
+        "initial_scales": "ops",
+        "pack_linear": "ops",
+        "packed_linear": "ops",
+        "residual_layer_norm": "ops",
+        "sample": "ops",
+        "scale_gradient": "ops",
+        "sparse_attention": "ops",
+        "unscale_gradient": "ops",
+        "update_scales": "ops",
+        "TextToImage": "pipeline",
+        "Tokenizer": "tokenizer",
+        "AdamW16": "training",
+    },
+)

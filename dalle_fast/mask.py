@@ -10,8 +10,7 @@ column   the tokens of its own column in rows up to its own
 conv     the causal half of a ``kernel x kernel`` neighbourhood that wraps in raster order
 =======  =========================================================================================
 
-The kernels read the same geometry from ``csrc/mask.h``; ``reference.mask_dense`` is the definition that both are
-tested against.
+``AttentionMask.keep`` is the definition; ``csrc/common/mask.h``, which the kernels read, is tested against it.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class AttentionMask:
 
     @property
     def kind_id(self) -> int:
-        """The kind as the number that ``csrc/mask.h`` knows it by."""
+        """The kind as the number that ``csrc/common/mask.h`` knows it by."""
         return KINDS.index(self.kind)
 
     @property
@@ -82,14 +81,39 @@ class AttentionMask:
             return min(reach + 1, self.image_len)
         return self.image_len
 
+    def keep(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Whether ``query`` sees ``key`` (appendix B.1); stream positions, int64, broadcast against each other."""
+        q, k = query - self.text_len, key - self.text_len  # negative: text
+        if self.kind == "full":
+            image = k <= q
+        elif self.kind == "row":
+            image = (k <= q) & (k >= q - self.width)
+        elif self.kind == "column":
+            image = (k <= q) & (k % self.width == q % self.width)
+        else:
+            radius = self.kernel // 2
+            shifted = q - k + radius
+            near = (shifted // self.width <= radius) & (shifted % self.width <= 2 * radius)
+            image = (k <= q) & near
+        return torch.where(key < self.text_len, key <= query, (k >= 0) & image)
+
     def dense(self, device: torch.device | str | None = None) -> torch.Tensor:
         """The mask as a bool matrix [seq_len, seq_len], ``True`` where query (row) sees key (column).
 
         For tests and pictures: no op builds it.
         """
-        from .reference import mask_dense
+        position = torch.arange(self.seq_len, device=device)
+        return self.keep(position[:, None], position[None, :])
 
-        return mask_dense(self, device)
+    def cache_slot(self, image_position: torch.Tensor) -> torch.Tensor:
+        """Where the cache of decoding keeps the image token at ``image_position`` (raster index, int64).
+
+        Rings for ``row`` and ``conv``; column-major for ``column``, so that one column is contiguous; raster for
+        ``full``.
+        """
+        if self.kind == "column":
+            return image_position % self.width * self.height + image_position // self.width
+        return image_position % self.cache_len
 
 
 def layer_masks(n_layer: int, text_len: int, height: int, width: int, kernel: int = 11) -> tuple[AttentionMask, ...]:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from .data.augment import center_crop_resize
-from .data.encoded import sha256_of
+from .figures import contact_sheet, save_image
+from .files import sha256_of
 from .models import CLIP, DALLE, DiscreteVAE, load_model
-from .sheet import contact_sheet, save_image
 from .tokenizer import Tokenizer
 
 BUILT_IN = Path(__file__).parent / "pretrained"  # one folder for each model that ships with the package

@@ -14,32 +14,6 @@ import torch.nn.functional as F
 from . import minifloat
 from .mask import AttentionMask
 
-# ---------------------------------------------------------------------------------------------- attention masks
-
-
-def mask_keep(mask: AttentionMask, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Whether ``query`` sees ``key`` (appendix B.1); stream positions, int64, broadcast against each other."""
-    q, k = query - mask.text_len, key - mask.text_len  # negative: text
-    if mask.kind == "full":
-        image = k <= q
-    elif mask.kind == "row":
-        image = (k <= q) & (k >= q - mask.width)
-    elif mask.kind == "column":
-        image = (k <= q) & (k % mask.width == q % mask.width)
-    else:
-        radius = mask.kernel // 2
-        shifted = q - k + radius
-        near = (shifted // mask.width <= radius) & (shifted % mask.width <= 2 * radius)
-        image = (k <= q) & near
-    return torch.where(key < mask.text_len, key <= query, (k >= 0) & image)
-
-
-def mask_dense(mask: AttentionMask, device: torch.device | str | None = None) -> torch.Tensor:
-    """The mask as a bool matrix [N, N]: query in rows, key in columns."""
-    position = torch.arange(mask.seq_len, device=device)
-    return mask_keep(mask, position[:, None], position[None, :])
-
-
 # ---------------------------------------------------------------------------------------------- attention
 
 
@@ -49,18 +23,8 @@ def sparse_attention(
     """Softmax attention over the keys that the mask keeps. q, k, v, result: [B, H, N, D]."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = q @ k.transpose(-2, -1) * scale  # [B, H, N, N]
-    scores = scores.masked_fill(~mask_dense(mask, q.device), float("-inf"))
+    scores = scores.masked_fill(~mask.dense(q.device), float("-inf"))
     return scores.softmax(-1) @ v
-
-
-def cache_slot(mask: AttentionMask, image_position: torch.Tensor) -> torch.Tensor:
-    """Where the cache keeps the image token at ``image_position`` (raster index, int64).
-
-    Rings for ``row`` and ``conv``; column-major for ``column``, so that one column is contiguous; raster for ``full``.
-    """
-    if mask.kind == "column":
-        return image_position % mask.width * mask.height + image_position // mask.width
-    return image_position % mask.cache_len
 
 
 def decode_attention(
@@ -83,11 +47,11 @@ def decode_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     repeat = q.shape[0] // text_k.shape[0]
-    cache_k[:, :, cache_slot(mask, position)] = k
-    cache_v[:, :, cache_slot(mask, position)] = v
+    cache_k[:, :, mask.cache_slot(position)] = k
+    cache_v[:, :, mask.cache_slot(position)] = v
     past = torch.arange(mask.image_len, device=q.device)
-    seen = past[(past <= position) & mask_keep(mask, mask.text_len + position, mask.text_len + past)]
-    slots = cache_slot(mask, seen)
+    seen = past[(past <= position) & mask.keep(mask.text_len + position, mask.text_len + past)]
+    slots = mask.cache_slot(seen)
     keys = torch.cat([text_k.repeat_interleave(repeat, 0), cache_k[:, :, slots]], dim=2)  # [C, H, T + seen, D]
     values = torch.cat([text_v.repeat_interleave(repeat, 0), cache_v[:, :, slots]], dim=2)
     weights = (torch.einsum("chd,chnd->chn", q, keys) * scale).softmax(-1)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.training import KINDS, checkpoint, part, same, settings, task
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
-from training_helpers import KINDS, checkpoint, part, same, settings, task
 
 from dalle_fast.training import fit
 from dalle_fast.training.average import HostCopy, RunningAverage

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from dalle_fast.data import Batches, BrokenSample, Pair, Skipped
 from dalle_fast.data.augment import augment_dvae
-from dalle_fast.data.loader import collate
-from dalle_fast.data.permutation import mixed, round_keys, shuffled
+from dalle_fast.data.batches import collate
+from dalle_fast.data.shuffle import mixed, round_keys, shuffled
 
 
 class Pictures:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from training_helpers import checkpoint, same, settings, task
+from helpers.training import checkpoint, same, settings, task
 
 from dalle_fast.training import fit
 from dalle_fast.training.checkpoint import (
@@ -229,7 +229,7 @@ def test_a_run_goes_on_from_the_newest_intact_checkpoint(tmp_path):
 def test_killed_fifty_times_at_any_moment(tmp_path):
     tests = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(tests / "killed_run.py"), str(tmp_path), "50"]
+    command = [sys.executable, str(tests / "helpers" / "killed_run.py"), str(tmp_path), "50"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)

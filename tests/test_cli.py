@@ -20,7 +20,7 @@ from dalle_fast.config import PRESETS
 from dalle_fast.data import EncodedPairs
 from dalle_fast.models import load_model, save_model
 from dalle_fast.training import TrainingDiverged
-from dalle_fast.training.config import TRAIN_PRESETS
+from dalle_fast.training.settings import TRAIN_PRESETS
 
 cli = pytest.importorskip("dalle_fast.cli")
 STEPS = ["--train.steps", "2", "--train.batch-size", "4", "--train.val-samples", "4"]

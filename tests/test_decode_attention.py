@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import CUDA_ON_CPU
-from tolerances import FORWARD, HALF, error
+from helpers.tolerances import FORWARD, HALF, error
 
 import dalle_fast as df
 from dalle_fast import AttentionMask, reference
 from dalle_fast.mask import KINDS
-from dalle_fast.ops.attention import mask_args
+from dalle_fast.ops.sparse_attention import mask_args
 
 MASKS = [
     AttentionMask(kind, text_len, height, width, kernel)
@@ -58,7 +58,7 @@ def test_equals_the_rows_of_sparse_attention(mask, device):
     exact = reference.sparse_attention(q.double(), k.double(), v.double(), mask)[:, :, mask.text_len :]
     rows, cache_k, cache_v = decode_all(df, mask, q, k, v)
     assert error(rows, exact) <= FORWARD
-    slots = reference.cache_slot(mask, torch.arange(mask.image_len)).tolist()
+    slots = mask.cache_slot(torch.arange(mask.image_len)).tolist()
     for position in range(mask.image_len - 1, -1, -1):  # a later token may have taken the slot
         if slots[position] not in slots[position + 1 :]:
             assert torch.equal(cache_k[:, :, slots[position]], k[:, :, mask.text_len + position])
@@ -90,11 +90,9 @@ def step(mask, position, candidates, prompts=1, heads=2, channels=16, dtype=torc
     text = [normal(prompts, heads, mask.text_len, channels, seed=i, dtype=dtype) for i in (3, 4)]
     cache = caches(mask, new[0][:, :, None].expand(-1, -1, mask.cache_len, -1))
     past = torch.arange(position)
-    seen = past[reference.mask_keep(mask, torch.tensor(mask.text_len + position), mask.text_len + past)]
+    seen = past[mask.keep(torch.tensor(mask.text_len + position), mask.text_len + past)]
     for i, x in enumerate(cache):
-        x[:, :, reference.cache_slot(mask, seen)] = normal(
-            candidates, heads, len(seen), channels, seed=5 + i, dtype=dtype
-        )
+        x[:, :, mask.cache_slot(seen)] = normal(candidates, heads, len(seen), channels, seed=5 + i, dtype=dtype)
     return to(device, (*new, *text, *cache, torch.tensor(position), mask))
 
 

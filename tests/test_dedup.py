@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from dalle_fast.data import drop_duplicates, embed_pairs, open_pairs
-from dalle_fast.data.duplicates import ApproximateNeighbours, ExactNeighbours, find_duplicates
-from dalle_fast.data.scenes import SceneCorpus
+from dalle_fast.data.dedup import ApproximateNeighbours, ExactNeighbours, find_duplicates
+from dalle_fast.data.sources.scenes import SceneCorpus
 from dalle_fast.pipeline import find_system, load_clip
 
 THRESHOLD = 0.98  # of the shipped CLIP
@@ -39,7 +39,7 @@ def blocks(vectors: torch.Tensor, size: int) -> list[tuple[np.ndarray, torch.Ten
 def test_planted_vectors_are_found(size: int, neighbours, monkeypatch: pytest.MonkeyPatch) -> None:
     if neighbours is ApproximateNeighbours:
         pytest.importorskip("usearch")
-    monkeypatch.setattr("dalle_fast.data.duplicates._BLOCK", 16)
+    monkeypatch.setattr("dalle_fast.data.dedup._BLOCK", 16)
     vectors, duplicates = planted()
     found = list(find_duplicates(blocks(vectors, size), 0.95, neighbours()))
     assert {row: of for row, of, _ in found} == duplicates
@@ -49,7 +49,7 @@ def test_planted_vectors_are_found(size: int, neighbours, monkeypatch: pytest.Mo
 
 def test_what_stays_is_apart_and_what_goes_is_near_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a circle, where likeness forms chains, against the definition; not all of a chain goes."""
-    monkeypatch.setattr("dalle_fast.data.duplicates._BLOCK", 16)
+    monkeypatch.setattr("dalle_fast.data.dedup._BLOCK", 16)
     angles = torch.rand(200, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 * torch.pi
     vectors = torch.stack([angles.cos(), angles.sin()], 1).float()
     kept: list[int] = []

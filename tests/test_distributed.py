@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.training import DALLE, DVAE, checkpoint, part, same, tokenizer
 from PIL import Image
 from torch import nn
-from training_helpers import DALLE, DVAE, checkpoint, part, same, tokenizer
 
 from dalle_fast.distributed.start import new_model
 from dalle_fast.distributed.world import ALONE, World, join_world
@@ -35,7 +35,7 @@ def out(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def said(out) -> dict[str, list[dict]]:
     """What the processes of each training had to say, by rank."""
-    command = [sys.executable, str(TESTS / "many_processes.py"), str(out)]
+    command = [sys.executable, str(TESTS / "helpers" / "many_processes.py"), str(out)]
     run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)

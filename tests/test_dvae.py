@@ -9,7 +9,7 @@ import torch
 from dalle_fast.config import PRESETS, DVAEConfig
 from dalle_fast.models import DiscreteVAE
 from dalle_fast.models.dvae import logit_laplace_nll, map_pixels, unmap_pixels
-from dalle_fast.training.tasks import with_grain
+from dalle_fast.training.dvae import with_grain
 
 SMALL = DVAEConfig(image_size=16, vocab_size=12, n_hid=8, n_init=6, groups=(1, 2), n_blk_per_group=1)
 

@@ -8,12 +8,12 @@ import torch
 
 from dalle_fast.config import PRESETS
 from dalle_fast.data import Pair, open_pairs
-from dalle_fast.data.scenes import SceneCorpus
-from dalle_fast.demo import stack
-from dalle_fast.models.kmeans import image_patches, kmeans, nearest
+from dalle_fast.data.sources.scenes import SceneCorpus
+from dalle_fast.demo.run import stack
+from dalle_fast.models.codebook_init import image_patches, kmeans, nearest
 from dalle_fast.training import train_dvae
-from dalle_fast.training.config import TRAIN_PRESETS
-from dalle_fast.training.tasks import with_grain
+from dalle_fast.training.dvae import with_grain
+from dalle_fast.training.settings import TRAIN_PRESETS
 
 
 def points(n: int = 500) -> torch.Tensor:

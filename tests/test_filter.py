@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_fast.config import Filters
 from dalle_fast.data import filter_pairs, open_pairs
-from dalle_fast.data.curate import REASONS, _judge, is_boilerplate, words_in
-from dalle_fast.data.duplicates import ApproximateNeighbours
-from dalle_fast.data.views import Dropped, write_view
+from dalle_fast.data.dedup import ApproximateNeighbours
+from dalle_fast.data.filter import REASONS, _judge, is_boilerplate, words_in
+from dalle_fast.data.filters import Filters
+from dalle_fast.data.sources.view import Dropped, write_view
 
 
 def picture(width: int = 8, height: int = 8, file_format: str = "PNG", **options) -> bytes:
@@ -156,7 +156,7 @@ COUNTS = {
 @pytest.mark.parametrize("workers", [0, 2])
 def test_filter(workers: int, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("py3langid")
-    monkeypatch.setattr("dalle_fast.data.curate._CHUNK", 4)
+    monkeypatch.setattr("dalle_fast.data.filter._CHUNK", 4)
     counts = filter_pairs(tmp_path / "kept", mixed, open_pairs(mixed), Filters(max_repeats=5), workers)
     assert counts == COUNTS
     dropped = {line["name"]: line for line in lines_of(tmp_path / "kept" / "dropped.jsonl")}

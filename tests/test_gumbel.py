@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
+from helpers.tolerances import FORWARD, GRADIENT, HALF, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import FORWARD, GRADIENT, HALF, error
 
 import dalle_fast as df
 from dalle_fast import reference

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.training import DVAE, checkpoint, same, settings, task
 from torch import nn
-from training_helpers import DVAE, checkpoint, same, settings, task
 
 from dalle_fast.config import DVAEConfig
-from dalle_fast.data.scenes import SceneCorpus
+from dalle_fast.data.sources.scenes import SceneCorpus
 from dalle_fast.models import DiscreteVAE
-from dalle_fast.models.precision import LossScale, rounded_conv2d
+from dalle_fast.models.precision import rounded_conv2d
 from dalle_fast.training import TrainingDiverged, fit, loop
-from dalle_fast.training.tasks import DVAETask
+from dalle_fast.training.dvae import DVAETask
+from dalle_fast.training.scales import LossScale
 
 HALVES = [torch.float16, torch.bfloat16]
 

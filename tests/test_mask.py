@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dalle_fast import AttentionMask, layer_masks, reference
+from dalle_fast import AttentionMask, layer_masks
 from dalle_fast.mask import KINDS
 
 # 6 text tokens, then a 4 x 4 image, a group of columns for each image row; the conv neighbourhood is 3 x 3.
@@ -154,7 +154,7 @@ def test_cache_keeps_exactly_what_is_seen(kind):
     for height, width, kernel in [(1, 1, 1), (1, 7, 3), (7, 1, 3), (4, 5, 3), (5, 3, 5), (3, 4, 11), (6, 6, 5)]:
         mask = AttentionMask(kind, 3, height, width, kernel)
         seen = mask.dense()[3:, 3:]
-        slots = reference.cache_slot(mask, torch.arange(mask.image_len))
+        slots = mask.cache_slot(torch.arange(mask.image_len))
         assert int(slots.min()) >= 0
         assert int(slots.max()) < mask.cache_len <= mask.image_len
         for query in range(mask.image_len):

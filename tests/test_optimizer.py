@@ -7,8 +7,8 @@ import io
 
 import pytest
 import torch
+from helpers.training import same
 from torch.utils._python_dispatch import TorchDispatchMode
-from training_helpers import same
 
 import dalle_fast as df
 from dalle_fast import minifloat

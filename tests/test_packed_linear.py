@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.tolerances import FORWARD, error
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tolerances import FORWARD, error
 
 import dalle_fast as df
 from dalle_fast import reference

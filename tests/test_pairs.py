@@ -8,12 +8,11 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+from helpers.tars import BLUE, RED, png, shard_of, write_tar
 from PIL import Image
-from tars import BLUE, RED, png, shard_of, write_tar
 
-from dalle_fast.data import BrokenSample, open_pairs
-from dalle_fast.data import image as images
-from dalle_fast.data.image import decode_image
+from dalle_fast.data import BrokenSample, images, open_pairs
+from dalle_fast.data.images import decode_image
 
 
 def write(root: Path, files: dict[str, str | bytes]) -> Path:

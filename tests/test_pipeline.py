@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from dalle_fast.config import CLIPConfig, DALLEConfig, DVAEConfig
+from dalle_fast.figures import contact_sheet, save_image
 from dalle_fast.models import CLIP, DALLE, DiscreteVAE, load_model, save_model
 from dalle_fast.pipeline import TextToImage
-from dalle_fast.sheet import contact_sheet, save_image
 from dalle_fast.tokenizer import Tokenizer
 
 DVAE_CFG = DVAEConfig(image_size=16, vocab_size=16, n_hid=8, n_init=8, groups=(1, 2, 2), n_blk_per_group=1)

@@ -9,19 +9,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEVICES
-from pretend_cuda import Graph, pretended_cuda
+from helpers.pretend_cuda import Graph, pretended_cuda
+from helpers.training import CLIP as CLIP_CFG
+from helpers.training import DALLE as DALLE_CFG
+from helpers.training import DVAE as DVAE_CFG
+from helpers.training import KINDS, checkpoint, same, settings, task
 from torch._subclasses.fake_tensor import FakeTensorMode
-from training_helpers import CLIP as CLIP_CFG
-from training_helpers import DALLE as DALLE_CFG
-from training_helpers import DVAE as DVAE_CFG
-from training_helpers import KINDS, checkpoint, same, settings, task
 
 import dalle_fast as df
-from dalle_fast.data.duplicates import ExactNeighbours
-from dalle_fast.models.precision import GradientScales, Precision
+from dalle_fast.data.dedup import ExactNeighbours
+from dalle_fast.models.precision import Precision
 from dalle_fast.ops import _library
 from dalle_fast.pipeline import TextToImage
 from dalle_fast.training import fit
+from dalle_fast.training.scales import GradientScales
 
 MASK = df.AttentionMask("conv", text_len=6, height=4, width=4, kernel=3)
 HALF = [torch.float16, torch.bfloat16]

@@ -4,20 +4,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from training_helpers import CLIP as CLIP_CFG
-from training_helpers import DALLE as DALLE_CFG
-from training_helpers import DVAE as DVAE_CFG
-from training_helpers import Memory, settings
+from helpers.training import CLIP as CLIP_CFG
+from helpers.training import DALLE as DALLE_CFG
+from helpers.training import DVAE as DVAE_CFG
+from helpers.training import Memory, settings
 
 from dalle_fast.config import PRESETS, CLIPConfig, DVAEConfig
 from dalle_fast.mask import KINDS, AttentionMask
 from dalle_fast.models import CLIP, DALLE, DiscreteVAE
-from dalle_fast.models.precision import GradientScales, Precision
-from dalle_fast.training import plan, tasks
-from dalle_fast.training.memory import available_memory
+from dalle_fast.models.precision import Precision
+from dalle_fast.training import dalle as training_dalle
+from dalle_fast.training import plan
 from dalle_fast.training.plan import (
     GB,
     attention_pairs,
+    available_memory,
     dalle_caches,
     dalle_flops,
     dalle_parameters,
@@ -27,6 +28,7 @@ from dalle_fast.training.plan import (
     refuse_what_cannot_fit,
     what_fits,
 )
+from dalle_fast.training.scales import GradientScales
 
 BIG = PRESETS["12B"].dalle
 
@@ -263,10 +265,10 @@ def test_a_run_that_cannot_fit_names_the_batch_that_does():
 
 def test_training_says_what_it_needs_and_refuses_before_it_allocates(monkeypatch, capsys):
     config = settings("dalle")
-    tasks.check_memory(DALLE, DALLE_CFG, config)
+    training_dalle.check_memory(DALLE, DALLE_CFG, config)
     assert "parameters on cpu, a batch of 4; it needs" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"memory: expected at most .* GB, got a training that needs"):
-        tasks.train_dalle(None, None, None, replace(BIG, d_model=128_000), config, "nowhere")
+        training_dalle.train_dalle(None, None, None, replace(BIG, d_model=128_000), config, "nowhere")
 
 
 def test_memory_of_this_machine():

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from powersgd_processes import (
+from helpers.powersgd_processes import (
     HALF_STEP,
     INF,
     LOW_RANK,

@@ -6,18 +6,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.training import checkpoint, same, settings, task
 from PIL import Image
 from torch import nn
-from training_helpers import checkpoint, same, settings, task
 
 import dalle_fast as df
 from dalle_fast.config import DALLEConfig
+from dalle_fast.figures import draw_logs
 from dalle_fast.models import DALLE
-from dalle_fast.models.precision import GradientScales, Precision, dtype_of, rounded_linear
+from dalle_fast.models.precision import Precision, dtype_of, rounded_linear
 from dalle_fast.models.transformer import Linear
-from dalle_fast.plots import draw_logs
 from dalle_fast.training import AdamW16, TrainingDiverged, fit
 from dalle_fast.training import loop as training_loop
+from dalle_fast.training.scales import GradientScales
 
 SMALL = DALLEConfig(
     text_vocab=20, text_len=4, image_vocab=13, height=3, width=3, d_model=32, n_layer=3, head_dim=16, kernel=3

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from dalle_fast.data.detector import detect, verdict
-from dalle_fast.data.scenes import all_scenes
-from dalle_fast.demo import CANDIDATES
+from dalle_fast.data.sources.scenes import all_scenes
+from dalle_fast.demo.judge import detect, verdict
+from dalle_fast.demo.run import CANDIDATES
 from dalle_fast.pipeline import BUILT_IN, TextToImage
 
 

@@ -5,8 +5,18 @@ import pytest
 import torch
 
 from dalle_fast.data import open_pairs
-from dalle_fast.data.detector import Found, detect, relation_holds, verdict
-from dalle_fast.data.scenes import COLOURS, RELATIONS, SHAPES, Item, Scene, SceneCorpus, all_items, all_scenes, parse
+from dalle_fast.data.sources.scenes import (
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    Item,
+    Scene,
+    SceneCorpus,
+    all_items,
+    all_scenes,
+    parse,
+)
+from dalle_fast.demo.judge import Found, detect, relation_holds, verdict
 
 
 def pictures(corpus: SceneCorpus) -> torch.Tensor:

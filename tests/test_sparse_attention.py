@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.tolerances import FORWARD, GRADIENT, HALF, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import FORWARD, GRADIENT, HALF, error
 
 import dalle_fast as df
 from dalle_fast import AttentionMask, reference
 from dalle_fast.mask import KINDS
-from dalle_fast.ops.attention import mask_args
+from dalle_fast.ops.sparse_attention import mask_args
 
 SMALL = {kind: AttentionMask(kind, text_len=5, height=4, width=3, kernel=3) for kind in KINDS}
 # More than one tile of text and of image queries, none of them full.

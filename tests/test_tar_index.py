@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tars import png, shard_of, write_tar
+from helpers.tars import png, shard_of, write_tar
 
-from dalle_fast.data import Batches, BrokenSample, Skipped, index, open_pairs, shards
-from dalle_fast.data.shards import ShardPairs
+from dalle_fast.data import Batches, BrokenSample, Skipped, open_pairs
+from dalle_fast.data.sources import tar as shards
+from dalle_fast.data.sources import tar_index as index
+from dalle_fast.data.sources.tar import ShardPairs
 
 
 def make_shards(folder: Path, count: int = 4) -> list[Path]:

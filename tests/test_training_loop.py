@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.training import KINDS, checkpoint, same, settings, task
 from torch import nn
-from training_helpers import KINDS, checkpoint, same, settings, task
 
 from dalle_fast.models import load_model
 from dalle_fast.training import TrainingDiverged, TrainingStopped, fit

@@ -5,14 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from training_helpers import CLIP, DALLE, DVAE, KINDS, codes, pairs, same, settings, task, tokenizer
+from helpers.training import CLIP, DALLE, DVAE, KINDS, codes, pairs, same, settings, task, tokenizer
 
-from dalle_fast.data.encoded import EncodedPair
+from dalle_fast.data.codes import EncodedPair
 from dalle_fast.data.pairs import BrokenSample, Pair
 from dalle_fast.models import DiscreteVAE
 from dalle_fast.tokenizer import Tokenizer
 from dalle_fast.training import train_clip, train_dalle, train_dvae, train_tokenizer
-from dalle_fast.training.tasks import DALLETask, DVAETask
+from dalle_fast.training.dalle import DALLETask
+from dalle_fast.training.dvae import DVAETask
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import dalle_fast as df
 from dalle_fast.config import PRESETS, DALLEConfig
 from dalle_fast.models import DALLE, transformer
-from dalle_fast.models.repeat import repeat
 from dalle_fast.models.transformer import Layer, guide
+from dalle_fast.sampling import repeat
 
 SMALL = DALLEConfig(
     text_vocab=20, text_len=5, image_vocab=13, height=4, width=4, d_model=32, n_layer=4, head_dim=16, kernel=3

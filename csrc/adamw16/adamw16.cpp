@@ -1,5 +1,5 @@
 // adamw16, gradient_norm: checks and the choice of a backend.
-#include "adamw16.h"
+#include "adamw16/adamw16.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -7,7 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "backend.h"
+#include "common/dispatch.h"
 
 namespace dalle_fast {
 namespace {

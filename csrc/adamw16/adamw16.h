@@ -5,11 +5,11 @@
 #include <cmath>
 #include <cstdint>
 
-#include "host_device.h"
-#include "minifloat.h"
+#include "common/host_device.h"
+#include "common/minifloat.h"
 
 #ifdef DALLE_FAST_CUDA
-#include "cuda/runtime.h"
+#include "common/runtime.h"
 #endif
 
 namespace dalle_fast {

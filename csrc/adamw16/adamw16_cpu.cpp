@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "adamw16.h"
-#include "simd.h"
+#include "adamw16/adamw16.h"
+#include "cpu/simd.h"
 
 #ifdef DF_X86
 #include <immintrin.h>
@@ -28,7 +28,7 @@ void update(AdamW16Tensor p, AdamW16Rates rates, int64_t begin, int64_t end) {
 namespace avx2 {
 #define DF_TARGET DF_AVX2
 #define DF_LANES 8
-#include "adamw16_lanes.h"
+#include "adamw16/cpu_lanes.h"
 #undef DF_TARGET
 #undef DF_LANES
 }  // namespace avx2
@@ -36,7 +36,7 @@ namespace avx2 {
 namespace avx512 {
 #define DF_TARGET DF_AVX512
 #define DF_LANES 16
-#include "adamw16_lanes.h"
+#include "adamw16/cpu_lanes.h"
 #undef DF_TARGET
 #undef DF_LANES
 }  // namespace avx512

@@ -2,8 +2,8 @@
 // blocks go as run at once; a thread updates eight neighbours, 16 bytes at a time where the addresses allow it.
 #include <algorithm>
 
-#include "adamw16.h"
-#include "cuda/chunks.h"
+#include "adamw16/adamw16.h"
+#include "adamw16/cuda_chunks.h"
 #include "cuda/device.h"
 
 namespace dalle_fast {

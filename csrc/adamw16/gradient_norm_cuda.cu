@@ -2,8 +2,8 @@
 // chunk, a warp the chunks of a tensor, one warp the tensors. In double, so that no square of a float overflows.
 #include <algorithm>
 
-#include "adamw16.h"
-#include "cuda/chunks.h"
+#include "adamw16/adamw16.h"
+#include "adamw16/cuda_chunks.h"
 #include "cuda/device.h"
 #include "cuda/reduce.h"
 

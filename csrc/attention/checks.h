@@ -9,8 +9,8 @@
 #include <initializer_list>
 #include <limits>
 
-#include "attention_params.h"
-#include "backend.h"
+#include "attention/params.h"
+#include "common/dispatch.h"
 
 namespace dalle_fast {
 

@@ -1,8 +1,8 @@
 // With AVX2, eight sums stay in registers: of eight rows, or of four candidates and two registers of channels. A group
 // is a register of candidates: the scores of eight rows and eight candidates are a square, turned before it is stored.
-#include "decode_math.h"
+#include "attention/cpu_decode.h"
 
-#include "simd.h"
+#include "cpu/simd.h"
 
 #ifdef DF_X86
 #include <immintrin.h>

@@ -5,10 +5,10 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../attention_params.h"
-#include "attention_plan.h"
-#include "simd.h"
-#include "strip_kernels.h"
+#include "attention/cpu_plan.h"
+#include "attention/cpu_strip.h"
+#include "attention/params.h"
+#include "cpu/simd.h"
 
 namespace dalle_fast {
 

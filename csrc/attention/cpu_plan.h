@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "../mask.h"
-#include "strip_kernels.h"
+#include "attention/cpu_strip.h"
+#include "common/mask.h"
 
 namespace dalle_fast {
 

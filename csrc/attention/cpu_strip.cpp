@@ -1,12 +1,12 @@
 // strip_kernels_impl.h, compiled for each instruction set, and the choice between them.
-#include "strip_kernels.h"
+#include "attention/cpu_strip.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <type_traits>
 
-#include "simd.h"
+#include "cpu/simd.h"
 
 namespace dalle_fast {
 namespace {
@@ -14,7 +14,7 @@ namespace {
 namespace portable {
 #define DF_TARGET
 #define DF_VECTOR_BYTES 16
-#include "strip_kernels_impl.h"
+#include "attention/cpu_strip_impl.h"
 #undef DF_TARGET
 #undef DF_VECTOR_BYTES
 }  // namespace portable
@@ -23,7 +23,7 @@ namespace portable {
 namespace avx2 {
 #define DF_TARGET DF_AVX2
 #define DF_VECTOR_BYTES 32
-#include "strip_kernels_impl.h"
+#include "attention/cpu_strip_impl.h"
 #undef DF_TARGET
 #undef DF_VECTOR_BYTES
 }  // namespace avx2
@@ -31,7 +31,7 @@ namespace avx2 {
 namespace avx512 {
 #define DF_TARGET DF_AVX512
 #define DF_VECTOR_BYTES 64
-#include "strip_kernels_impl.h"
+#include "attention/cpu_strip_impl.h"
 #undef DF_TARGET
 #undef DF_VECTOR_BYTES
 }  // namespace avx512

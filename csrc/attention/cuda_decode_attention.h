@@ -1,7 +1,7 @@
 // The kernels of decode attention on CUDA, and what they share.
 #pragma once
 
-#include "attention_params.h"
+#include "attention/params.h"
 
 namespace dalle_fast {
 

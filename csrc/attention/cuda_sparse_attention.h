@@ -2,7 +2,7 @@
 // aligned to 16 bytes and channels side by side; the plain ones take everything.
 #pragma once
 
-#include "attention_params.h"
+#include "attention/params.h"
 
 namespace dalle_fast {
 

@@ -4,8 +4,8 @@
 // Tokens are numbered over the whole stream: text, then the image in the mask's own order.
 #pragma once
 
+#include "common/mask.h"
 #include "cuda/device.h"
-#include "mask.h"
 
 namespace dalle_fast {
 

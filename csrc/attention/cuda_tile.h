@@ -9,11 +9,11 @@
 // the row's number, so that the eight rows of one load_blocks lie in different banks.
 #pragma once
 
-#include "attention_params.h"
-#include "cuda/attention_strip.h"
+#include "attention/cuda_stream_mask.h"
+#include "attention/cuda_strip.h"
+#include "attention/params.h"
 #include "cuda/device.h"
 #include "cuda/mma.h"
-#include "cuda/stream_mask.h"
 
 namespace dalle_fast {
 

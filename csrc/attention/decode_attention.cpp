@@ -1,6 +1,6 @@
 // decode_attention: checks, output, and the choice of a backend.
-#include "attention_checks.h"
-#include "backend.h"
+#include "attention/checks.h"
+#include "common/dispatch.h"
 
 namespace dalle_fast {
 namespace {

@@ -11,11 +11,11 @@
 #include <type_traits>
 #include <vector>
 
-#include "../attention_params.h"
-#include "convert.h"
-#include "decode_math.h"
-#include "simd.h"
-#include "tile_math.h"
+#include "attention/cpu_decode.h"
+#include "attention/params.h"
+#include "cpu/convert.h"
+#include "cpu/simd.h"
+#include "cpu/tile_math.h"
 
 namespace dalle_fast {
 namespace {

@@ -1,7 +1,7 @@
 // Which kernel of decode attention runs.
 #include <cstdint>
 
-#include "cuda/decode_attention.h"
+#include "attention/cuda_decode_attention.h"
 #include "cuda/device.h"
 
 namespace dalle_fast {

@@ -6,11 +6,11 @@
 // they are made again for every 128.
 #include <cmath>
 
-#include "cuda/decode_attention.h"
+#include "attention/cuda_decode_attention.h"
+#include "attention/cuda_stream_mask.h"
 #include "cuda/device.h"
 #include "cuda/half.h"
 #include "cuda/reduce.h"
-#include "cuda/stream_mask.h"
 
 namespace dalle_fast {
 namespace {

@@ -8,8 +8,8 @@
 //
 // Few candidates do not fill the device: a prompt of H heads is H blocks. Such a step is bound by the weights of the
 // layer, which are far more to read than one prompt's text, so the text of a head is not split over blocks.
-#include "cuda/attention_tile.h"
-#include "cuda/decode_attention.h"
+#include "attention/cuda_decode_attention.h"
+#include "attention/cuda_tile.h"
 
 namespace dalle_fast {
 namespace {

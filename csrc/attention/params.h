@@ -3,11 +3,11 @@
 
 #include <cstdint>
 
-#include "format.h"
-#include "mask.h"
+#include "common/format.h"
+#include "common/mask.h"
 
 #ifdef DALLE_FAST_CUDA
-#include "cuda/runtime.h"
+#include "common/runtime.h"
 #endif
 
 namespace dalle_fast {

@@ -1,8 +1,8 @@
 // sparse_attention: checks, outputs, and the choice of a backend.
 #include <tuple>
 
-#include "attention_checks.h"
-#include "backend.h"
+#include "attention/checks.h"
+#include "common/dispatch.h"
 
 namespace dalle_fast {
 namespace {

@@ -15,9 +15,9 @@
 #include <memory>
 #include <new>
 
-#include "../attention_params.h"
-#include "attention_pack.h"
-#include "tile_math.h"
+#include "attention/cpu_pack.h"
+#include "attention/params.h"
+#include "cpu/tile_math.h"
 
 namespace dalle_fast {
 namespace {

@@ -1,5 +1,5 @@
 // Which kernels of sparse attention run.
-#include "cuda/sparse_attention.h"
+#include "attention/cuda_sparse_attention.h"
 
 namespace dalle_fast {
 

@@ -4,8 +4,8 @@
 //
 // A key of the text meets all later text and the whole image, twenty times as many queries as a key of the image: the
 // text's tiles of all heads come first.
-#include "cuda/attention_tile.h"
-#include "cuda/sparse_attention.h"
+#include "attention/cuda_sparse_attention.h"
+#include "attention/cuda_tile.h"
 
 namespace dalle_fast {
 namespace {

@@ -1,8 +1,8 @@
 // The gradient of q. A block of threads owns 64 queries of a head, makes the weights of their keys again from the
 // log-sum-exp, 32 keys at a time, and keeps the gradient in registers. It also leaves delta = sum of dout out for the
 // kernel that comes next (sparse_attention_dkv.cu).
-#include "cuda/attention_tile.h"
-#include "cuda/sparse_attention.h"
+#include "attention/cuda_sparse_attention.h"
+#include "attention/cuda_tile.h"
 
 namespace dalle_fast {
 namespace {

@@ -1,7 +1,7 @@
 // A block of threads owns 64 queries of a head and meets their keys and values, 32 at a time, in one pass with an
 // online softmax. Queries, scores and the output stay in registers.
-#include "cuda/attention_tile.h"
-#include "cuda/sparse_attention.h"
+#include "attention/cuda_sparse_attention.h"
+#include "attention/cuda_tile.h"
 
 namespace dalle_fast {
 namespace {

@@ -6,11 +6,11 @@
 // channels: with more than 128 they are made again for every 128.
 #include <cmath>
 
+#include "attention/cuda_sparse_attention.h"
+#include "attention/cuda_stream_mask.h"
 #include "cuda/device.h"
 #include "cuda/half.h"
 #include "cuda/reduce.h"
-#include "cuda/sparse_attention.h"
-#include "cuda/stream_mask.h"
 
 namespace dalle_fast {
 namespace {

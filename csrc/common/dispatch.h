@@ -7,11 +7,11 @@
 
 #include <string>
 
-#include "cpu/huge_pages.h"
-#include "format.h"
+#include "common/format.h"
+#include "common/huge_pages.h"
 
 #ifdef DALLE_FAST_CUDA
-#include "cuda/runtime.h"
+#include "common/runtime.h"
 #endif
 
 namespace dalle_fast {

@@ -13,7 +13,7 @@
 //   cache_len, cache_slot  decoding: slots needed, and the slot of a position; what is still visible never collides
 #pragma once
 
-#include "host_device.h"
+#include "common/host_device.h"
 
 namespace dalle_fast {
 

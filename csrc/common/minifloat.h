@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "host_device.h"
+#include "common/host_device.h"
 
 namespace dalle_fast {
 

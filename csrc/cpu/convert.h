@@ -3,9 +3,9 @@
 
 #include <cstring>
 
-#include "format.h"
-#include "simd.h"
-#include "vec_math.h"
+#include "common/format.h"
+#include "cpu/simd.h"
+#include "cpu/vec_math.h"
 
 namespace dalle_fast {
 

@@ -1,9 +1,10 @@
+// Rows of Philox words, four blocks a register where the processor has AVX2, and what becomes of them.
+#include "cpu/noise.h"
+
 #include <algorithm>
 
-#include "gumbel.h"
-#include "noise.h"
-#include "simd.h"
-#include "vec_math.h"
+#include "cpu/simd.h"
+#include "cpu/vec_math.h"
 
 #ifdef DF_X86
 #include <immintrin.h>
@@ -96,9 +97,8 @@ void random_words(uint64_t seed, int64_t first, int64_t n, uint32_t* out) {
   }
 }
 
-void philox_uniform_cpu(const PhiloxUniform& params) {
-  const auto seed = static_cast<uint64_t>(*params.seed);
-  convert_words(seed, params.first, params.n, params.out, [](const uint32_t* words, int64_t count, float* to) {
+void uniform_noise_cpu(uint64_t seed, int64_t first, int64_t n, float* out) {
+  convert_words(seed, first, n, out, [](const uint32_t* words, int64_t count, float* to) {
     simd([=]() DF_INLINE_LAMBDA {
       for (int64_t i = 0; i < count; ++i) to[i] = uniform_from_word(words[i]);
     });

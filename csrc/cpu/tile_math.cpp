@@ -1,12 +1,12 @@
 // The product keeps a tile of 6 rows by one cache line of columns in registers (12 of the 16 AVX registers); everything
 // else is loops that the compiler vectorises.
-#include "tile_math.h"
+#include "cpu/tile_math.h"
 
 #include <algorithm>
 #include <limits>
 
-#include "simd.h"
-#include "vec_math.h"
+#include "cpu/simd.h"
+#include "cpu/vec_math.h"
 
 namespace dalle_fast {
 namespace {

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "simd.h"
+#include "cpu/simd.h"
 
 namespace dalle_fast {
 

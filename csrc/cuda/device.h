@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "cuda/runtime.h"
+#include "common/runtime.h"
 
 #define DF_DEVICE __device__ __forceinline__
 

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "format.h"
-#include "host_device.h"
+#include "common/format.h"
+#include "common/host_device.h"
 
 namespace dalle_fast {
 

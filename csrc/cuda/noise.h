@@ -1,8 +1,8 @@
 // Philox noise in kernels. Arrays of registers are only indexed by what is known when compiling.
 #pragma once
 
+#include "common/rng.h"
 #include "cuda/device.h"
-#include "rng.h"
 
 namespace dalle_fast {
 

@@ -5,11 +5,11 @@
 #include <cmath>
 #include <limits>
 
-#include "gumbel.h"
-#include "gumbel_tile.h"
-#include "noise.h"
-#include "simd.h"
-#include "vec_math.h"
+#include "cpu/noise.h"
+#include "cpu/simd.h"
+#include "cpu/vec_math.h"
+#include "gumbel/cpu_tile.h"
+#include "gumbel/gumbel.h"
 
 namespace dalle_fast {
 

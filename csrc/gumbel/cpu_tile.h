@@ -8,10 +8,10 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "convert.h"
-#include "gumbel.h"
-#include "noise.h"
-#include "simd.h"
+#include "cpu/convert.h"
+#include "cpu/noise.h"
+#include "cpu/simd.h"
+#include "gumbel/gumbel.h"
 
 namespace dalle_fast {
 

@@ -2,7 +2,7 @@
 // channels of the block, a lane OwnChannels of these. gumbel_product_mma.h has the same two classes for 16 bits.
 #pragma once
 
-#include "cuda/gumbel_tile.h"
+#include "gumbel/cuda_tile.h"
 
 namespace dalle_fast {
 

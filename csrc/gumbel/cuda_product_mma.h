@@ -2,8 +2,8 @@
 // are; what is made in float32, weights and y, as the sum of two numbers of S. So nothing but the result is rounded.
 #pragma once
 
-#include "cuda/gumbel_product.h"
 #include "cuda/mma.h"
+#include "gumbel/cuda_product.h"
 
 namespace dalle_fast {
 

@@ -7,7 +7,7 @@
 #include "cuda/device.h"
 #include "cuda/half.h"
 #include "cuda/noise.h"
-#include "gumbel.h"
+#include "gumbel/gumbel.h"
 
 namespace dalle_fast {
 

@@ -2,7 +2,7 @@
 // codebook and of z.
 #pragma once
 
-#include "cuda/gumbel_quad.h"
+#include "gumbel/cuda_quad.h"
 
 namespace dalle_fast {
 

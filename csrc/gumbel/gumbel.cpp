@@ -1,11 +1,11 @@
 // gumbel_softmax, gumbel_quantize and their noise: checks, outputs, and the choice of a backend.
-#include "gumbel.h"
+#include "gumbel/gumbel.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>
 
-#include "backend.h"
+#include "common/dispatch.h"
 
 namespace dalle_fast {
 namespace {
@@ -197,14 +197,6 @@ std::tuple<Tensor, Tensor> gumbel_quantize_backward(const Tensor& grad_z, const 
   return {grad_logits, grad_codebook};
 }
 
-Tensor philox_uniform(const Tensor& seed, int64_t first, int64_t n) {
-  STD_TORCH_CHECK(first >= 0 && n >= 0, "first, n: expected at least 0, got ", first, ", ", n);
-  check(seed, "seed", ScalarType::Long, 1, seed);
-  Tensor drawn = torch::stable::new_empty(seed, {n}, ScalarType::Float);
-  DF_RUN(philox_uniform, seed, PhiloxUniform{in<int64_t>(seed), first, n, out<float>(drawn)});
-  return drawn;
-}
-
 }  // namespace
 }  // namespace dalle_fast
 
@@ -213,5 +205,4 @@ DF_REGISTER(m) {
   m.impl("gumbel_softmax_backward", TORCH_BOX(&dalle_fast::gumbel_softmax_backward));
   m.impl("gumbel_quantize", TORCH_BOX(&dalle_fast::gumbel_quantize));
   m.impl("gumbel_quantize_backward", TORCH_BOX(&dalle_fast::gumbel_quantize_backward));
-  m.impl("philox_uniform", TORCH_BOX(&dalle_fast::philox_uniform));
 }

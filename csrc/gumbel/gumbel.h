@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #ifdef DALLE_FAST_CUDA
-#include "cuda/runtime.h"
+#include "common/runtime.h"
 #endif
 
 namespace dalle_fast {
@@ -88,13 +88,6 @@ struct QuantizeBackward {
   Arithmetic<S>* workspace;  // of the CUDA kernel; null on the CPU
 };
 
-// Elements `first` ... `first` + n of the seed's stream, uniform in (0, 1).
-struct PhiloxUniform {
-  const int64_t* seed;
-  int64_t first, n;
-  float* out;
-};
-
 template <typename S>
 void gumbel_softmax_forward_cpu(const GumbelForward<S>& params);
 template <typename S>
@@ -103,7 +96,6 @@ template <typename S>
 void gumbel_quantize_forward_cpu(const QuantizeForward<S>& params);
 template <typename S>
 void gumbel_quantize_backward_cpu(const QuantizeBackward<S>& params);
-void philox_uniform_cpu(const PhiloxUniform& params);
 
 #ifdef DALLE_FAST_CUDA
 template <typename S>
@@ -117,7 +109,6 @@ cudaError_t launch_gumbel_quantize_backward(const QuantizeBackward<S>& params, c
 // Elements of the backward's workspace.
 template <typename S>
 int64_t gumbel_quantize_workspace(const GumbelShape& shape, int64_t channels);
-cudaError_t launch_philox_uniform(const PhiloxUniform& params, cudaStream_t stream);
 #endif
 
 }  // namespace dalle_fast

@@ -5,7 +5,7 @@
 // With more channels than one block owns, those of the first ones make dy from all channels in turn.
 //
 // 16 bits use tensor cores; these have too few bits for float32, which takes the FP32 units and eight times as long.
-#include "cuda/gumbel_product_mma.h"
+#include "gumbel/cuda_product_mma.h"
 
 namespace dalle_fast {
 namespace {

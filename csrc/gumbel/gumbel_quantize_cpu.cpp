@@ -9,13 +9,13 @@
 #include <algorithm>
 #include <vector>
 
-#include "gumbel.h"
-#include "gumbel_passes.h"
-#include "gumbel_tile.h"
-#include "huge_pages.h"
-#include "simd.h"
-#include "tile_math.h"
-#include "vec_math.h"
+#include "common/huge_pages.h"
+#include "cpu/simd.h"
+#include "cpu/tile_math.h"
+#include "cpu/vec_math.h"
+#include "gumbel/cpu_passes.h"
+#include "gumbel/cpu_tile.h"
+#include "gumbel/gumbel.h"
 
 namespace dalle_fast {
 namespace {

@@ -6,11 +6,11 @@
 #include <algorithm>
 #include <memory>
 
-#include "gumbel.h"
-#include "gumbel_passes.h"
-#include "gumbel_tile.h"
-#include "huge_pages.h"
-#include "simd.h"
+#include "common/huge_pages.h"
+#include "cpu/simd.h"
+#include "gumbel/cpu_passes.h"
+#include "gumbel/cpu_tile.h"
+#include "gumbel/gumbel.h"
 
 namespace dalle_fast {
 namespace {

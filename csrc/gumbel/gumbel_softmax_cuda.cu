@@ -8,8 +8,8 @@
 // the codes beyond. It runs from the last code to the first, since what was read last is still in the L2 cache: in
 // float32 the 256 KB of logits that each of 132 blocks has in work take 35 MB of it. So y costs one read and one write
 // of memory.
-#include "cuda/gumbel_quad.h"
 #include "cuda/reduce.h"
+#include "gumbel/cuda_quad.h"
 
 namespace dalle_fast {
 namespace {

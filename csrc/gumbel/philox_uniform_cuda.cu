@@ -1,7 +1,7 @@
 // A thread draws the four elements of one block of Philox.
+#include "common/rng.h"
 #include "cuda/device.h"
-#include "gumbel.h"
-#include "rng.h"
+#include "gumbel/philox_uniform.h"
 
 namespace dalle_fast {
 namespace {

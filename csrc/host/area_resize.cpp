@@ -1,6 +1,6 @@
 // Separable: rows are averaged first, because that runs along contiguous memory and vectorises, then the one row of
 // sums that an output row needs is averaged across.
-#include "area_resize.h"
+#include "host/area_resize.h"
 
 #include <algorithm>
 #include <cmath>

@@ -1,6 +1,6 @@
 // A word is a linked list of tokens; the merges that its neighbours allow wait in a heap, lowest rank first, then
 // leftmost. So a word of n characters costs n log n even when a caption is one endless word.
-#include "bpe.h"
+#include "host/bpe.h"
 
 #include <functional>
 #include <queue>

@@ -5,8 +5,8 @@
 
 #include <string>
 
-#include "area_resize.h"
-#include "bpe.h"
+#include "host/area_resize.h"
+#include "host/bpe.h"
 
 namespace py = pybind11;
 

@@ -1,5 +1,5 @@
 // pack_linear, packed_linear: checks, outputs, and the choice of a backend.
-#include "packed_linear.h"
+#include "packed_linear/packed_linear.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

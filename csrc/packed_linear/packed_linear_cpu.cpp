@@ -8,9 +8,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "convert.h"
-#include "packed_linear.h"
-#include "simd.h"
+#include "cpu/convert.h"
+#include "cpu/simd.h"
+#include "packed_linear/packed_linear.h"
 
 namespace dalle_fast {
 namespace {
@@ -39,7 +39,7 @@ struct Kernels {
 namespace portable {
 #define DF_TARGET
 #define DF_LANES 4
-#include "packed_linear_tile.h"
+#include "packed_linear/cpu_tile.h"
 #undef DF_TARGET
 #undef DF_LANES
 }  // namespace portable
@@ -48,7 +48,7 @@ namespace portable {
 namespace avx2 {
 #define DF_TARGET DF_AVX2
 #define DF_LANES 8
-#include "packed_linear_tile.h"
+#include "packed_linear/cpu_tile.h"
 #undef DF_TARGET
 #undef DF_LANES
 }  // namespace avx2
@@ -56,7 +56,7 @@ namespace avx2 {
 namespace avx512 {
 #define DF_TARGET DF_AVX512
 #define DF_LANES 16
-#include "packed_linear_tile.h"
+#include "packed_linear/cpu_tile.h"
 #undef DF_TARGET
 #undef DF_LANES
 }  // namespace avx512

@@ -12,10 +12,10 @@
 #include <limits>
 #include <type_traits>
 
+#include "common/format.h"
 #include "cuda/device.h"
 #include "cuda/half.h"
 #include "cuda/reduce.h"
-#include "format.h"
 
 namespace dalle_fast {
 

@@ -1,5 +1,5 @@
 // residual_layer_norm, scale_gradient, unscale_gradient, update_scales: checks, outputs, and the choice of a backend.
-#include "resblock.h"
+#include "resblock/resblock.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "backend.h"
+#include "common/dispatch.h"
 
 namespace dalle_fast {
 namespace {

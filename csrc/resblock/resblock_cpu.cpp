@@ -9,10 +9,10 @@
 #include <limits>
 #include <vector>
 
-#include "convert.h"
-#include "resblock.h"
-#include "scale_state.h"
-#include "simd.h"
+#include "cpu/convert.h"
+#include "cpu/simd.h"
+#include "resblock/resblock.h"
+#include "resblock/scale_state.h"
 
 namespace dalle_fast {
 namespace {

@@ -1,7 +1,7 @@
 // scale_gradient and unscale_gradient: elementwise, bound by memory. update_scales: a thread a resblock.
-#include "cuda/resblock_rows.h"
-#include "resblock.h"
-#include "scale_state.h"
+#include "resblock/cuda_rows.h"
+#include "resblock/resblock.h"
+#include "resblock/scale_state.h"
 
 namespace dalle_fast {
 namespace {

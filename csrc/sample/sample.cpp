@@ -1,11 +1,11 @@
 // sample: checks, output, and the choice of a backend.
-#include "sample.h"
+#include "sample/sample.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
 
-#include "backend.h"
+#include "common/dispatch.h"
 
 namespace dalle_fast {
 namespace {

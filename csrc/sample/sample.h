@@ -3,10 +3,10 @@
 
 #include <cstdint>
 
-#include "format.h"
+#include "common/format.h"
 
 #ifdef DALLE_FAST_CUDA
-#include "cuda/runtime.h"
+#include "common/runtime.h"
 #endif
 
 namespace dalle_fast {

@@ -13,12 +13,12 @@
 #include <type_traits>
 #include <vector>
 
-#include "../rng.h"
-#include "../sample.h"
-#include "convert.h"
-#include "noise.h"
-#include "simd.h"
-#include "vec_math.h"
+#include "common/rng.h"
+#include "cpu/convert.h"
+#include "cpu/noise.h"
+#include "cpu/simd.h"
+#include "cpu/vec_math.h"
+#include "sample/sample.h"
 
 namespace dalle_fast {
 namespace {

@@ -12,7 +12,7 @@
 #include "cuda/half.h"
 #include "cuda/noise.h"
 #include "cuda/reduce.h"
-#include "sample.h"
+#include "sample/sample.h"
 
 namespace dalle_fast {
 namespace {

@@ -9,7 +9,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from ..config import PRESETS
-from ..training.config import TRAIN_PRESETS
+from ..training.settings import TRAIN_PRESETS
 from .common import Preset
 
 
@@ -19,7 +19,7 @@ def plot(out: Positional[Path]) -> None:
     Args:
         out: Folder that training writes.
     """
-    from ..plots import draw_logs
+    from ..figures import draw_logs
 
     print(*draw_logs(out), sep="\n")
 

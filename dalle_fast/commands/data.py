@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from ..config import Filters
+from ..data.filters import Filters
 from .common import Model, Source, open_source, report_skipped
 
 FILTERS = Filters()
@@ -88,8 +88,8 @@ def index(shards: Positional[str], workers: int | None = None) -> None:
         shards: A .tar, a folder of them, or a glob such as "shards/*.tar".
         workers: Processes; none is one for each processor.
     """
-    from ..data.pairs import find_shards
-    from ..data.shards import ShardPairs
+    from ..data.open import find_shards
+    from ..data.sources.tar import ShardPairs
 
     paths = find_shards(shards)
     if not paths:

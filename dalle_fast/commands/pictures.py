@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from ..config import DEMO_STEPS
+from ..demo import DEMO_STEPS
 from .common import Model
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def demo(
         captions: Captions to judge, of those seen in training and of those held out.
         steps: Updates of the dVAE, of the transformer, of the reranker.
     """
-    from ..demo import run
+    from ..demo.run import run
 
     print(json.dumps(run(out, pairs, captions, steps), indent=2))
 
@@ -92,8 +92,8 @@ def reconstruct(images: Positional[tuple[Path, ...]], out: Path = Path("out.png"
     import torch
 
     from ..data import center_crop_resize, collate
+    from ..figures import contact_sheet, save_image
     from ..pipeline import find_system, load_dvae
-    from ..sheet import contact_sheet, save_image
 
     dvae = load_dvae(find_system(model))
     originals = collate([{"image": center_crop_resize(picture, dvae.cfg.image_size)} for picture in pictures])["image"]
@@ -111,7 +111,7 @@ def _check_picture_name(path: Path) -> None:
 
 def _read_picture(path: Path) -> np.ndarray:
     """The pixels of a file, uint8 [H, W, 3]."""
-    from ..data.image import decode_image
+    from ..data.images import decode_image
 
     content = path.read_bytes()
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import PRESETS, CLIPConfig, DALLEConfig, DVAEConfig
-from ..training.config import TRAIN_PRESETS, TrainCLIP, TrainDALLE, TrainDVAE
+from ..training.settings import TRAIN_PRESETS, TrainCLIP, TrainDALLE, TrainDVAE
 from .common import HeldOut, Preset, Source, System, open_source
 
 if TYPE_CHECKING:

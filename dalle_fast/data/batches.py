@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .encoded import EncodedPairs
+from .codes import EncodedPairs
 from .pairs import BrokenSample, Skipped
-from .permutation import shuffled
+from .shuffle import shuffled
 
 Batch = dict[str, Any]
 Transform = Callable[[Any, np.random.Generator], dict[str, Any]]

@@ -1,6 +1,6 @@
 """Image codes and captions on disk: what the transformer trains on when images are encoded once.
 
-The folder that :func:`dalle_fast.data.encoding.encode_pairs` writes holds ``shard-00000``, ``shard-00001``, ...:
+The folder that :func:`dalle_fast.data.encode.encode_pairs` writes holds ``shard-00000``, ``shard-00001``, ...:
 
 - ``codes.npy``: uint16 [n, draws, h, w], the codes of each picture in each of its augmentation draws;
 - ``captions.txt``: UTF-8, each caption followed by a newline;
@@ -15,7 +15,6 @@ The folder that :func:`dalle_fast.data.encoding.encode_pairs` writes holds ``sha
 from __future__ import annotations
 
 import bisect
-import hashlib
 import itertools
 import json
 import zlib
@@ -167,12 +166,3 @@ class EncodedPairs:
 def _caption(shard: _Shard, row: int) -> bytes:
     begin = int(shard.ends[row - 1]) + 1 if row else 0
     return bytes(shard.text[begin : int(shard.ends[row])])
-
-
-def sha256_of(path: Path) -> str:
-    """The hash of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

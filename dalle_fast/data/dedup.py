@@ -17,11 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..files import check_new
 from .augment import center_crop_resize
-from .folders import check_new
 from .pairs import Pairs
-from .resumable import SETTINGS, Settings, Shard, process_in_shards, read_skipped, shard_folder
-from .views import Dropped, fingerprint_of, write_view
+from .shard_job import SETTINGS, Settings, Shard, process_in_shards, read_skipped, shard_folder
+from .sources.view import Dropped, fingerprint_of, write_view
 
 EXACT_UP_TO = 1_000_000  # pairs; beyond, an approximate index finds the nearest picture
 SHARD_SIZE = 65_536  # pictures of a shard of embeddings

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
+from ..files import new_folder
 from .augment import center_crop_resize
-from .folders import new_folder
 
 try:
     import emoji as unicode_emoji

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from .augment import augment_dalle, center_crop_resize
-from .encoded import CAPTIONS, CODES, FORMAT, INDEX, META, EncodedPairs, write_shard
+from .codes import CAPTIONS, CODES, FORMAT, INDEX, META, EncodedPairs, write_shard
 from .pairs import Pairs
-from .resumable import (
+from .shard_job import (
     SKIPPED,
     Settings,
     Shard,
@@ -26,7 +26,7 @@ from .resumable import (
     write_skipped,
     write_text,
 )
-from .views import fingerprint_of
+from .sources.view import fingerprint_of
 
 SHARD_SIZE = 32_768  # pictures; 67 MB a draw of codes 32 x 32
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..config import LANGUAGES, Filters
-from .folders import check_new
+from ..files import check_new
+from .filters import LANGUAGES, Filters
 from .pairs import BrokenSample, Pairs
-from .views import Dropped, write_view
+from .sources.view import Dropped, write_view
 
 REASONS = (
     "kept", "boilerplate", "caption too short", "another language", "aspect ratio", "broken image", "repeated caption"

@@ -1,14 +1,13 @@
-"""Image-caption pairs by index, whatever they are stored in."""
+"""Image-caption pairs: what every source of them is made of."""
 
 from __future__ import annotations
 
-import glob
-import os
-from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
+from collections.abc import Collection, Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
 class Pair(NamedTuple):
@@ -60,60 +59,23 @@ class Pairs(Protocol):
         """Width and height of an image as its header states them, without decoding it."""
 
 
-def open_pairs(source: str | Path, workers: int | None = None) -> Pairs:
-    """Open a source of image-caption pairs.
-
-    Args:
-        source: one of
-
-            - ``"scenes"`` or ``"scenes:held-out"``: drawn scenes, see :mod:`dalle_fast.data.scenes`;
-            - a folder of images, each with a ``.txt`` of the same stem beside it, searched recursively;
-            - a ``.csv`` or ``.jsonl`` manifest with ``image`` (relative to the manifest) and ``caption``;
-            - a ``.tar`` in WebDataset naming, a folder of them, or a glob such as ``"shards/*.tar"``; they are indexed
-              on the first time, see :mod:`dalle_fast.data.index`;
-            - a view of another source, see :mod:`dalle_fast.data.views`.
-        workers: processes that index tar shards; None is one for each processor.
-
-    Samples that cannot be used are named in ``skipped``. A caption is stripped of the white space around it.
-
-    Raises:
-        ValueError: there is no such source, or it holds no pair at all.
-    """
-    from . import scenes, shards, sources, views  # here, because they are written in terms of this module
-
-    drawn: dict[str, Callable[[], Pairs]] = {
-        "scenes": scenes.SceneCorpus,
-        "scenes:held-out": lambda: scenes.SceneCorpus(held_out=True),
-    }
-    if str(source) in drawn:
-        return drawn[str(source)]()
-    path = Path(source)
-    pairs: Pairs
-    if (path / views.VIEW).is_file():
-        return views.open_view(path, workers)
-    if tars := find_shards(source):
-        pairs = shards.ShardPairs(tars, workers)
-    elif path.is_dir():
-        pairs = sources.index_folder(path)
-    elif path.is_file() and path.suffix.lower() in (".csv", ".jsonl"):
-        pairs = sources.index_manifest(path)
-    else:
-        problem = "a file of another kind" if path.exists() else "nothing there"
-        raise ValueError(f"source: expected a folder, .csv, .jsonl, .tar or 'scenes', got {source} ({problem})")
-    if not len(pairs):
-        first = next(iter(pairs.skipped), None)
-        reason = f", the first {first.name}: {first.reason}" if first else ""
-        raise ValueError(
-            f"source: expected image-caption pairs, got none in {source} ({len(pairs.skipped)} skipped{reason})"
-        )
-    return pairs
+class Unusable(Exception):
+    """Why one sample cannot be used."""
 
 
-def find_shards(source: str | Path) -> list[Path]:
-    """The tar shards that a source names, in order: one, those of a folder, or those that match a glob."""
-    path = Path(source)
-    if path.is_dir():
-        return sorted(path.glob("*.tar"))
-    if path.is_file():
-        return [path] if path.suffix.lower() == ".tar" else []
-    return [Path(name) for name in sorted(glob.glob(os.fspath(source)))] if glob.has_magic(str(source)) else []
+def caption_of(caption: object) -> str:
+    """A caption, text or UTF-8, as training gets it. Raises Unusable."""
+    if isinstance(caption, bytes):
+        caption = caption.decode("utf-8-sig", errors="surrogateescape")
+    if not isinstance(caption, str) or not caption.strip():
+        raise Unusable("no caption")
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        raise Unusable("the caption is not valid Unicode") from None
+    return caption.strip()
+
+
+def extension_of(name: str) -> str:
+    """What follows the last dot, in lower case."""
+    return name.rpartition(".")[2].lower()

@@ -20,8 +20,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .folders import new_folder
-from .loader import collate
+from ..files import new_folder
+from .batches import collate
 from .pairs import BrokenSample, Pairs, Skipped
 
 SETTINGS, SKIPPED = "settings.json", "skipped.jsonl"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .scenes import COLOURS, Item, Scene
+from ..data.sources.scenes import COLOURS, Item, Scene
 
 MIN_AREA = 0.02  # of the picture; smaller blobs are specks, and a drawn shape covers at least 0.039
 # Area over the box of the widest row and the highest column: triangle 1/2, circle pi/4, square 1.

@@ -1,6 +1,6 @@
 """The whole system on drawn scenes, from nothing: train all four models, draw pictures, and judge them.
 
-``python -m dalle_fast.demo --pretrained`` trains longer, by the same recipe, and writes the model that ships.
+``python -m dalle_fast.demo.run --pretrained`` trains longer, by the same recipe, and writes the model that ships.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .config import DEMO_STEPS, PRESETS
-from .data.detector import detect, verdict
-from .data.encoded import EncodedPair
-from .data.pairs import Pair
-from .data.scenes import Scene, SceneCorpus, all_scenes
-from .models import DiscreteVAE, load_model, save_model
-from .pipeline import BUILT_IN, TextToImage
-from .plots import draw_codes, draw_logs
-from .sheet import contact_sheet, save_image
-from .tokenizer import Tokenizer
-from .training import train_clip, train_dalle, train_dvae
-from .training.config import TRAIN_PRESETS
-from .training.metrics import perplexity
+from ..config import PRESETS
+from ..data.codes import EncodedPair
+from ..data.pairs import Pair
+from ..data.sources.scenes import Scene, SceneCorpus, all_scenes
+from ..figures import contact_sheet, draw_codes, draw_logs, save_image
+from ..models import DiscreteVAE, load_model, save_model
+from ..pipeline import BUILT_IN, TextToImage
+from ..tokenizer import Tokenizer
+from ..training import train_clip, train_dalle, train_dvae
+from ..training.metrics import perplexity
+from ..training.settings import TRAIN_PRESETS
+from . import DEMO_STEPS
+from .judge import detect, verdict
 
 CANDIDATES = 16  # drawn for each caption that is judged
 
@@ -180,5 +180,5 @@ def make_pretrained(out: Path) -> dict[str, object]:
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--pretrained"]:
-        sys.exit("usage: python -m dalle_fast.demo --pretrained")
+        sys.exit("usage: python -m dalle_fast.demo.run --pretrained")
     print(json.dumps(make_pretrained(Path("runs/pretrained")), indent=2))

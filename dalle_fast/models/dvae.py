@@ -15,7 +15,7 @@ from torch import nn
 
 from ..config import DVAEConfig
 from ..ops import gumbel_quantize
-from .kmeans import image_patches, kmeans
+from .codebook_init import image_patches, kmeans
 from .precision import rounded_conv2d
 
 PIXEL_MARGIN = 0.1  # e of appendix A.3: keeps pixels away from 0 and 1, where the logit is infinite

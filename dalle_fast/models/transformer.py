@@ -26,8 +26,8 @@ from ..ops import (
 )
 from ..ops._library import reference_op
 from ..ops.sample import check_options
+from ..sampling import repeat
 from .precision import Precision, rounded_linear
-from .repeat import repeat
 
 TEXT_WEIGHT = 1 / 8  # of the loss; the image has the rest
 MOST_PACKED_ROWS = 128  # beyond, an ordinary matrix product is as fast

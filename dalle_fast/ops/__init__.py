@@ -2,12 +2,12 @@
 
 from ._library import Backend, backend
 from .adamw16 import adamw16, gradient_norm
-from .attention import sparse_attention
-from .decode import decode_attention
+from .decode_attention import decode_attention
 from .gumbel import gumbel_quantize, gumbel_softmax
-from .linear import PackedWeight, pack_linear, packed_linear
+from .packed_linear import PackedWeight, pack_linear, packed_linear
 from .resblock import initial_scales, residual_layer_norm, scale_gradient, unscale_gradient, update_scales
 from .sample import sample
+from .sparse_attention import sparse_attention
 
 __all__ = [
     "Backend",

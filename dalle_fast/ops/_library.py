@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .. import reference
+
 # Ops whose CUDA kernels have passed the tests on a GPU: none yet. The others are compiled but off, and their references
 # run on CUDA tensors, unless DALLE_FAST_UNVERIFIED=1.
 VERIFIED_ON_CUDA: frozenset[str] = frozenset()
@@ -104,7 +106,7 @@ def reference_op(name: str, device: torch.device) -> Callable[..., Any] | None:
     """
     off_on_cuda = device.type == "cuda" and "cuda" in _BACKEND.devices and name not in _BACKEND.cuda_ops
     if _BACKEND.reference is not None or off_on_cuda:
-        return getattr(importlib.import_module("dalle_fast.reference"), name)
+        return getattr(reference, name)
     if device.type not in (*_BACKEND.devices, "meta"):
         why = _BACKEND.reasons.get(device.type, "never built for it")
         raise RuntimeError(f"{name}: this install has no kernel for {device.type}: {why}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..mask import AttentionMask
 from ._library import kernels_loaded, reference_op
-from .attention import DTYPES, check_mask, check_tensors, mask_args, softmax_scale
+from .sparse_attention import DTYPES, check_mask, check_tensors, mask_args, softmax_scale
 
 
 def decode_attention(

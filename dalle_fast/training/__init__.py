@@ -1,52 +1,41 @@
-"""Training of the tokenizer and the three models: one loop, one task for each model.
-
-The names are loaded when they are first used, so that settings can be read without loading torch.
+"""Training of the tokenizer and the three models. Names are loaded when they are first used, so that settings can be
+read without torch.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .._lazy import attach
 
 if TYPE_CHECKING:
-    from .config import TrainCLIP, TrainConfig, TrainDALLE, TrainDVAE
-    from .errors import TrainingDiverged, TrainingStopped
-    from .loop import fit
-    from .optimizer import AdamW16
-    from .tasks import train_clip, train_dalle, train_dvae, train_tokenizer
+    from .clip import train_clip as train_clip
+    from .dalle import train_dalle as train_dalle
+    from .dvae import train_dvae as train_dvae
+    from .loop import fit as fit
+    from .optimizer import AdamW16 as AdamW16
+    from .settings import TrainCLIP as TrainCLIP
+    from .settings import TrainConfig as TrainConfig
+    from .settings import TrainDALLE as TrainDALLE
+    from .settings import TrainDVAE as TrainDVAE
+    from .stopping import TrainingDiverged as TrainingDiverged
+    from .stopping import TrainingStopped as TrainingStopped
+    from .task import train_tokenizer as train_tokenizer
 
-_HOMES = {
-    "AdamW16": "optimizer",
-    "TrainCLIP": "config",
-    "TrainConfig": "config",
-    "TrainDALLE": "config",
-    "TrainDVAE": "config",
-    "TrainingDiverged": "errors",
-    "TrainingStopped": "errors",
-    "fit": "loop",
-    "train_clip": "tasks",
-    "train_dalle": "tasks",
-    "train_dvae": "tasks",
-    "train_tokenizer": "tasks",
-}
-
-__all__ = [
-    "AdamW16",
-    "TrainCLIP",
-    "TrainConfig",
-    "TrainDALLE",
-    "TrainDVAE",
-    "TrainingDiverged",
-    "TrainingStopped",
-    "fit",
-    "train_clip",
-    "train_dalle",
-    "train_dvae",
-    "train_tokenizer",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        "train_clip": "clip",
+        "train_dalle": "dalle",
+        "train_dvae": "dvae",
+        "fit": "loop",
+        "AdamW16": "optimizer",
+        "TrainCLIP": "settings",
+        "TrainConfig": "settings",
+        "TrainDALLE": "settings",
+        "TrainDVAE": "settings",
+        "TrainingDiverged": "stopping",
+        "TrainingStopped": "stopping",
+        "train_tokenizer": "task",
+    },
+)

@@ -27,9 +27,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from ..data.folders import sync
 from ..distributed.sharding import local, sharded_like
 from ..distributed.world import ALONE, World
+from ..files import sync
 
 RUN_FILE = "run.json"  # written last
 UNFINISHED = ".tmp"  # ends the name of a folder that is being written or deleted

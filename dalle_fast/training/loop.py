@@ -6,7 +6,9 @@ the parameters. Now and then: a log record, a validation with the averaged param
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -18,27 +20,26 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..data.batches import Batch
 from ..distributed.sharding import backward, counted_here, gather_model
 from ..distributed.start import Start
 from ..distributed.world import ALONE, World
 from ..models import save_model
-from ..models.precision import Scales
 from ..ops import gradient_norm
 from .checkpoint import CheckpointWriter, newest_checkpoint, random_state, set_random_state
-from .config import TrainConfig
-from .errors import TrainingDiverged, TrainingStopped
-from .memory import keep_freed_memory
 from .metrics import Log, Meter, Metrics
-from .signals import stop_signals
+from .scales import Scales
+from .settings import TrainConfig
 from .state import State, new_state, parameter_groups
+from .stopping import TrainingDiverged, TrainingStopped, stop_signals
 
 MAX_SKIPPED_IN_A_ROW = 100  # updates without a finite gradient, after which training is given up
-Batch = dict[str, Any]
 Model = TypeVar("Model", bound=nn.Module)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 class Task(Protocol[Model]):
-    """What the loop must know of a model and its data; see ``tasks.py``."""
+    """What the loop must know of a model and its data; see ``task.py``."""
 
     kind: str  # names the model's file and the folder of its training
     model: Model  # with its sizes in ``cfg``
@@ -260,3 +261,15 @@ def fingerprint_of(task: Task[Model], config: TrainConfig) -> dict[str, Any]:
     sizes = json.loads(json.dumps(asdict(cast(Any, task.model.cfg))))  # tuples become lists, as they are read back
     moments = [group["moments"] for group in parameter_groups(task.model, config)]
     return {"kind": task.kind, "seed": config.seed, "batch_size": config.batch_size, "moments": moments, **sizes}
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library reuse freed memory instead of giving it back to the system; whether that was possible.
+
+    Large tensors are otherwise mapped anew in every step, and touching new pages costs about a third of a step of a
+    small model on a CPU. Only glibc knows how; elsewhere this does nothing.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and all(mallopt(what, 2**30) for what in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD))

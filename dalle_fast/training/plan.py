@@ -7,8 +7,10 @@ by layer. A GB has 2^30 bytes, as in the memory of GPUs.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -18,7 +20,7 @@ from ..config import CLIPConfig, DALLEConfig, DVAEConfig
 from ..distributed.sharding import resblocks_of
 from ..mask import AttentionMask, layer_masks
 from ..models.precision import dtype_of
-from .config import TrainConfig, TrainDALLE, TrainDVAE
+from .settings import TrainConfig, TrainDALLE, TrainDVAE
 
 GB = 2**30
 LONG, FLOAT, HALF = 8, 4, 2  # bytes
@@ -77,21 +79,7 @@ def dalle_parameters(cfg: DALLEConfig) -> tuple[int, int]:
 @lru_cache
 def attention_pairs(mask: AttentionMask) -> int:
     """Pairs of a query and a key that it sees, of one head."""
-    t, n = mask.text_len, mask.image_len
-    text = t * (t + 1) // 2 + n * t
-    if mask.kind == "column":
-        return text + mask.width * mask.height * (mask.height + 1) // 2
-    radius = mask.kernel // 2
-    seen = {  # distances back in raster order
-        "full": range(n),
-        "row": range(mask.width + 1),
-        "conv": [
-            back
-            for back in range(n)
-            if (back + radius) // mask.width <= radius and (back + radius) % mask.width <= 2 * radius
-        ],
-    }[mask.kind]
-    return text + sum(max(0, n - back) for back in seen)
+    return int(mask.dense().sum())
 
 
 def dalle_flops(cfg: DALLEConfig, recompute: bool) -> int:
@@ -296,3 +284,13 @@ def refuse_what_cannot_fit(plan: Plan, batch_size: int, processes: int = 1) -> N
         f"memory: expected at most {plan.available / GB:.2f} GB, got a training that needs {plan.total / GB:.2f} GB; "
         f"what would fit is {what}"
     )
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes that a device could still give; infinite where nobody knows."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text(encoding="utf-8").splitlines() if meminfo.exists() else []
+    sizes = [float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return sizes[0] if sizes and device.type == "cpu" else math.inf

@@ -15,13 +15,13 @@ from ..distributed.sharding import local, resblocks_of, shard_model, sharded_lik
 from ..distributed.start import Start
 from ..distributed.world import ALONE, World
 from ..models import DALLE
-from ..models.precision import GradientScales, Scales
 from .average import RunningAverage
 from .checkpoint import load_tensors, saved_tensors
-from .config import TrainConfig
 from .metrics import Incidents, LossSpikes
 from .optimizer import AdamW16
+from .scales import GradientScales, Scales
 from .schedules import Plateau
+from .settings import TrainConfig
 
 Model = TypeVar("Model", bound=nn.Module)
 

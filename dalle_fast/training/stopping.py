@@ -1,8 +1,12 @@
-"""How a training can end before its time."""
+"""How a run ends early: the signals that stop it, and the exceptions."""
 
 from __future__ import annotations
 
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 
 class TrainingStopped(Exception):
@@ -16,3 +20,28 @@ class TrainingStopped(Exception):
 
 class TrainingDiverged(Exception):
     """Many updates in a row had no finite gradient: the parameters will not recover."""
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying from them; a second one has its usual effect."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield received
+        return
+    earlier = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for signum, handler in earlier.items():
+            signal.signal(signum, handler)
+
+    def receive(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        restore()
+
+    for signum in earlier:
+        signal.signal(signum, receive)
+    try:
+        yield received
+    finally:
+        restore()

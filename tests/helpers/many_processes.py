@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 import torch._dynamo  # which each process would import by itself
+from helpers.training import CLIP, DALLE, Memory, settings, task
 from torch.distributed import TCPStore
-from training_helpers import CLIP, DALLE, Memory, settings, task
 
 from dalle_fast.distributed.sharding import local, shard_model, shard_of
 from dalle_fast.distributed.start import new_model

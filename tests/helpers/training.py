@@ -11,14 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dalle_fast.config import CLIPConfig, DALLEConfig, DVAEConfig
-from dalle_fast.data.encoded import EncodedPair
+from dalle_fast.data.codes import EncodedPair
 from dalle_fast.data.pairs import Pair
 from dalle_fast.distributed.sharding import local
 from dalle_fast.distributed.world import ALONE, World
 from dalle_fast.tokenizer import Tokenizer
 from dalle_fast.training import TrainCLIP, TrainDALLE, TrainDVAE
 from dalle_fast.training.checkpoint import RUN_FILE, load_tensors, saved_tensors
-from dalle_fast.training.tasks import CLIPTask, DALLETask, DVAETask
+from dalle_fast.training.clip import CLIPTask
+from dalle_fast.training.dalle import DALLETask
+from dalle_fast.training.dvae import DVAETask
 
 DVAE = DVAEConfig(image_size=8, vocab_size=16, n_hid=8, n_init=8, groups=(1, 2), n_blk_per_group=1)
 DALLE = DALLEConfig(

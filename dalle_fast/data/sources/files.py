@@ -10,27 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .image import decode_image, read_image_size
-from .pairs import BrokenSample, Pair, Skipped
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-
-
-class Unusable(Exception):
-    """Why one sample cannot be used."""
-
-
-def caption_of(caption: object) -> str:
-    """A caption, text or UTF-8, as training gets it. Raises Unusable."""
-    if isinstance(caption, bytes):
-        caption = caption.decode("utf-8-sig", errors="surrogateescape")
-    if not isinstance(caption, str) or not caption.strip():
-        raise Unusable("no caption")
-    try:
-        caption.encode()
-    except UnicodeEncodeError:
-        raise Unusable("the caption is not valid Unicode") from None
-    return caption.strip()
+from ..images import decode_image, read_image_size
+from ..pairs import IMAGE_EXTENSIONS, BrokenSample, Pair, Skipped, Unusable, caption_of, extension_of
 
 
 def _check_image(path: Path) -> None:
@@ -38,11 +19,6 @@ def _check_image(path: Path) -> None:
         raise Unusable("no image")
     if not path.stat().st_size:
         raise Unusable("the image file is empty")
-
-
-def extension_of(name: str) -> str:
-    """What follows the last dot, in lower case."""
-    return name.rpartition(".")[2].lower()
 
 
 class FilePairs:

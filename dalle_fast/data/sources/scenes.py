@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from .pairs import Pair, Skipped
+from ..pairs import Pair, Skipped
 
 SHAPES = ("circle", "square", "triangle")
 COLOURS: dict[str, tuple[int, int, int]] = {

@@ -8,10 +8,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .image import decode_image, read_image_size
-from .index import OpenShard, Record, ShardIndex, ShardTable, index_shards
-from .pairs import BrokenSample, Pair, Skipped
-from .sources import Unusable
+from ..images import decode_image, read_image_size
+from ..pairs import BrokenSample, Pair, Skipped, Unusable
+from .tar_index import OpenShard, Record, ShardIndex, ShardTable, index_shards
 
 MAX_OPEN = 128  # shards of a process, at two files each
 
@@ -20,7 +19,7 @@ class ShardPairs:
     """Image-caption pairs by number, counted through the shards.
 
     Args:
-        shards: tar files in WebDataset naming. Those without an index file get one, see :mod:`dalle_fast.data.index`.
+        shards: tar files in WebDataset naming. Those without an index file get one, see ``tar_index.py``.
         workers: processes that index them; None is one for each processor.
 
     Raises:

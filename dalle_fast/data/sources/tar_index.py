@@ -32,8 +32,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from .pairs import Skipped
-from .sources import IMAGE_EXTENSIONS, Unusable, caption_of, extension_of
+from ..pairs import IMAGE_EXTENSIONS, Skipped, Unusable, caption_of, extension_of
 
 FOLDER = ".dalle_fast_index"
 BLOCK = tarfile.BLOCKSIZE

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .folders import new_folder
-from .pairs import BrokenSample, Pair, Pairs, Skipped
+from ...files import new_folder
+from ..pairs import BrokenSample, Pair, Pairs, Skipped
 
 VIEW, KEPT, DROPPED = "view.json", "kept.npy", "dropped.jsonl"
-_FORMAT = "dalle_fast.view"
+FORMAT = "dalle_fast.view"
 _PROBES = 256  # pairs that a fingerprint looks at
 
 
@@ -119,7 +119,7 @@ def write_view(
             raise ValueError(f"pairs: expected some to keep of {source}, got none: {dict(counts)}")
         np.save(partial / KEPT, kept.astype("<i8"))
         view = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "source": source,
             "fingerprint": fingerprint_of(pairs),
             "pairs": len(pairs),
@@ -136,27 +136,3 @@ def _name(pairs: Pairs, index: int) -> str:
         return pairs.name(index)
     except BrokenSample as error:
         return error.name
-
-
-def open_view(folder: Path, workers: int | None = None) -> View:
-    """Open a view and its source, the latter as ``open_pairs`` does.
-
-    Raises:
-        ValueError: the folder is no intact view, its source cannot be opened, or is not what it was.
-    """
-    from .pairs import open_pairs  # which in turn opens views
-
-    try:
-        view = json.loads((folder / VIEW).read_text(encoding="utf-8"))
-        if view["format"] != _FORMAT:
-            raise ValueError(f"got the format {view['format']}")
-        source, fingerprint, count = view["source"], view["fingerprint"], view["kept"]
-        kept = np.load(folder / KEPT, mmap_mode="r").shape
-        if kept != (count,):
-            raise ValueError(f"expected {count} indices, got {list(kept)}")
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise ValueError(f"view: expected {VIEW} and {KEPT} in {folder}, got {error}") from None
-    pairs = open_pairs(source, workers)
-    if fingerprint_of(pairs) != fingerprint:
-        raise ValueError(f"view: expected the pairs that {folder} was made of, got others in {source}")
-    return View(pairs, folder / KEPT)
