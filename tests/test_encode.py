@@ -182,7 +182,7 @@ def test_any_number_of_processes_writes_the_same(tmp_path: Path) -> None:
 def test_a_kill_loses_the_shard_at_work(tmp_path: Path) -> None:
     """kill -9 of the command at any moment; the same command ends with the same bytes."""
     code = (
-        "import sys, torch, time; sys.path.insert(0, sys.argv[1]); import test_encoded as t; from pathlib import Path\n"
+        "import sys, torch, time; sys.path.insert(0, sys.argv[1]); import test_encode as t; from pathlib import Path\n"
         "torch.set_num_threads(1); slow = t.encode\n"
         "t.encode = lambda images: (time.sleep(0.01), slow(images))[1]\n"
         "t.write(Path(sys.argv[2]), t.Pictures(40))"
