@@ -1,13 +1,52 @@
-"""Files and folders that appear complete or not at all, and the hash of a file."""
+"""Files and folders that appear complete or not at all, and the hash of a file.
+
+Readers of a name find the old content or the new, never a part of either. Writers of the same name do not disturb each
+other, whether threads, processes or nodes that share a disk: each writes under a hidden name of its own,
+``.NAME.RANDOM.partial``, and renames it at the end. A failure removes that file or folder; a killed process leaves it.
+
+A killed process loses only what it had not renamed. A crash of the node (power, kernel) loses nothing that was written
+durably: once the call returns, content and name are on the disk. Without that, the file may be gone or damaged
+afterwards, which suits what is checked when it is read, or easily made again.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def write_atomically(
+    path: str | Path, content: str | bytes | Callable[[Path], object], *, durable: bool = True
+) -> None:
+    """Write a file, or replace it; of several writers the last one wins. Missing folders above it are made.
+
+    Args:
+        content: text, stored as UTF-8; bytes; or a function that writes the file whose path it is given.
+        durable: wait until content and name are on the disk.
+
+    Raises:
+        OSError: the file cannot be written; what had the name before is still there.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial_name(path)
+    try:
+        if callable(content):
+            content(partial)
+        else:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        if durable:
+            sync(partial)
+        os.replace(partial, path)
+        if durable:
+            sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def check_new(path: str | Path) -> None:
@@ -19,14 +58,15 @@ def check_new(path: str | Path) -> None:
 
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """A hidden folder to fill, which takes the name ``path`` when the block ends well and is removed when it fails.
+    """A hidden folder to fill, which is written durably and takes the name ``path`` when the block ends well.
 
     Raises:
         ValueError: ``path`` exists and is not an empty folder.
+        OSError: another writer of ``path`` was done first.
     """
     check_new(path)
-    path = Path(path)
-    partial = path.absolute().with_name(f".{path.absolute().name}.{os.getpid()}.partial")
+    path = Path(path).absolute()
+    partial = _partial_name(path)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -35,13 +75,18 @@ def new_folder(path: str | Path) -> Iterator[Path]:
                 sync(Path(folder, file))
             sync(Path(folder))
         os.replace(partial, path)
-        sync(path.absolute().parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _partial_name(path: Path) -> Path:
+    """A hidden name beside ``path`` that no other writer has."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+
+
 def sync(path: Path) -> None:
-    """Have the disk hold what was written to a file or a folder."""
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -50,7 +95,7 @@ def sync(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The hash of a file, in hex."""
+    """The SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tokenizers
 import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-if TYPE_CHECKING:
-    from . import _host
+from . import _host
+from .files import write_atomically
 
 DROPOUT = 0.1  # BPE dropout in training (section 2.2)
 _FORMAT = "dalle_fast.tokenizer"
@@ -60,22 +59,13 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write everything to one JSON file, atomically."""
-        path = Path(path)
         content = {
             "format": _FORMAT,
             "vocab_size": self.vocab_size,
             "text_len": self.text_len,
             "tokenizer": json.loads(self._backend.to_str()),
         }
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                json.dump(content, file, ensure_ascii=False)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomically(path, json.dumps(content, ensure_ascii=False))
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -144,8 +134,6 @@ class Tokenizer:
 
     @cached_property
     def _bpe(self) -> _host.BPE:
-        from . import _host  # here, because nothing but training with dropout needs the binary
-
         model = json.loads(self._backend.to_str())["model"]
         return _host.BPE(model["vocab"], [tuple(merge) for merge in model["merges"]])
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..files import write_atomically
 from .augment import augment_dalle, center_crop_resize
 from .codes import CAPTIONS, CODES, FORMAT, INDEX, META, EncodedPairs, write_shard
 from .pairs import Pairs
@@ -24,7 +25,6 @@ from .shard_job import (
     read_skipped,
     shard_folder,
     write_skipped,
-    write_text,
 )
 from .sources.view import fingerprint_of
 
@@ -133,4 +133,4 @@ def _finish(folder: Path, settings: Encoding, pairs: Pairs) -> None:
     everything = itertools.chain(pairs.skipped, read_skipped(folder, len(shards)))
     skipped = write_skipped(folder / SKIPPED, everything)
     meta = {"format": FORMAT, **asdict(settings), "skipped": skipped, "shards": shards}
-    write_text(folder / META, json.dumps(meta, indent=1) + "\n")
+    write_atomically(folder / META, json.dumps(meta, indent=1) + "\n")

@@ -8,7 +8,6 @@ that could not be read. Shard i is the work of process i modulo their number, an
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..files import new_folder
+from ..files import new_folder, write_atomically
 from .batches import collate
 from .pairs import BrokenSample, Pairs, Skipped
 
@@ -131,7 +130,7 @@ def _settle(folder: Path, settings: Settings) -> None:
         raise ValueError(f"output folder: expected a new or empty one, or one to go on with, got {folder}")
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(wanted, indent=2) + "\n")
+        write_atomically(path, json.dumps(wanted, indent=2) + "\n")
 
 
 def _process(prepared: Iterable[Any], process: Callable[[torch.Tensor], torch.Tensor], skipped: list[Skipped]) -> Shard:
@@ -189,13 +188,3 @@ def read_skipped(folder: Path, shards: int) -> Iterator[Skipped]:
         with (shard_folder(folder, number) / SKIPPED).open(encoding="utf-8") as file:
             for line in file:
                 yield Skipped(**json.loads(line))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is complete or not there, whoever else writes the same one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

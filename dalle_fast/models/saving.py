@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..config import CLIPConfig, DALLEConfig, DVAEConfig
+from ..files import write_atomically
 from .clip import CLIP
 from .dvae import DiscreteVAE
 from .transformer import DALLE
@@ -35,17 +35,11 @@ def save_model(model: nn.Module, path: str | Path, half: bool = False) -> None:
 
     ``half`` stores the parameters in fp16; loading turns them back into fp32.
     """
-    path = Path(path)
     dtype = torch.float16 if half else torch.float32
     # Untied and contiguous: safetensors refuses shared memory.
     tensors = {name: p.detach().to("cpu", dtype, copy=True).contiguous() for name, p in model.state_dict().items()}
     metadata = {"kind": kind_of(model), "config": json.dumps(asdict(cast(Any, model).cfg))}
-    temporary = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, temporary, metadata)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(path, lambda file: save_file(tensors, file, metadata))
 
 
 def load_model(path: str | Path, kind: str | None = None) -> Any:

@@ -11,7 +11,6 @@ Of many processes each writes, and later reads, its shards of the tensors. They 
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
@@ -29,7 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..distributed.sharding import local, sharded_like
 from ..distributed.world import ALONE, World
-from ..files import sync
+from ..files import sync, write_atomically
 
 RUN_FILE = "run.json"  # written last
 UNFINISHED = ".tmp"  # ends the name of a folder that is being written or deleted
@@ -118,11 +117,7 @@ class CheckpointWriter:
         if not self.world.is_first:
             return
         run = {"files": {file.name: _checksum(file) for file in unfinished.iterdir()}, **json.loads(values)}
-        with (unfinished / RUN_FILE).open("w", encoding="utf-8") as file:
-            json.dump(run, file)
-            file.flush()
-            os.fsync(file.fileno())
-        sync(unfinished)
+        write_atomically(unfinished / RUN_FILE, json.dumps(run))
         if path.exists():
             _delete(path)  # damaged, or this run would have gone on from it
         unfinished.rename(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -16,6 +15,7 @@ from typing import IO, Any
 import torch
 
 from ..distributed.world import ALONE, World
+from ..files import write_atomically
 
 Metrics = dict[str, torch.Tensor]
 
@@ -128,9 +128,7 @@ class Log:
             self._writer = SummaryWriter(path.parent / "tensorboard", purge_step=step + 1)
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and step else []
         kept = [line for line in lines if _step_of(line) <= step]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)  # a run that is killed here keeps its log
+        write_atomically(path, "".join(line + "\n" for line in kept), durable=False)  # a kill here keeps the log
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:

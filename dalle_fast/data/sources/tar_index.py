@@ -19,7 +19,6 @@ import os
 import posixpath
 import struct
 import tarfile
-import tempfile
 import time
 import warnings
 import zlib
@@ -32,6 +31,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from ...files import write_atomically
 from ..pairs import IMAGE_EXTENSIONS, Skipped, Unusable, caption_of, extension_of
 
 FOLDER = ".dalle_fast_index"
@@ -311,24 +311,11 @@ def write_index(shard: str, stat: os.stat_result, samples: bytes, skipped: Seque
     failed: OSError | None = None
     for path in map(Path, _places(shard)):
         try:
-            _replace(path, content)
+            write_atomically(path, content, durable=False)  # every read checks it
             return
         except OSError as error:
             failed = failed or error
     raise OSError(f"index of {shard}: expected a place to write it, got {failed}")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file such that at no time a part of it has the name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".partial")
-    try:
-        os.fchmod(handle, 0o644)
-        with open(handle, "wb") as file:
-            file.write(content)
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
 
 
 def _remove_stale(parent: str) -> None:
