@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dalle_fast.data.pairs import find_shards
+from dalle_fast.data.open import find_shards
 from dalle_fast.data.shuffle import shuffled
 from dalle_fast.data.sources import tar_index as index
 from dalle_fast.data.sources.tar import ShardPairs

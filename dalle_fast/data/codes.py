@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .pairs import check_index
+
 FORMAT = "dalle_fast.encoded.2"
 META, CODES, CAPTIONS, INDEX = "meta.json", "codes.npy", "captions.txt", "index.npy"
 
@@ -135,8 +137,7 @@ class EncodedPairs:
 
     def _place(self, index: int) -> tuple[int, int]:
         """The shard of a pair, and its row there."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
+        check_index(index, len(self))
         number = bisect.bisect_right(self._ends, index)
         return number, index - self._ends[number - 1] if number else index
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
 
 from .pairs import Pairs
 from .sources.files import index_folder, index_manifest
 from .sources.scenes import SceneCorpus
 from .sources.tar import ShardPairs
-from .sources.view import FORMAT, KEPT, VIEW, View, fingerprint_of
+from .sources.view import VIEW, View, fingerprint_of, read_view
 
 
 def open_pairs(source: str | Path, workers: int | None = None) -> Pairs:
@@ -23,25 +19,21 @@ def open_pairs(source: str | Path, workers: int | None = None) -> Pairs:
     Args:
         source: one of
 
-            - ``"scenes"`` or ``"scenes:held-out"``: drawn scenes, see :mod:`dalle_fast.data.sources.scenes`;
+            - ``"scenes"`` or ``"scenes:held-out"``: synthetic scenes, see :mod:`dalle_fast.data.sources.scenes`;
             - a folder of images, each with a ``.txt`` of the same stem beside it, searched recursively;
             - a ``.csv`` or ``.jsonl`` manifest with ``image`` (relative to the manifest) and ``caption``;
             - a ``.tar`` in WebDataset naming, a folder of them, or a glob such as ``"shards/*.tar"``; they are indexed
-              on the first time, see :mod:`dalle_fast.data.sources.tar_index`;
+              when they are first opened, see :mod:`dalle_fast.data.sources.tar_index`;
             - a view of another source, see :mod:`dalle_fast.data.sources.view`.
-        workers: processes that index tar shards; None is one for each processor.
+        workers: processes that index tar shards; None is one per processor.
 
     Samples that cannot be used are named in ``skipped``. A caption is stripped of the white space around it.
 
     Raises:
         ValueError: there is no such source, or it holds no pair at all.
     """
-    drawn: dict[str, Callable[[], Pairs]] = {
-        "scenes": SceneCorpus,
-        "scenes:held-out": lambda: SceneCorpus(held_out=True),
-    }
-    if str(source) in drawn:
-        return drawn[str(source)]()
+    if str(source) in ("scenes", "scenes:held-out"):
+        return SceneCorpus(held_out=str(source) == "scenes:held-out")
     path = Path(source)
     pairs: Pairs
     if (path / VIEW).is_file():
@@ -68,26 +60,17 @@ def open_view(folder: Path, workers: int | None = None) -> View:
     """Open a view and its source, the latter as ``open_pairs`` does.
 
     Raises:
-        ValueError: the folder is no intact view, its source cannot be opened, or is not what it was.
+        ValueError: the folder is no intact view, or its source cannot be opened or has changed.
     """
-    try:
-        view = json.loads((folder / VIEW).read_text(encoding="utf-8"))
-        if view["format"] != FORMAT:
-            raise ValueError(f"got the format {view['format']}")
-        source, fingerprint, count = view["source"], view["fingerprint"], view["kept"]
-        kept = np.load(folder / KEPT, mmap_mode="r").shape
-        if kept != (count,):
-            raise ValueError(f"expected {count} indices, got {list(kept)}")
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise ValueError(f"view: expected {VIEW} and {KEPT} in {folder}, got {error}") from None
+    source, fingerprint = read_view(folder)
     pairs = open_pairs(source, workers)
     if fingerprint_of(pairs) != fingerprint:
         raise ValueError(f"view: expected the pairs that {folder} was made of, got others in {source}")
-    return View(pairs, folder / KEPT)
+    return View(pairs, folder)
 
 
 def find_shards(source: str | Path) -> list[Path]:
-    """The tar shards that a source names, in order: one, those of a folder, or those that match a glob."""
+    """The tar shards of a source, in order: a single one, those of a folder, or those that match a glob."""
     path = Path(source)
     if path.is_dir():
         return sorted(path.glob("*.tar"))

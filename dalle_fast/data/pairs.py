@@ -1,4 +1,4 @@
-"""Image-caption pairs: what every source of them is made of."""
+"""Image-caption pairs: the types and helpers that all sources share."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ class BrokenSample(Exception):
 
 
 class Pairs(Protocol):
-    """What :func:`open_pairs` returns. Reading a pair may raise :class:`BrokenSample`."""
+    """A source of pairs, as ``open_pairs`` returns it. All but ``captions`` may raise :class:`BrokenSample`."""
 
     @property
-    def skipped(self) -> Collection[Skipped]: ...
+    def skipped(self) -> Collection[Skipped]:
+        """Samples that were left out when the source was opened."""
 
     def __len__(self) -> int: ...
 
@@ -50,21 +51,27 @@ class Pairs(Protocol):
         """All captions in order, without reading an image."""
 
     def caption(self, index: int) -> str:
-        """The caption of a pair, without reading its image. May raise BrokenSample, as may the next two."""
+        """The caption of a pair, without reading its image."""
 
     def name(self, index: int) -> str:
-        """What reports call a pair."""
+        """The name of a pair in reports."""
 
     def image_size(self, index: int) -> tuple[int, int]:
         """Width and height of an image as its header states them, without decoding it."""
 
 
 class Unusable(Exception):
-    """Why one sample cannot be used."""
+    """A sample cannot be used; the message is the reason, as reports give it."""
+
+
+def check_index(index: int, count: int) -> None:
+    """Raise IndexError unless the index is one of ``count``."""
+    if not 0 <= index < count:
+        raise IndexError(f"index: expected 0 to {count - 1}, got {index}")
 
 
 def caption_of(caption: object) -> str:
-    """A caption, text or UTF-8, as training gets it. Raises Unusable."""
+    """A caption, text or UTF-8, without the white space around it. Raises Unusable."""
     if isinstance(caption, bytes):
         caption = caption.decode("utf-8-sig", errors="surrogateescape")
     if not isinstance(caption, str) or not caption.strip():
@@ -77,5 +84,5 @@ def caption_of(caption: object) -> str:
 
 
 def extension_of(name: str) -> str:
-    """What follows the last dot, in lower case."""
+    """The part after the last dot, in lower case."""
     return name.rpartition(".")[2].lower()

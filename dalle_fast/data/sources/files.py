@@ -1,4 +1,4 @@
-"""Folders and manifests of pairs. Whatever is wrong with a sample, it is skipped by name and the rest goes on."""
+"""Folders and manifests of pairs. A sample with anything wrong is skipped, by name, and the rest are read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..images import decode_image, read_image_size
-from ..pairs import IMAGE_EXTENSIONS, BrokenSample, Pair, Skipped, Unusable, caption_of, extension_of
+from ..pairs import IMAGE_EXTENSIONS, BrokenSample, Pair, Skipped, Unusable, caption_of, check_index, extension_of
 
 
 def _check_image(path: Path) -> None:
@@ -24,13 +24,13 @@ def _check_image(path: Path) -> None:
 class FilePairs:
     """Pairs whose images are files of their own.
 
-    In memory are names, paths and captions as two flat arrays, which forked data workers share.
+    Names, paths and captions are held in two flat arrays, which forked data workers share.
     """
 
     def __init__(self) -> None:
         self.skipped: list[Skipped] = []
         self._text = bytearray()  # name, NUL, path, NUL, caption of every pair
-        self._ends = array("q")  # where each pair's text ends
+        self._ends = array("q")  # the end of each pair's text
 
     def add(self, name: str, path: Path, caption: str) -> None:
         self._text += b"\0".join((os.fsencode(name), os.fsencode(path), caption.encode()))
@@ -43,8 +43,7 @@ class FilePairs:
         return len(self._ends)
 
     def __getitem__(self, index: int) -> Pair:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
+        check_index(index, len(self))
         name, path, caption = self._texts(index)
         try:
             return Pair(decode_image(Path(os.fsdecode(path)).read_bytes()), caption.decode())

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..pairs import Pair, Skipped
+from ..pairs import Pair, Skipped, check_index
 
 SHAPES = ("circle", "square", "triangle")
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -163,8 +163,7 @@ class SceneCorpus:
                 return scene
 
     def __getitem__(self, index: int) -> Pair:
-        if not 0 <= index < self.n:
-            raise IndexError(f"index: expected 0 to {self.n - 1}, got {index}")
+        check_index(index, self.n)
         scene = self.scene(index)
         return Pair(draw(scene, self.size, np.random.default_rng((self.seed, index, 1))), scene.caption)
 

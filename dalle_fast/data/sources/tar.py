@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..images import decode_image, read_image_size
-from ..pairs import BrokenSample, Pair, Skipped, Unusable
+from ..pairs import BrokenSample, Pair, Skipped, Unusable, check_index
 from .tar_index import OpenShard, Record, ShardIndex, ShardTable, index_shards
 
 MAX_OPEN = 128  # shards of a process, at two files each
@@ -46,8 +46,7 @@ class ShardPairs:
 
     def find(self, number: int) -> tuple[OpenShard, Record]:
         """The files of a pair, and where it is in them. Raises BrokenSample where they are not as they were."""
-        if not 0 <= number < len(self):
-            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {number}")
+        check_index(number, len(self))
         shard = int(self._ends.searchsorted(number, side="right"))
         try:
             files = self._opened(shard)

@@ -1,8 +1,8 @@
 """Views: some of the pairs of a source, without a copy of any.
 
-A folder of ``view.json`` (the source, its fingerprint, how many pairs it keeps, how many are gone for which reason),
-``kept.npy`` (int64, the indices of the pairs it keeps, ascending) and ``dropped.jsonl`` (index, name and reason of each
-other pair). A view is a source like any other: ``open_pairs`` reads it, and there may be views of it.
+A view is a folder of ``view.json`` (the source, its fingerprint, the number of pairs kept, and dropped for each
+reason), ``kept.npy`` (int64, the indices of the pairs kept, ascending) and ``dropped.jsonl`` (index, name and reason of
+each other pair). It is a source like any other: ``open_pairs`` reads it, and there may be views of it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...files import new_folder
-from ..pairs import BrokenSample, Pair, Pairs, Skipped
+from ..pairs import BrokenSample, Pair, Pairs, Skipped, check_index
 
-VIEW, KEPT, DROPPED = "view.json", "kept.npy", "dropped.jsonl"
-FORMAT = "dalle_fast.view"
-_PROBES = 256  # pairs that a fingerprint looks at
+VIEW = "view.json"
+_KEPT, _DROPPED = "kept.npy", "dropped.jsonl"
+_FORMAT = "dalle_fast.view"
+_PROBES = 256  # pairs that a fingerprint reads
 
 
 class Dropped(NamedTuple):
@@ -35,15 +36,15 @@ class Dropped(NamedTuple):
 
 
 class View:
-    """The pairs of a source whose indices are in the file ``kept``, which is read as it is needed."""
+    """The pairs of a source that the view in ``folder`` keeps. Their indices stay on disk and are read as needed."""
 
-    def __init__(self, pairs: Pairs, kept: Path) -> None:
+    def __init__(self, pairs: Pairs, folder: Path) -> None:
         self._pairs = pairs
-        self._path = kept
-        self._kept = np.load(kept, mmap_mode="r")
+        self._folder = folder
+        self._kept = np.load(folder / _KEPT, mmap_mode="r")
 
-    def __reduce__(self) -> Any:  # else data workers that are spawned would get a copy of the file
-        return View, (self._pairs, self._path)
+    def __reduce__(self) -> Any:  # else data workers that are spawned would get a copy of the indices
+        return View, (self._pairs, self._folder)
 
     @property
     def skipped(self) -> Collection[Skipped]:
@@ -68,14 +69,13 @@ class View:
         return self._pairs.image_size(self._place(index))
 
     def _place(self, index: int) -> int:
-        """Which pair of the source it is."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
+        """The index of a pair in the source."""
+        check_index(index, len(self))
         return int(self._kept[index])
 
 
 def fingerprint_of(pairs: Pairs) -> str:
-    """Tells sources apart: a hash of how many pairs there are, and of names and captions spread over them."""
+    """A hash that tells sources apart: of the number of pairs, and of names and captions spread over them."""
     digest = hashlib.blake2b(str(len(pairs)).encode(), digest_size=16)
     for index in np.linspace(0, len(pairs) - 1, min(_PROBES, len(pairs)), dtype=np.int64).tolist():
         try:
@@ -85,6 +85,24 @@ def fingerprint_of(pairs: Pairs) -> str:
     return digest.hexdigest()
 
 
+def read_view(folder: Path) -> tuple[str, str]:
+    """The source of a view, and the fingerprint that it had.
+
+    Raises:
+        ValueError: the folder is no intact view.
+    """
+    try:
+        view = json.loads((folder / VIEW).read_text(encoding="utf-8"))
+        if view["format"] != _FORMAT:
+            raise ValueError(f"got the format {view['format']}")
+        kept = np.load(folder / _KEPT, mmap_mode="r").shape
+        if kept != (view["kept"],):
+            raise ValueError(f"expected {view['kept']} indices, got {list(kept)}")
+        return view["source"], view["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise ValueError(f"view: expected {VIEW} and {_KEPT} in {folder}, got {error}") from None
+
+
 def write_view(
     folder: str | Path, source: str | Path, pairs: Pairs, dropped: Iterable[Dropped], settings: dict[str, Any]
 ) -> dict[str, int]:
@@ -92,12 +110,12 @@ def write_view(
 
     Args:
         folder: a new one.
-        source: what ``open_pairs`` opened as ``pairs``.
+        source: the name that ``open_pairs`` opened as ``pairs``.
         dropped: by ascending index.
-        settings: by which they were chosen; for the reader of ``view.json``.
+        settings: of the choice; for the reader of ``view.json``.
 
     Returns:
-        how many pairs were dropped for each reason.
+        the number of pairs dropped for each reason.
 
     Raises:
         ValueError: the folder is not new, or no pair is left.
@@ -108,7 +126,7 @@ def write_view(
     if os.path.exists(source) or glob.has_magic(source):
         source = os.path.abspath(source)
     with new_folder(folder) as partial:
-        with (partial / DROPPED).open("w", encoding="utf-8") as file:
+        with (partial / _DROPPED).open("w", encoding="utf-8") as file:
             for row, reason, details in dropped:
                 keeps[row] = False
                 counts[reason] += 1
@@ -117,9 +135,9 @@ def write_view(
         kept = np.flatnonzero(keeps)
         if not len(kept):
             raise ValueError(f"pairs: expected some to keep of {source}, got none: {dict(counts)}")
-        np.save(partial / KEPT, kept.astype("<i8"))
+        np.save(partial / _KEPT, kept.astype("<i8"))
         view = {
-            "format": FORMAT,
+            "format": _FORMAT,
             "source": source,
             "fingerprint": fingerprint_of(pairs),
             "pairs": len(pairs),
