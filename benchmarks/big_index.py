@@ -24,11 +24,11 @@ from dalle_fast.data.open import find_shards
 from dalle_fast.data.shuffle import shuffled
 from dalle_fast.data.sources import tar_index as index
 from dalle_fast.data.sources.tar import ShardPairs
-from dalle_fast.data.sources.tar_index import Record
+from dalle_fast.data.sources.tar_samples import BLOCK, Record
 
 SHARDS, SAMPLES = 25_000, 10_000
 IMAGE_SIZE, CAPTION_SIZE = 100_000, 60  # bytes
-BLOCKS = IMAGE_SIZE // index.BLOCK + 4  # of a sample: the image and its header, the caption and its header
+BLOCKS = IMAGE_SIZE // BLOCK + 4  # of a sample: the image and its header, the caption and its header
 WORKERS, LOOKUPS = 4, 20_000
 
 
@@ -44,7 +44,7 @@ def simulate(folder: Path) -> None:
     for number in range(SHARDS):
         shard = folder / f"{number:05d}.tar"
         with shard.open("wb") as file:
-            file.truncate((number + SAMPLES * BLOCKS) * index.BLOCK)
+            file.truncate((number + SAMPLES * BLOCKS) * BLOCK)
         moved = records.copy()
         moved["image"] += number
         moved["caption"] += number

@@ -1,4 +1,4 @@
-"""The drawn scenes, and the judge that reads them back."""
+"""The synthetic scenes, and the judge that reads them back."""
 
 import numpy as np
 import pytest
@@ -14,12 +14,13 @@ from dalle_fast.data.sources.scenes import (
     SceneCorpus,
     all_items,
     all_scenes,
-    parse,
 )
 from dalle_fast.demo.judge import Found, detect, relation_holds, verdict
 
+SCENES = {scene.caption: scene for held_out in (False, True) for scene in all_scenes(held_out)}
 
-def pictures(corpus: SceneCorpus) -> torch.Tensor:
+
+def images(corpus: SceneCorpus) -> torch.Tensor:
     return torch.from_numpy(np.stack([pair.image for pair in corpus])).permute(0, 3, 1, 2) / 255
 
 
@@ -30,16 +31,8 @@ def test_the_language():
     assert scene.caption == "a red circle left of a blue square"
 
 
-def test_every_caption_is_read_back():
-    for held_out in (False, True):
-        for scene in all_scenes(held_out):
-            assert parse(scene.caption) == scene
-
-
-@pytest.mark.parametrize("caption", ["", "a red", "a red dog", "a red circle near a blue square", "a red circle above"])
-def test_other_sentences_are_refused(caption):
-    with pytest.raises(ValueError, match=r"caption: expected e\.g\."):
-        parse(caption)
+def test_every_scene_has_a_caption_of_its_own():
+    assert len(SCENES) == 24 + 24 * 23 * 4
 
 
 def test_some_pairs_of_items_never_meet_in_training():
@@ -64,28 +57,28 @@ def test_same_seed_and_index_same_pair():
         SceneCorpus(50)[50]
 
 
-def test_pictures_of_one_caption_differ_in_size_and_place():
+def test_images_of_one_caption_differ_in_size_and_place():
     corpus = SceneCorpus(3_000, seed=1)
     alone = [i for i in range(3_000) if corpus.scene(i) == Scene(Item("red", "circle"))]
-    found = [f[0] for f in detect(torch.stack([pictures_of(corpus, i) for i in alone]))]
+    found = [f[0] for f in detect(torch.stack([image_of(corpus, i) for i in alone]))]
     assert len(found) > 10
     assert np.std([f.x for f in found]) > 0.05 and np.std([f.y for f in found]) > 0.05
 
 
-def pictures_of(corpus: SceneCorpus, index: int) -> torch.Tensor:
+def image_of(corpus: SceneCorpus, index: int) -> torch.Tensor:
     return torch.from_numpy(corpus[index].image).permute(2, 0, 1) / 255
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_the_judge_is_right_on_drawn_scenes(held_out):
+def test_the_judge_is_right_on_rendered_scenes(held_out):
     corpus = SceneCorpus(400, seed=11, held_out=held_out)
-    right = [all(verdict(corpus.scene(i), found)) for i, found in enumerate(detect(pictures(corpus)))]
+    right = [all(verdict(corpus.scene(i), found)) for i, found in enumerate(detect(images(corpus)))]
     assert np.mean(right) >= 0.98
 
 
 def test_the_judge_refuses_what_a_caption_does_not_say():
     corpus = SceneCorpus(200, seed=12)
-    found = detect(pictures(corpus))
+    found = detect(images(corpus))
     for i in range(200):
         scene = corpus.scene(i)
         if scene.second is None:
@@ -109,12 +102,12 @@ def test_relations_use_the_longer_axis():
         assert [r for r in RELATIONS if relation_holds(r, middle, other)] == [relation]
 
 
-def test_an_empty_picture_shows_nothing():
+def test_an_empty_image_shows_nothing():
     assert detect(torch.full((2, 3, 32, 32), 0.97)) == [[], []]
 
 
 def test_scenes_open_as_a_corpus():
     pairs = open_pairs("scenes")
     assert len(pairs) > 10_000 and list(pairs.skipped) == []
-    assert all(parse(pairs[i].caption).held_out is False for i in range(20))
-    assert all(parse(open_pairs("scenes:held-out")[i].caption).held_out for i in range(20))
+    assert all(SCENES[pairs[i].caption].held_out is False for i in range(20))
+    assert all(SCENES[open_pairs("scenes:held-out")[i].caption].held_out for i in range(20))

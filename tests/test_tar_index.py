@@ -18,6 +18,8 @@ from dalle_fast.data.sources import tar as shards
 from dalle_fast.data.sources import tar_index as index
 from dalle_fast.data.sources.tar import ShardPairs
 
+IN_BLOCK = 51  # records of a block of the index
+
 
 def make_shards(folder: Path, count: int = 4) -> list[Path]:
     """Shards of 1, 2, 3, ... samples, numbered through."""
@@ -146,13 +148,13 @@ def test_a_changed_shard_is_noticed(tmp_path: Path) -> None:
 
 def test_a_shard_that_changes_while_it_is_indexed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shard = shard_of(tmp_path / "a.tar", 0)
-    scan = index._scan
+    open_tar = tarfile.open
 
-    def scan_and_touch(*arguments):
+    def touch_and_open(*args, **options):
         os.utime(shard, ns=(0, time.time_ns()))
-        return scan(*arguments)
+        return open_tar(*args, **options)
 
-    monkeypatch.setattr(index, "_scan", scan_and_touch)
+    monkeypatch.setattr(tarfile, "open", touch_and_open)
     with pytest.raises(ValueError, match=f"shard {shard}: expected it to stay as it is while it is indexed"):
         ShardPairs([shard])
 
@@ -182,8 +184,8 @@ def test_a_damaged_index_is_made_anew(tmp_path: Path, damage: str) -> None:
 
 def test_damage_behind_the_header_is_noticed_when_it_is_read(tmp_path: Path) -> None:
     """Wherever it is; what is not in the same block can still be read."""
-    shard = shard_of(tmp_path / "a.tar", 0, samples=2 * index._IN_BLOCK + 1)
-    records = b"".join(index.RECORD.pack(i, 1, i, 1, 1, 0) for i in range(2 * index._IN_BLOCK + 1))
+    shard = shard_of(tmp_path / "a.tar", 0, samples=2 * IN_BLOCK + 1)
+    records = b"".join(index.RECORD.pack(i, 1, i, 1, 1, 0) for i in range(2 * IN_BLOCK + 1))
     index.write_index(str(shard), shard.stat(), records, [Skipped("a", "broken"), Skipped("b", "broken")])
     (path,) = (tmp_path / index.FOLDER).iterdir()
     whole, (found,) = path.read_bytes(), index.index_shards([shard])[0]
@@ -195,7 +197,7 @@ def test_damage_behind_the_header_is_noticed_when_it_is_read(tmp_path: Path) -> 
         message = f"index: expected bytes {parts[part]} to {parts[part + 1]} of {path} as they were written, got others"
         pairs = open_pairs(shard)
         for block in range(3):
-            number = block * index._IN_BLOCK
+            number = block * IN_BLOCK
             if block == part:
                 with pytest.raises(BrokenSample, match=rf"a\.tar: ValueError: {message}"):
                     pairs.find(number)
@@ -211,7 +213,6 @@ def test_indexes_go_where_they_can(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Beside the shards or, where something is in the way, to the cache; if that cannot be either, it is an error."""
     cache, data = tmp_path / "cache", tmp_path / "data"
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    index._folders.cache_clear()
     data.mkdir()
     make_shards(data)
     (data / index.FOLDER).write_text("in the way")
@@ -225,12 +226,10 @@ def test_indexes_go_where_they_can(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     other = tmp_path / "other"
     other.mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(data / "00000.tar"))
-    index._folders.cache_clear()
     shard = shard_of(other / "a.tar", 0)
     (other / index.FOLDER).write_text("in the way")
     with pytest.raises(OSError, match=rf"index of {shard}: expected a place to write it, got .*File exists"):
         open_pairs(other)
-    index._folders.cache_clear()
 
 
 def test_bad_workers(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""The kinds of sources: files in folders and manifests, tar shards, views of other sources, drawn scenes."""
+"""The kinds of sources: files in folders and manifests, tar shards, views of other sources, synthetic scenes."""

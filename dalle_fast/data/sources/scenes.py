@@ -1,7 +1,7 @@
-"""Captioned scenes drawn from nothing: "a red circle above a blue square".
+"""Synthetic captioned scenes: "a red circle above a blue square".
 
 One or two anti-aliased shapes on light, grainy paper, with jittered size, place and shade. Some pairs of objects never
-meet in the training split; they make up the held-out split, which asks for combinations that a model has not seen.
+meet in the training split; they make up the held-out split, which asks a model for combinations it has not seen.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says: one item, or two and how the first stands to the second."""
+    """The content of a caption: one item, or two and the relation of the first to the second."""
 
     first: Item
     relation: str | None = None
@@ -57,7 +57,7 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """Whether this pair of items never meets in the training split, in any order or relation."""
+        """True if the two items never meet in the training split, in any order or relation."""
         if self.second is None:
             return False
         pair = " ".join(sorted((str(self.first), str(self.second))))
@@ -69,28 +69,13 @@ def all_items() -> list[Item]:
 
 
 def all_scenes(held_out: bool) -> list[Scene]:
-    """Every scene of one side of the split, in a fixed order."""
+    """Every scene of one split, in a fixed order."""
     pairs = itertools.product(all_items(), RELATIONS, all_items())
     scenes = [Scene(item) for item in all_items()] + [Scene(a, relation, b) for a, relation, b in pairs if a != b]
     return [scene for scene in scenes if scene.held_out == held_out]
 
 
-def parse(caption: str) -> Scene:
-    """The scene that a caption asks for; ValueError for a sentence outside this little language."""
-    words = caption.lower().replace(" of ", " ").split()
-    relation = {name.split()[0]: name for name in RELATIONS}
-    try:
-        first = Item(words[1], words[2])
-        scene = Scene(first) if len(words) == 3 else Scene(first, relation[words[3]], Item(words[5], words[6]))
-        items = [item for item in (scene.first, scene.second) if item]
-        if len(words) not in (3, 7) or any(i.colour not in COLOURS or i.shape not in SHAPES for i in items):
-            raise KeyError
-    except (IndexError, KeyError):
-        raise ValueError(f"caption: expected e.g. 'a red circle above a blue square', got {caption!r}") from None
-    return scene
-
-
-# ---------------------------------------------------------------------------------------------- drawing
+# ---------------------------------------------------------------------------------------------- rendering
 
 
 def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
@@ -117,28 +102,28 @@ def _place(scene: Scene, size: int, rng: np.random.Generator) -> list[tuple[floa
             return [(a[i, 0], a[i, 1], radii[0]), (b[i, 0], b[i, 1], radii[1])]
 
 
-def draw(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
-    """One picture of the scene, uint8 [size, size, 3]."""
+def render(scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
+    """One image of the scene, uint8 [size, size, 3]; place, size and shade are random."""
     y, x = np.mgrid[:size, :size] + 0.5
-    picture = np.full((size, size, 3), 255 * rng.uniform(0.96, 1.0))
+    image = np.full((size, size, 3), 255 * rng.uniform(0.96, 1.0))
     items = [item for item in (scene.first, scene.second) if item]
     for item, (cx, cy, r) in zip(items, _place(scene, size, rng), strict=True):
         colour = np.clip(np.array(COLOURS[item.colour]) * rng.uniform(0.95, 1.05), 0, 255)
         cover = np.clip(0.5 - _signed_distance(item.shape, x - cx, y - cy, r), 0, 1)[..., None]
-        picture = picture * (1 - cover) + colour * cover
-    picture += rng.normal(0, 255 * GRAIN, picture.shape)
-    return np.clip(picture + 0.5, 0, 255).astype(np.uint8)
+        image = image * (1 - cover) + colour * cover
+    image += rng.normal(0, 255 * GRAIN, image.shape)
+    return np.clip(image + 0.5, 0, 255).astype(np.uint8)
 
 
 @dataclass(frozen=True)
 class SceneCorpus:
-    """Scenes as image-caption pairs, each drawn when asked for and always the same for the same (seed, index).
+    """Scenes as image-caption pairs, each rendered when it is read, and the same for the same (seed, index).
 
     Args:
         n: number of pairs.
-        size: edge of a picture in pixels.
-        seed: another seed draws other pictures.
-        held_out: draw from the combinations that training never shows.
+        size: edge of an image in pixels.
+        seed: of the random choices of scenes and of their images.
+        held_out: take the combinations that training never shows.
     """
 
     n: int = 50_000
@@ -151,7 +136,7 @@ class SceneCorpus:
         return self.n
 
     def scene(self, index: int) -> Scene:
-        """What pair ``index`` shows; one in four shows a single item."""
+        """The scene of pair ``index``; one in four has a single item."""
         rng = np.random.default_rng((self.seed, index, 0))
         items = all_items()
         while True:
@@ -165,10 +150,10 @@ class SceneCorpus:
     def __getitem__(self, index: int) -> Pair:
         check_index(index, self.n)
         scene = self.scene(index)
-        return Pair(draw(scene, self.size, np.random.default_rng((self.seed, index, 1))), scene.caption)
+        return Pair(render(scene, self.size, np.random.default_rng((self.seed, index, 1))), scene.caption)
 
     def captions(self) -> Iterator[str]:
-        """All captions in order; nothing is drawn."""
+        """All captions in order; nothing is rendered."""
         return (self.caption(i) for i in range(self.n))
 
     def caption(self, index: int) -> str:

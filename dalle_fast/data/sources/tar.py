@@ -1,4 +1,4 @@
-"""Pairs in tar shards, read where their index files say. Memory holds the names and lengths of the shards alone."""
+"""Pairs in tar shards, located by index files. Only the names and lengths of the shards are in memory."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..images import decode_image, read_image_size
 from ..pairs import BrokenSample, Pair, Skipped, Unusable, check_index
 from .tar_index import OpenShard, Record, ShardIndex, ShardTable, index_shards
 
-MAX_OPEN = 128  # shards of a process, at two files each
+MAX_OPEN = 128  # shards per process, at two files each
 
 
 class ShardPairs:
-    """Image-caption pairs by number, counted through the shards.
+    """Image-caption pairs, numbered through all shards.
 
     Args:
         shards: tar files in WebDataset naming. Those without an index file get one, see ``tar_index.py``.
-        workers: processes that index them; None is one for each processor.
+        workers: processes that index them; None is one per processor.
 
     Raises:
         ValueError: a shard changes while it is indexed.
@@ -45,7 +45,7 @@ class ShardPairs:
             raise BrokenSample(files.name(record), f"{type(error).__name__}: {error}") from error
 
     def find(self, number: int) -> tuple[OpenShard, Record]:
-        """The files of a pair, and where it is in them. Raises BrokenSample where they are not as they were."""
+        """The files of a pair, and its place in them. Raises BrokenSample if they have changed."""
         check_index(number, len(self))
         shard = int(self._ends.searchsorted(number, side="right"))
         try:
@@ -79,7 +79,7 @@ class ShardPairs:
             raise BrokenSample(files.name(record), f"{type(error).__name__}: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        """For data workers that are spawned: each opens files of its own."""
+        """Without open files: data workers that are spawned open their own."""
         return {name: value for name, value in self.__dict__.items() if name != "_opened"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -88,12 +88,12 @@ class ShardPairs:
 
 
 def _opener(table: ShardTable) -> Callable[[int], OpenShard]:
-    """Opens shards by their number, and keeps those that were used last."""
+    """A function that opens shards by number, and keeps those used last."""
     return functools.lru_cache(MAX_OPEN)(lambda shard: OpenShard(table[shard]))
 
 
 class SkippedInShards(Collection[Skipped]):
-    """What cannot be used of some shards. Only the number of them is in memory."""
+    """The samples of some shards that cannot be used. Only their number is in memory."""
 
     def __init__(self, indexes: list[ShardIndex], unreadable: list[Skipped]) -> None:
         self._table = ShardTable([index for index in indexes if index.skipped])

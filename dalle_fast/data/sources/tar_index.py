@@ -1,13 +1,13 @@
-"""Index files of tar shards: where the image and the caption of each sample are, looked up once.
+"""Index files of tar shards: the places of all samples, looked up once.
 
 The index of ``00000.tar`` is ``.dalle_fast_index/00000.tar.idx`` beside it or, where that cannot be written, in
-``~/.cache/dalle_fast/index``. It is complete or absent, and holds for the size and modification time of the shard:
+``~/.cache/dalle_fast/index``. It is complete or absent, and valid for one size and modification time of the shard:
 
     header    see _HEADER
     samples   20 bytes each, see Record, in blocks of 51
-    skipped   [name, reason] of what cannot be used, a JSON line each
+    skipped   [name, reason] of each sample that cannot be used, one JSON line each
 
-The header, each block and all that is skipped are followed by their CRC-32, by which every read is checked.
+The header, each block and the part of skipped samples are followed by their CRC-32, which every read checks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import functools
 import hashlib
 import json
 import os
-import posixpath
 import struct
 import tarfile
 import time
@@ -26,48 +25,27 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from ...files import write_atomically
-from ..pairs import IMAGE_EXTENSIONS, Skipped, Unusable, caption_of, extension_of
+from ..pairs import Skipped
+from .tar_samples import BLOCK, Record, find_samples, key_and_extension
 
 FOLDER = ".dalle_fast_index"
-BLOCK = tarfile.BLOCKSIZE
 _MAGIC = b"DFINDEX1"
 _HEADER = struct.Struct("<8sQqQQQ")  # magic; size and mtime in ns of the shard; samples; skipped, and their bytes
 _CHECKSUM = struct.Struct("<I")
-RECORD = struct.Struct("<IIIIHH")  # see Record
-_IN_BLOCK = 51  # records: with their checksum 1 KB, which takes hardly longer to read than one of them
+RECORD = struct.Struct("<IIIIHH")  # the fields of a Record
+_IN_BLOCK = 51  # records: with their checksum 1 KB, which takes hardly longer to read than one record
 _SAMPLES_AT = _HEADER.size + _CHECKSUM.size
-_STALE_AFTER = 3600  # seconds; by then whoever wrote a partial file is gone
-
-
-class Record(NamedTuple):
-    """Where a sample is in its shard: sizes in bytes, everything else in blocks of 512."""
-
-    image: int
-    image_size: int
-    caption: int
-    caption_size: int
-    header: int  # blocks from the beginning of the image's header, which holds the sample's name, to the image
-    caption_is_json: int
-
-    def caption_from(self, content: bytes) -> str:
-        """The caption in a ``.txt``, or under ``caption`` in a ``.json``. Raises Unusable."""
-        if not self.caption_is_json:
-            return caption_of(content)
-        try:
-            fields = json.loads(content)
-        except ValueError as error:
-            raise Unusable(f"the caption is not JSON: {error}") from None
-        return caption_of(fields.get("caption") if isinstance(fields, dict) else None)
+_STALE_AFTER = 3600  # seconds, after which the writer of a partial file must be gone
 
 
 class ShardIndex(NamedTuple):
-    """A shard and what its index says of it; the samples stay on disk."""
+    """A shard and its index file: numbers of samples; the samples themselves stay on disk."""
 
     shard: str
     file: str
@@ -75,24 +53,24 @@ class ShardIndex(NamedTuple):
     skipped: int
 
     def records(self) -> Iterator[Record]:
-        """All in order. Raises ValueError where the file is damaged."""
+        """All samples in order. Raises ValueError where the file is damaged."""
         with open(self.file, "rb") as file:
             for block in range(0, self.samples, _IN_BLOCK):
                 yield from map(Record._make, RECORD.iter_unpack(self.block_of(block, file.fileno())))
 
     def block_of(self, sample: int, file: int) -> bytes:
-        """The packed records of the block that a sample is in. Raises ValueError where the open file is damaged."""
+        """The packed records of a sample's block. Raises ValueError where the open file is damaged."""
         first = sample - sample % _IN_BLOCK
         return self._read(file, _place(first), _place(min(first + _IN_BLOCK, self.samples)))
 
     def skipped_samples(self) -> Iterator[Skipped]:
-        """All in order. Raises ValueError if their part of the file is damaged."""
+        """All skipped samples in order. Raises ValueError if their part of the file is damaged."""
         with open(self.file, "rb") as file:
             lines = self._read(file.fileno(), _place(self.samples), os.fstat(file.fileno()).st_size)
         yield from (Skipped(*json.loads(line)) for line in lines.splitlines())
 
     def _read(self, file: int, begin: int, end: int) -> bytes:
-        """What is between two places of the open file, without the checksum at the end."""
+        """The bytes between two offsets of the open file, without the checksum at their end. Raises ValueError."""
         content = _unsealed(os.pread(file, end - begin, begin))
         if content is None:
             place = f"bytes {begin} to {end} of {self.file}"
@@ -124,7 +102,7 @@ class ShardTable:
 
 
 class OpenShard:
-    """The files of a shard, open for as long as somebody holds this. Forked processes can share it.
+    """The files of a shard, open as long as this object lives. Forked processes can share it.
 
     Raises:
         OSError: one of them cannot be opened.
@@ -146,7 +124,7 @@ class OpenShard:
             os.close(descriptor)
 
     def record(self, i: int) -> Record:
-        """Where sample ``i`` is. Raises ValueError where the index is damaged."""
+        """The record of sample ``i``. Raises ValueError where the index is damaged."""
         return Record._make(RECORD.unpack_from(self._records(i, self._index), i % _IN_BLOCK * RECORD.size))
 
     def image(self, record: Record, size: int | None = None) -> bytes:
@@ -158,18 +136,18 @@ class OpenShard:
         return record.caption_from(os.pread(self._shard, record.caption_size, record.caption * BLOCK))
 
     def name(self, record: Record) -> str:
-        """The name of a sample, as its header in the shard has it, or else where it is."""
+        """The name of a sample from its header in the shard; its place if the header cannot be read."""
         shard = os.path.basename(self._path)
         with suppress(OSError, tarfile.TarError), open(self._path, "rb") as file:
             file.seek((record.image - record.header) * BLOCK)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 if member := tar.next():
-                    return f"{shard}:{_key_and_extension(member.name)[0]}"
+                    return f"{shard}:{key_and_extension(member.name)[0]}"
         return f"{shard}:byte {record.image * BLOCK}"
 
 
 def find_index(shard: str) -> ShardIndex | None:
-    """The index of a shard, if there is one that is whole and holds for the shard as it is now."""
+    """The index of a shard, if there is an intact one for the shard as it is now."""
     try:
         stat = os.stat(shard)
     except OSError:
@@ -199,51 +177,55 @@ def _read_header(index: int) -> tuple[bytes, int, int, int, int, int] | None:
 
 
 def _place(sample: int) -> int:
-    """Where in an index file the block begins of which a sample is the first; or ends, if that is the last."""
+    """Offset in an index file: of the block that begins with this sample, or of the end of all blocks."""
     return _SAMPLES_AT + sample * RECORD.size + -(-sample // _IN_BLOCK) * _CHECKSUM.size
 
 
 def _sealed(content: bytes) -> bytes:
-    """With its checksum behind it."""
+    """The content, followed by its checksum."""
     return content + _CHECKSUM.pack(zlib.crc32(content))
 
 
 def _unsealed(sealed: bytes) -> bytes | None:
-    """Without the checksum; None if it is another content's."""
+    """The content without its checksum; None if they do not match."""
     content = sealed[: -_CHECKSUM.size]
     return content if sealed[-_CHECKSUM.size :] == _CHECKSUM.pack(zlib.crc32(content)) else None
 
 
 def _version(stat: os.stat_result) -> tuple[int, int]:
-    """What tells a shard from what it was before."""
+    """The size and modification time of a shard: another version of it has others."""
     return stat.st_size, stat.st_mtime_ns
 
 
 def _places(shard: str) -> list[str]:
-    """Where the index of a shard may be, in this order."""
+    """The paths that the index of a shard may have, in order of preference."""
     parent, name = os.path.split(shard)
     return [f"{folder}/{name}.idx" for folder in _folders(parent)]
 
 
-@functools.cache
 def _folders(parent: str) -> tuple[str, str]:
+    """The folders for indexes of shards in ``parent``: beside them, and in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    digest = hashlib.sha256(os.path.realpath(parent).encode(errors="surrogateescape")).hexdigest()[:16]
-    return os.path.join(parent, FOLDER), os.path.join(cache, "dalle_fast", "index", digest)
+    return os.path.join(parent, FOLDER), os.path.join(cache, "dalle_fast", "index", _digest_of(parent))
+
+
+@functools.cache
+def _digest_of(folder: str) -> str:
+    """A name for a folder in the cache."""
+    return hashlib.sha256(os.path.realpath(folder).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------- writing
 
 
 def index_shards(shards: Sequence[Path], workers: int | None = None) -> tuple[list[ShardIndex], list[Skipped]]:
-    """The index of each shard: the file that there is, or else a new one.
+    """The index of each shard: the existing file, or else a new one. A build that is stopped keeps what it finished.
 
     Args:
-        workers: processes that index shards; None is one for each processor. A build that is stopped has lost no shard
-            that it was done with.
+        workers: processes that index shards; None is one per processor.
 
     Returns:
-        the indexes, and the shards that cannot be read, which have none.
+        the indexes, and the shards that cannot be read and so have none.
 
     Raises:
         ValueError: a shard changes while it is read.
@@ -265,7 +247,7 @@ def index_shards(shards: Sequence[Path], workers: int | None = None) -> tuple[li
 
 
 def _build(shards: list[str], workers: int) -> dict[str, str]:
-    """Index shards, several at a time; the reasons of those that cannot be read."""
+    """Index shards in parallel. Returns, for each that cannot be read, the reason."""
     for parent in {os.path.dirname(shard) for shard in shards}:
         _remove_stale(parent)
     bar = tqdm(total=len(shards), desc="index", unit="shard", disable=None)  # None: on a tty only
@@ -280,16 +262,11 @@ def _build(shards: list[str], workers: int) -> dict[str, str]:
 
 
 def _index_shard(shard: str) -> str | None:
-    """Write the index of a shard; why not, where the shard cannot be read."""
-    skipped: list[Skipped] = []
-    records: list[Record] = []
+    """Write the index of a shard. Returns the reason if the shard cannot be read."""
     try:
         with open(shard, "rb") as file:
             stat = os.fstat(file.fileno())
-            try:
-                records = _scan(file, os.path.basename(shard), skipped)
-            except tarfile.TarError as error:
-                skipped.append(Skipped(os.path.basename(shard), str(error)))
+            records, skipped = find_samples(file, os.path.basename(shard))
     except OSError as error:
         return str(error)
     write_index(shard, stat, b"".join(RECORD.pack(*record) for record in records), skipped)
@@ -297,7 +274,7 @@ def _index_shard(shard: str) -> str | None:
 
 
 def write_index(shard: str, stat: os.stat_result, samples: bytes, skipped: Sequence[Skipped]) -> None:
-    """Write the index of a shard, atomically, to the first place that takes it. Raises OSError where none does.
+    """Write the index of a shard, atomically, to the first place that can be written. Raises OSError if none can.
 
     Args:
         stat: of the shard when it was read.
@@ -319,69 +296,8 @@ def write_index(shard: str, stat: os.stat_result, samples: bytes, skipped: Seque
 
 
 def _remove_stale(parent: str) -> None:
-    """Remove what a build that was killed did not finish."""
+    """Remove partial files of a build that was killed."""
     for folder in _folders(parent):
         for partial in Path(folder).glob(".*.partial"):
             if time.time() - partial.stat().st_mtime > _STALE_AFTER:
                 partial.unlink(missing_ok=True)
-
-
-def _scan(file: BinaryIO, shard: str, skipped: list[Skipped]) -> list[Record]:
-    """The samples of a shard: members that share their name up to its first dot (WebDataset naming).
-
-    A sample is an image and a ``.txt``, or a ``.json`` with ``caption``. What cannot be used is added to ``skipped``.
-    """
-    file_size = os.fstat(file.fileno()).st_size
-    if not file_size:
-        raise tarfile.ReadError("the file is empty")
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}  # key -> "image", "txt", "json" -> member
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        try:
-            while member := tar.next():
-                key, extension = _key_and_extension(member.name)
-                kind = "image" if extension in IMAGE_EXTENSIONS else extension
-                if member.isreg() and key and kind in ("image", "txt", "json"):
-                    samples.setdefault(key, {})[kind] = member
-            file.seek(tar.offset)
-            if file.read(BLOCK) != bytes(BLOCK):  # tarfile takes a broken header for the end
-                raise tarfile.ReadError("expected a header or the end mark")
-        except tarfile.TarError as error:
-            skipped.append(Skipped(shard, f"truncated or damaged at byte {min(tar.offset, file_size)}: {error}"))
-    records = []
-    for key, parts in samples.items():
-        try:
-            records.append(_record(file, file_size, parts))
-        except Unusable as error:
-            skipped.append(Skipped(f"{shard}:{key}", str(error)))
-    return records
-
-
-def _key_and_extension(member: str) -> tuple[str, str]:
-    """What samples are told apart by, "" where there is nothing; and the kind of file."""
-    folder, name = posixpath.split(member)
-    stem, _, rest = name.partition(".")
-    return posixpath.join(folder, stem) if stem else "", extension_of(rest)
-
-
-def _record(file: BinaryIO, file_size: int, parts: dict[str, tarfile.TarInfo]) -> Record:
-    if any(part.offset_data + part.size > file_size for part in parts.values()):
-        raise Unusable("truncated")
-    if "image" not in parts:
-        raise Unusable("no image")
-    image, caption = parts["image"], parts.get("txt") or parts.get("json")
-    if not image.size:
-        raise Unusable("the image file is empty")
-    if caption is None:
-        raise Unusable("no caption")
-    record = Record(
-        image.offset_data // BLOCK,
-        image.size,
-        caption.offset_data // BLOCK,
-        caption.size,
-        (image.offset_data - image.offset) // BLOCK,
-        "txt" not in parts,
-    )
-    if max(record) >= 2**32 or record.header >= 2**16:
-        raise Unusable("4 GiB or more, or beyond 2 TiB of the shard")
-    record.caption_from(os.pread(file.fileno(), caption.size, caption.offset_data))
-    return record
