@@ -23,7 +23,7 @@ class Tokenizer:
     """Byte-level BPE with one padding id per text position.
 
     Ids below ``vocab_size`` are text; an unused position ``i`` of the ``text_len`` holds ``vocab_size + i``.
-    Made by :meth:`train` or :meth:`load`. Any string can be encoded, and decoding gives it back in lower case, NFC.
+    Made by :meth:`train` or :meth:`load`. Any string can be encoded; decoding returns it in lower case and NFC.
 
     Args:
         backend: a byte-level BPE of the ``tokenizers`` library.
@@ -58,7 +58,7 @@ class Tokenizer:
         return cls(backend, vocab_size, text_len)
 
     def save(self, path: str | Path) -> None:
-        """Write everything to one JSON file, atomically."""
+        """Write the tokenizer to one JSON file, atomically."""
         content = {
             "format": _FORMAT,
             "vocab_size": self.vocab_size,
@@ -69,7 +69,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read what :meth:`save` wrote. ValueError where the file holds something else."""
+        """Read a file of :meth:`save`. ValueError if it is another file."""
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
@@ -89,8 +89,8 @@ class Tokenizer:
         """Tokens of the captions, padded: int64 [B, text_len] (B = 1 for a single string).
 
         Args:
-            seed: with a seed, merges are passed over with probability ``dropout``, the same ones for the same seed.
-                Caption ``i`` uses ``seed + i``, or ``seed[i]`` of a list. Without, the encoding is the plain one.
+            seed: with a seed, merges are dropped with probability ``dropout``, the same ones for the same seed.
+                Caption ``i`` uses ``seed + i``, or ``seed[i]`` of a list. Without a seed no merge is dropped.
             truncate: cut a caption that is too long instead of raising ValueError.
         """
         captions = [captions] if isinstance(captions, str) else captions
@@ -138,5 +138,5 @@ class Tokenizer:
         return _host.BPE(model["vocab"], [tuple(merge) for merge in model["merges"]])
 
     def __getstate__(self) -> dict[str, Any]:
-        """For data workers that are spawned: each builds its own dropout encoder."""
+        """Without the dropout encoder: data workers that are spawned build their own."""
         return {name: value for name, value in self.__dict__.items() if name != "_bpe"}

@@ -17,8 +17,8 @@ from dalle_fast.data.batches import collate
 from dalle_fast.data.shuffle import mixed, round_keys, shuffled
 
 
-class Pictures:
-    """n pictures of which some are broken; picture i is captioned i."""
+class Images:
+    """n images of which some are broken; image i is captioned i."""
 
     def __init__(self, n: int, broken: tuple[int, ...] = ()) -> None:
         self.n = n
@@ -29,7 +29,7 @@ class Pictures:
 
     def __getitem__(self, index: int) -> Pair:
         if index in self.broken:
-            raise BrokenSample(f"picture {index}", "torn")
+            raise BrokenSample(f"image {index}", "torn")
         return Pair(np.random.default_rng(index).integers(0, 256, (20, 24, 3), dtype=np.uint8), str(index))
 
 
@@ -117,7 +117,7 @@ def test_indices_outside_are_refused() -> None:
 
 
 def test_epochs_run_on_inside_a_batch() -> None:
-    batches = Batches(Pictures(10), 4, transform, seed=0)
+    batches = Batches(Images(10), 4, transform, seed=0)
     seen = [caption for step in range(5) for caption in batches.batch_at(step)["caption"]]
     assert sorted(seen[:10], key=int) == sorted(seen[10:], key=int) == [str(i) for i in range(10)]
     assert seen[:10] != seen[10:]
@@ -191,7 +191,7 @@ def test_each_sample_once_an_epoch_with_workers() -> None:
 
 
 def test_a_batch_is_images_and_lists() -> None:
-    batch = Batches(Pictures(10), 4, transform, seed=0).batch_at(0)
+    batch = Batches(Images(10), 4, transform, seed=0).batch_at(0)
     assert batch["image"].shape == (4, 3, 16, 16)
     assert batch["image"].dtype == torch.float32
     assert batch["image"].is_contiguous()
@@ -202,21 +202,21 @@ def test_a_batch_is_images_and_lists() -> None:
 
 
 def test_resume_is_exact() -> None:
-    run = list(itertools.islice(Batches(Pictures(10, broken=(3,)), 4, transform, seed=5).iterate(), 12))
-    resumed = Batches(Pictures(10, broken=(3,)), 4, transform, seed=5).iterate(start_step=7)
+    run = list(itertools.islice(Batches(Images(10, broken=(3,)), 4, transform, seed=5).iterate(), 12))
+    resumed = Batches(Images(10, broken=(3,)), 4, transform, seed=5).iterate(start_step=7)
     for expected, batch in zip(run[7:], resumed, strict=False):
         assert_same(batch, expected)
 
 
 def test_the_seed_matters() -> None:
-    first, second = (Batches(Pictures(10), 4, transform, seed).batch_at(0) for seed in (0, 1))
+    first, second = (Batches(Images(10), 4, transform, seed).batch_at(0) for seed in (0, 1))
     assert not torch.equal(first["seed"], second["seed"])
 
 
 def test_workers_change_nothing() -> None:
     """Neither the batches, nor the count of what was left out, nor torch's global generator."""
-    alone = Batches(Pictures(10, broken=(3, 4)), 4, transform, seed=1)
-    helped = Batches(Pictures(10, broken=(3, 4)), 4, transform, seed=1, workers=2)
+    alone = Batches(Images(10, broken=(3, 4)), 4, transform, seed=1)
+    helped = Batches(Images(10, broken=(3, 4)), 4, transform, seed=1, workers=2)
     state = torch.get_rng_state()
     for expected, batch in zip(itertools.islice(alone.iterate(2), 9), helped.iterate(2), strict=False):
         assert_same(batch, expected)
@@ -230,10 +230,10 @@ def test_workers_change_nothing() -> None:
 
 def test_broken_samples_are_replaced_and_reported(tmp_path: Path) -> None:
     """By others, the same for any number of ranks; those that are not broken are all there."""
-    pictures = Pictures(8, broken=(2, 5))
-    pictures.skipped = [Skipped("a.png", "no caption")]  # type: ignore[attr-defined]
-    batches = Batches(pictures, 4, transform, seed=0)
-    ranks = [Batches(pictures, 4, transform, seed=0, rank=rank, ranks=2) for rank in range(2)]
+    images = Images(8, broken=(2, 5))
+    images.skipped = [Skipped("a.png", "no caption")]  # type: ignore[attr-defined]
+    batches = Batches(images, 4, transform, seed=0)
+    ranks = [Batches(images, 4, transform, seed=0, rank=rank, ranks=2) for rank in range(2)]
     seen: list[str] = []
     for step in range(4):  # two epochs
         batch = batches.batch_at(step)
@@ -243,37 +243,37 @@ def test_broken_samples_are_replaced_and_reported(tmp_path: Path) -> None:
     assert len(seen) == 16
     assert all(seen[:8].count(str(i)) >= 1 <= seen[8:].count(str(i)) for i in (0, 1, 3, 4, 6, 7))
     assert batches.skipped == ranks[0].skipped + ranks[1].skipped
-    assert {name: count >= 2 for (name, _), count in batches.skipped.items()} == {"picture 2": True, "picture 5": True}
+    assert {name: count >= 2 for (name, _), count in batches.skipped.items()} == {"image 2": True, "image 5": True}
     batches.write_report(tmp_path / "report.jsonl")
     ranks[0].write_report(tmp_path / "report of ranks.jsonl", others=[ranks[1].skipped])
     lines = (tmp_path / "report.jsonl").read_text()
     assert (tmp_path / "report of ranks.jsonl").read_text() == lines
     assert [json.loads(line) for line in lines.splitlines()] == [
         {"name": "a.png", "reason": "no caption", "count": 1},
-        *({"name": f"picture {i}", "reason": "torn", "count": batches.skipped[f"picture {i}", "torn"]} for i in (2, 5)),
+        *({"name": f"image {i}", "reason": "torn", "count": batches.skipped[f"image {i}", "torn"]} for i in (2, 5)),
     ]
 
 
 def test_nothing_readable_is_an_error() -> None:
-    batches = Batches(Pictures(3, broken=(0, 1, 2)), 2, transform, seed=0)
-    with pytest.raises(ValueError, match=r"got 1000 broken in a row, the last picture \d: torn"):
+    batches = Batches(Images(3, broken=(0, 1, 2)), 2, transform, seed=0)
+    with pytest.raises(ValueError, match=r"got 1000 broken in a row, the last image \d: torn"):
         batches.batch_at(0)
 
 
 def test_bad_arguments() -> None:
-    for arguments, name in (((Pictures(0), 1), "pairs"), ((Pictures(1), 0), "batch_size")):
+    for arguments, name in (((Images(0), 1), "pairs"), ((Images(1), 0), "batch_size")):
         with pytest.raises(ValueError, match=f"{name}: expected"):
             Batches(*arguments, transform, seed=0)
     for ranks in (0, 3):
         with pytest.raises(ValueError, match=f"batch_size: expected a multiple of the {ranks} ranks, got 4"):
-            Batches(Pictures(1), 4, transform, seed=0, ranks=ranks)
+            Batches(Images(1), 4, transform, seed=0, ranks=ranks)
     for rank in (-1, 2):
         with pytest.raises(ValueError, match=f"rank: expected 0 to 1, got {rank}"):
-            Batches(Pictures(1), 4, transform, seed=0, rank=rank, ranks=2)
+            Batches(Images(1), 4, transform, seed=0, rank=rank, ranks=2)
     with pytest.raises(ValueError, match="seed and workers: expected 0 or more, got -1 and 0"):
-        Batches(Pictures(1), 1, transform, seed=-1)
+        Batches(Images(1), 1, transform, seed=-1)
     with pytest.raises(ValueError, match="step: expected 0 or more, got -1"):
-        Batches(Pictures(1), 1, transform, seed=0).batch_at(-1)
+        Batches(Images(1), 1, transform, seed=0).batch_at(-1)
 
 
 def test_collate_keeps_types() -> None:

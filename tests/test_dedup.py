@@ -10,12 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle_fast.data import drop_duplicates, embed_pairs, open_pairs
+from dalle_fast.data import Embedding, drop_duplicates, embed_pairs, open_pairs
 from dalle_fast.data.dedup import ApproximateNeighbours, ExactNeighbours, find_duplicates
 from dalle_fast.data.sources.scenes import SceneCorpus
 from dalle_fast.pipeline import find_system, load_clip
 
 THRESHOLD = 0.98  # of the shipped CLIP
+
+
+def embedding(fingerprint: str = "tiny") -> Embedding:
+    return Embedding(fingerprint=fingerprint, image_size=32, shard_size=64)
 
 
 def planted(n: int = 90, dimensions: int = 32) -> tuple[torch.Tensor, dict[int, int]]:
@@ -35,28 +39,26 @@ def blocks(vectors: torch.Tensor, size: int) -> list[tuple[np.ndarray, torch.Ten
 
 
 @pytest.mark.parametrize("size", [1, 8, 90])
-@pytest.mark.parametrize("neighbours", [lambda: ExactNeighbours(90), ApproximateNeighbours])
-def test_planted_vectors_are_found(size: int, neighbours, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("neighbours", [lambda: ExactNeighbours(90, block_size=16), ApproximateNeighbours])
+def test_planted_vectors_are_found(size: int, neighbours) -> None:
     if neighbours is ApproximateNeighbours:
         pytest.importorskip("usearch")
-    monkeypatch.setattr("dalle_fast.data.dedup._BLOCK", 16)
     vectors, duplicates = planted()
-    found = list(find_duplicates(blocks(vectors, size), 0.95, neighbours()))
+    found = list(find_duplicates(blocks(vectors, size), 0.95, neighbours(), block_size=16))
     assert {row: of for row, of, _ in found} == duplicates
     for row, of, cosine in found:
         assert cosine == pytest.approx(float(vectors[row] @ vectors[of]), abs=2e-3)
 
 
-def test_what_stays_is_apart_and_what_goes_is_near_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_stays_is_apart_and_what_goes_is_near_it() -> None:
     """On a circle, where likeness forms chains, against the definition; not all of a chain goes."""
-    monkeypatch.setattr("dalle_fast.data.dedup._BLOCK", 16)
     angles = torch.rand(200, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 * torch.pi
     vectors = torch.stack([angles.cos(), angles.sin()], 1).float()
     kept: list[int] = []
     for row in range(200):
         if not kept or (vectors[row] @ vectors[kept].T).max() < 0.99:
             kept.append(row)
-    found = list(find_duplicates(blocks(vectors, 50), 0.99, ExactNeighbours(200)))
+    found = list(find_duplicates(blocks(vectors, 50), 0.99, ExactNeighbours(200, block_size=16), block_size=16))
     assert sorted({*range(200)} - {row for row, _, _ in found}) == kept
     assert len(kept) > 20
     for row, of, cosine in found:
@@ -81,7 +83,7 @@ def test_approximate_agrees_with_exact() -> None:
 
 
 def variants(image: np.ndarray) -> list[np.ndarray]:
-    """A picture as it comes around: compressed, smaller, larger, with a pixel cut off on every side."""
+    """An image as it comes around: compressed, smaller, larger, with a pixel cut off on every side."""
     whole, buffer = Image.fromarray(image), io.BytesIO()
     whole.save(buffer, "JPEG", quality=75)
     size = whole.size[0]
@@ -91,7 +93,7 @@ def variants(image: np.ndarray) -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty scenes that differ, 64 x 64, each followed later by four near-duplicates; and a torn file."""
     corpus, seen, scenes = SceneCorpus(100, size=64), set(), []
     for i in range(len(corpus)):
@@ -100,7 +102,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if scene.second and items not in seen and len(scenes) < 40:
             seen.add(items)
             scenes.append(corpus[i])
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     for i, (image, caption) in enumerate(scenes):
         for copy, pixels in enumerate([image, *variants(image)]):
             Image.fromarray(pixels).save(folder / f"{copy}-{i:02}.png")
@@ -111,22 +113,22 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def embedded(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def embedded(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     clip = load_clip(find_system("tiny")).requires_grad_(False)
     folder = tmp_path_factory.mktemp("embedded") / "all"
-    assert embed_pairs(folder, open_pairs(pictures), clip.encode_image, 32, "tiny", shard_size=64)
+    assert embed_pairs(folder, open_pairs(images), clip.encode_image, embedding())
     return folder
 
 
 @pytest.mark.parametrize("exact_up_to", [201, 200])
 def test_near_duplicate_images_are_found_and_no_others(
-    exact_up_to: int, pictures: Path, embedded: Path, tmp_path: Path
+    exact_up_to: int, images: Path, embedded: Path, tmp_path: Path
 ) -> None:
+    """By the shipped CLIP at a cosine of 0.98: all 160, none of the 40 that are distinct."""
     if exact_up_to < 201:
         pytest.importorskip("usearch")
-    """By the shipped CLIP at a cosine of 0.98: all 160, none of the 40 that are distinct."""
-    pairs = open_pairs(pictures)
-    counts = drop_duplicates(tmp_path / "unique", pictures, pairs, embedded, THRESHOLD, exact_up_to)
+    pairs = open_pairs(images)
+    counts = drop_duplicates(tmp_path / "unique", images, pairs, embedded, THRESHOLD, exact_up_to)
     assert counts == {"near-duplicate": 160, "broken image": 1}
     unique = open_pairs(tmp_path / "unique")
     assert [unique.name(i) for i in range(len(unique))] == [f"0-{i:02}.png" for i in range(40)]
@@ -140,10 +142,10 @@ def test_near_duplicate_images_are_found_and_no_others(
     assert (settings["threshold"], settings["exact"]) == (THRESHOLD, exact_up_to == 201)
 
 
-def test_dedup_command(cli: ModuleType, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_dedup_command(cli: ModuleType, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """On a filtered source; in two steps, by two processes, and once more."""
     narrowed, unique = tmp_path / "narrowed", tmp_path / "unique"
-    assert cli.main(["data", "filter", "--data", str(pictures), "--out", str(narrowed), "--max-repeats", "100"]) == 0
+    assert cli.main(["data", "filter", "--data", str(images), "--out", str(narrowed), "--max-repeats", "100"]) == 0
     assert "200 of 201 pairs kept" in capsys.readouterr().out
     args = ["data", "dedup", "--data", str(narrowed), "--out", str(unique)]
     assert cli.main(args) == 0
@@ -158,22 +160,22 @@ def test_dedup_command(cli: ModuleType, pictures: Path, tmp_path: Path, capsys: 
 
 
 def test_processes_share_the_embedding(
-    cli: ModuleType, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    cli: ModuleType, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    args = ["data", "dedup", "--data", str(pictures), "--out", str(tmp_path / "unique")]
+    args = ["data", "dedup", "--data", str(images), "--out", str(tmp_path / "unique")]
     for rank, said in (("1", "this process has done its part"), ("0", "40 of 201 pairs kept")):
         monkeypatch.setenv("RANK", rank)
         assert cli.main(args) == 0
         assert said in capsys.readouterr().out
 
 
-def test_embeddings_of_others_are_refused(pictures: Path, embedded: Path, tmp_path: Path) -> None:
+def test_embeddings_of_others_are_refused(images: Path, embedded: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="embeddings: expected those of scenes, got those of another source in"):
         drop_duplicates(tmp_path / "unique", "scenes", open_pairs("scenes"), embedded, THRESHOLD)
-    pairs = open_pairs(pictures)
+    pairs = open_pairs(images)
     with pytest.raises(ValueError, match="embeddings: expected those of 201 images, got none or a part in"):
-        drop_duplicates(tmp_path / "unique", pictures, pairs, tmp_path / "none", THRESHOLD)
+        drop_duplicates(tmp_path / "unique", images, pairs, tmp_path / "none", THRESHOLD)
     clip = load_clip(find_system("tiny"))
     with pytest.raises(ValueError, match=r"fingerprint: expected tiny, with which .* was begun, got large"):
-        embed_pairs(embedded, pairs, clip.encode_image, 32, "large", shard_size=64)
+        embed_pairs(embedded, pairs, clip.encode_image, embedding("large"))

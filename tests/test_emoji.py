@@ -1,4 +1,4 @@
-"""The emoji corpus: names and splits without the font, pictures with it."""
+"""The emoji corpus: names and splits without the font, images with it."""
 
 import subprocess
 import zlib
@@ -65,7 +65,7 @@ def test_bad_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_single_pictures_are_rendered(font: Path) -> None:
+def test_only_single_glyphs_are_rendered(font: Path) -> None:
     loaded = ImageFont.truetype(str(font), 109, layout_engine=ImageFont.Layout.RAQM)
     for characters in NAMED:
         image = emoji.render(characters, loaded)

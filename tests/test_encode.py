@@ -21,6 +21,8 @@ from dalle_fast.data import (
     Batches,
     BrokenSample,
     EncodedPairs,
+    Encoding,
+    JobOptions,
     Pair,
     Skipped,
     augment_dalle,
@@ -32,8 +34,8 @@ from dalle_fast.pipeline import find_system
 GRID, SIZE = (3, 4), 12
 
 
-class Pictures:
-    """n pictures of which some are broken."""
+class Images:
+    """n images of which some are broken."""
 
     def __init__(self, n: int, broken: tuple[int, ...] = (), seed: int = 0) -> None:
         self.n = n
@@ -54,7 +56,7 @@ class Pictures:
         return f"caption {index}\n\u2028 ü"
 
     def name(self, index: int) -> str:
-        return f"picture {index}"
+        return f"image {index}"
 
 
 def encode(images: torch.Tensor) -> torch.Tensor:
@@ -63,9 +65,14 @@ def encode(images: torch.Tensor) -> torch.Tensor:
     return (means * 65535).long()
 
 
-def write(folder: Path, pairs: Pictures, **options) -> EncodedPairs | None:
-    options = {"batch_size": 2, "shard_size": 4} | options
-    return encode_pairs(folder, pairs, encode, image_size=SIZE, grid=GRID, fingerprint="abc", **options)
+def encoding(**options) -> Encoding:
+    return Encoding(**({"image_size": SIZE, "grid": GRID, "fingerprint": "abc", "shard_size": 4} | options))
+
+
+def write(folder: Path, pairs: Images, **options) -> EncodedPairs | None:
+    job = {name: options.pop(name) for name in ("workers", "rank", "ranks") if name in options}
+    job["batch_size"] = options.pop("batch_size", 2)
+    return encode_pairs(folder, pairs, encode, encoding(**options), JobOptions(**job))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -80,54 +87,52 @@ def codes_of(image: np.ndarray) -> np.ndarray:
 
 
 def test_codes_and_captions_come_back(tmp_path: Path) -> None:
-    pictures = Pictures(10, broken=(1, 9))
-    encoded = write(tmp_path / "codes", pictures)
-    good = [i for i in range(10) if i not in pictures.broken]
+    pairs = Images(10, broken=(1, 9))
+    encoded = write(tmp_path / "codes", pairs)
+    good = [i for i in range(10) if i not in pairs.broken]
     assert (len(encoded), encoded.grid, encoded.draws, encoded.fingerprint) == (8, GRID, 1, "abc")
     assert encoded.skipped_count == 3
     for i, pair in zip(good, encoded, strict=True):
         assert pair.codes.dtype == np.int64
-        assert np.array_equal(pair.codes, codes_of(center_crop_resize(pictures[i].image, SIZE)))
-        assert pair.caption == pictures.caption(i)
-    assert list(encoded.captions()) == [pictures.caption(i) for i in good]
+        assert np.array_equal(pair.codes, codes_of(center_crop_resize(pairs[i].image, SIZE)))
+        assert pair.caption == pairs.caption(i)
+    assert list(encoded.captions()) == [pairs.caption(i) for i in good]
     with pytest.raises(IndexError, match="index: expected 0 to 7, got 8"):
         encoded[8]
-    with pytest.raises(IndexError, match="draw: expected 0 to 0, got 1"):
-        encoded.draw(0, 1)
     lines = (tmp_path / "codes" / "skipped.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {"name": "elsewhere.png", "reason": "no caption"},
-        {"name": "picture 1", "reason": "torn"},
-        {"name": "picture 9", "reason": "torn"},
+        {"name": "image 1", "reason": "torn"},
+        {"name": "image 9", "reason": "torn"},
     ]
 
 
-def test_draws_follow_from_seed_and_picture(tmp_path: Path) -> None:
-    pictures = Pictures(6, broken=(2,))
-    encoded = write(tmp_path / "codes", pictures, draws=3, seed=5)
+def test_draws_follow_from_seed_and_image(tmp_path: Path) -> None:
+    pairs = Images(6, broken=(2,))
+    encoded = write(tmp_path / "codes", pairs, draws=3, seed=5)
     for row, i in enumerate((0, 1, 3, 4, 5)):
         for draw in range(3):
-            image = augment_dalle(pictures[i].image, SIZE, np.random.default_rng((5, i, draw)))
-            assert np.array_equal(encoded.draw(row, draw).codes, codes_of(image))
-    others = write(tmp_path / "others", pictures, draws=3, seed=6)
-    assert not np.array_equal(others.draw(0, 0).codes, encoded.draw(0, 0).codes)
+            image = augment_dalle(pairs[i].image, SIZE, np.random.default_rng((5, i, draw)))
+            assert np.array_equal(encoded.seen_in(draw, row).codes, codes_of(image))
+    others = write(tmp_path / "others", pairs, draws=3, seed=6)
+    assert not np.array_equal(others.seen_in(0, 0).codes, encoded.seen_in(0, 0).codes)
 
 
 def test_each_epoch_sees_another_draw(tmp_path: Path) -> None:
-    encoded = write(tmp_path / "codes", Pictures(5), draws=3)
+    encoded = write(tmp_path / "codes", Images(5), draws=3)
     of_caption = {encoded[i].caption: i for i in range(5)}
     batches = Batches(encoded, 5, lambda pair, _: pair._asdict(), seed=0)
     for epoch in range(7):
         batch = batches.batch_at(epoch)
         for codes, caption in zip(batch["codes"], batch["caption"], strict=True):
-            assert np.array_equal(codes, encoded.draw(of_caption[caption], epoch % 3).codes)
+            assert np.array_equal(codes, encoded.seen_in(epoch % 3, of_caption[caption]).codes)
 
 
-def test_a_shard_of_broken_pictures_is_empty(tmp_path: Path) -> None:
-    encoded = write(tmp_path / "codes", Pictures(10, broken=(0, 1, 2, 3, 9)))
-    assert [pair.caption for pair in encoded] == [Pictures(10).caption(i) for i in range(4, 9)]
+def test_a_shard_of_broken_images_is_empty(tmp_path: Path) -> None:
+    encoded = write(tmp_path / "codes", Images(10, broken=(0, 1, 2, 3, 9)))
+    assert [pair.caption for pair in encoded] == [Images(10).caption(i) for i in range(4, 9)]
     with pytest.raises(ValueError, match="pairs: expected at least one readable image, got none"):
-        write(tmp_path / "none", Pictures(2, broken=(0, 1)))
+        write(tmp_path / "none", Images(2, broken=(0, 1)))
 
 
 # ---------------------------------------------------------------------------------------------- going on
@@ -140,8 +145,8 @@ class Stop(Exception):
 def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
     """A run that fails in the third shard goes on there, and the bytes are those of one that did not fail."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    pictures = Pictures(14, broken=(5,))
-    write(whole, pictures, draws=2)
+    pairs = Images(14, broken=(5,))
+    write(whole, pairs, draws=2)
     calls = itertools.count()
 
     def fails(images: torch.Tensor) -> torch.Tensor:
@@ -149,9 +154,9 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
             raise Stop
         return encode(images)
 
-    arguments = {"image_size": SIZE, "grid": GRID, "fingerprint": "abc", "batch_size": 2, "shard_size": 4, "draws": 2}
+    arguments = encoding(draws=2), JobOptions(batch_size=2)
     with pytest.raises(Stop):
-        encode_pairs(resumed, pictures, fails, **arguments)
+        encode_pairs(resumed, pairs, fails, *arguments)
     assert [path.name for path in sorted(resumed.glob("shard-*"))] == ["shard-00000", "shard-00001"]
     with pytest.raises(ValueError, match=r"expected a folder with meta\.json of a finished encoding"):
         EncodedPairs(resumed)
@@ -162,18 +167,18 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
         counted.append(len(images))
         return encode(images)
 
-    encode_pairs(resumed, pictures, counts, **arguments)
+    encode_pairs(resumed, pairs, counts, *arguments)
     assert sum(counted) == 6 * 2
     assert files(resumed) == files(whole)
-    encode_pairs(resumed, pictures, counts, **arguments)
+    encode_pairs(resumed, pairs, counts, *arguments)
     assert sum(counted) == 6 * 2
 
 
 def test_any_number_of_processes_writes_the_same(tmp_path: Path) -> None:
-    pictures = Pictures(19, broken=(5, 17))
-    write(tmp_path / "alone", pictures)
-    write(tmp_path / "workers", pictures, workers=2)
-    parts = [write(tmp_path / "ranks", pictures, rank=rank, ranks=3) for rank in (2, 0, 1)]
+    pairs = Images(19, broken=(5, 17))
+    write(tmp_path / "alone", pairs)
+    write(tmp_path / "workers", pairs, workers=2)
+    parts = [write(tmp_path / "ranks", pairs, rank=rank, ranks=3) for rank in (2, 0, 1)]
     assert [part is None for part in parts] == [True, True, False]
     assert len(parts[2]) == 17
     assert files(tmp_path / "workers") == files(tmp_path / "ranks") == files(tmp_path / "alone")
@@ -185,7 +190,7 @@ def test_a_kill_loses_the_shard_at_work(tmp_path: Path) -> None:
         "import sys, torch, time; sys.path.insert(0, sys.argv[1]); import test_encode as t; from pathlib import Path\n"
         "torch.set_num_threads(1); slow = t.encode\n"
         "t.encode = lambda images: (time.sleep(0.01), slow(images))[1]\n"
-        "t.write(Path(sys.argv[2]), t.Pictures(40))"
+        "t.write(Path(sys.argv[2]), t.Images(40))"
     )
     command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "killed")]
     process = subprocess.Popen(command)
@@ -199,8 +204,8 @@ def test_a_kill_loses_the_shard_at_work(tmp_path: Path) -> None:
         process.kill()
         process.wait()
     assert not (tmp_path / "killed" / "meta.json").exists()
-    write(tmp_path / "killed", Pictures(40))
-    write(tmp_path / "whole", Pictures(40))
+    write(tmp_path / "killed", Images(40))
+    write(tmp_path / "whole", Images(40))
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
@@ -208,8 +213,8 @@ def test_processes_share_the_command(cli: ModuleType, tmp_path: Path, monkeypatc
     """As torchrun starts them; a training takes an unfinished folder for what it is."""
     (tmp_path / "in").mkdir()
     for i in range(5):
-        Image.fromarray(Pictures(5)[i].image).save(tmp_path / "in" / f"{i}.png")
-        (tmp_path / "in" / f"{i}.txt").write_text(f"picture {i}")
+        Image.fromarray(Images(5)[i].image).save(tmp_path / "in" / f"{i}.png")
+        (tmp_path / "in" / f"{i}.txt").write_text(f"image {i}")
     system = tmp_path / "system"
     system.mkdir()
     for name in ("tokenizer.json", "dvae.safetensors"):
@@ -232,32 +237,33 @@ def test_processes_share_the_command(cli: ModuleType, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("pictures", "changes", "message"),
+    ("pairs", "changes", "message"),
     [
-        (Pictures(6), {"draws": 2}, "draws: expected 1, with which .* was begun, got 2"),
-        (Pictures(6), {"seed": 1}, "seed: expected 0"),
-        (Pictures(6), {"shard_size": 3}, "shard_size: expected 4"),
-        (Pictures(7), {}, "source: expected"),
-        (Pictures(6), {"draws": 0}, "draws: expected 1 or more, got 0"),
-        (Pictures(6), {"batch_size": 0}, "batch_size: expected 1 or more, got 0"),
-        (Pictures(6), {"workers": -1}, "workers: expected 0 or more, got -1"),
+        (Images(6), {"draws": 2}, "draws: expected 1, with which .* was begun, got 2"),
+        (Images(6), {"seed": 1}, "seed: expected 0"),
+        (Images(6), {"shard_size": 3}, "shard_size: expected 4"),
+        (Images(7), {}, "source: expected"),
+        (Images(6), {"draws": 0}, "draws: expected 1 or more, got 0"),
+        (Images(6), {"batch_size": 0}, "batch_size: expected 1 or more, got 0"),
+        (Images(6), {"workers": -1}, "workers: expected 0 or more, got -1"),
+        (Images(6), {"rank": 2, "ranks": 2}, "rank: expected 0 to 1, got 2"),
     ],
 )
-def test_other_settings_are_refused(pictures, changes, message, tmp_path: Path) -> None:
-    write(tmp_path / "codes", Pictures(6))
+def test_other_settings_are_refused(pairs, changes, message, tmp_path: Path) -> None:
+    write(tmp_path / "codes", Images(6))
     before = files(tmp_path / "codes")
     with pytest.raises(ValueError, match=message):
-        write(tmp_path / "codes", pictures, **changes)
+        write(tmp_path / "codes", pairs, **changes)
     assert files(tmp_path / "codes") == before
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="output folder: expected a new or empty one, or one to go on with"):
-        write(tmp_path, Pictures(1))
+        write(tmp_path, Images(1))
     (tmp_path / "settings.json").write_text("[")
     with pytest.raises(ValueError, match=r"output folder: expected settings in .*settings\.json"):
-        write(tmp_path, Pictures(1))
+        write(tmp_path, Images(1))
 
 
 @pytest.mark.parametrize(
@@ -271,7 +277,7 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
 )
 def test_codes_that_do_not_fit(codes, message, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        encode_pairs(tmp_path / "codes", Pictures(2), codes, SIZE, GRID, "abc")
+        encode_pairs(tmp_path / "codes", Images(2), codes, encoding())
     assert list((tmp_path / "codes").iterdir()) == [tmp_path / "codes" / "settings.json"]
 
 
@@ -281,7 +287,7 @@ def test_codes_that_do_not_fit(codes, message, tmp_path: Path) -> None:
 def test_every_damaged_byte_is_found(tmp_path: Path) -> None:
     """Of codes, captions and index, when the pair is read; and the message names the shard."""
     folder = tmp_path / "codes"
-    write(folder, Pictures(10), draws=2)
+    write(folder, Images(10), draws=2)
     shard = folder / "shard-00001"
     rng = np.random.default_rng(0)
     for name, header in (("codes.npy", 128), ("captions.txt", 0), ("index.npy", 128)):
@@ -294,17 +300,17 @@ def test_every_damaged_byte_is_found(tmp_path: Path) -> None:
             (shard / name).write_bytes(content)
             encoded = EncodedPairs(folder)
             for i in (0, 1, 2, 3, 8, 9):  # of other shards
-                encoded.draw(i, 1)
+                encoded.seen_in(1, i)
             with pytest.raises(ValueError, match=r"encoded pairs: expected .*shard-00001 as it was written, got other"):
                 for i, draw in itertools.product(range(4, 8), range(2)):
-                    encoded.draw(i, draw)
+                    encoded.seen_in(draw, i)
         (shard / name).write_bytes(whole)
     assert len(list(EncodedPairs(folder))) == 10
 
 
 def test_missing_and_truncated_files_are_found_at_once(tmp_path: Path) -> None:
     folder = tmp_path / "codes"
-    write(folder, Pictures(10))
+    write(folder, Images(10))
     before = files(folder)
     for name in ("codes.npy", "captions.txt", "index.npy"):
         path = folder / "shard-00002" / name
@@ -315,7 +321,7 @@ def test_missing_and_truncated_files_are_found_at_once(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"expected \d+ bytes in .*shard-00002/{name}, got no such file"):
             EncodedPairs(folder)
         shutil.rmtree(path.parent)  # as the message of a damaged shard advises
-        write(folder, Pictures(10))
+        write(folder, Images(10))
         assert files(folder) == before
     for content in ("{}", "[]", "no JSON", '{"format": "dalle_fast.encoded"}'):
         (folder / "meta.json").write_text(content)
@@ -329,18 +335,18 @@ def test_missing_and_truncated_files_are_found_at_once(tmp_path: Path) -> None:
 
 
 def test_many_shards_need_no_open_files(tmp_path: Path) -> None:
-    encoded = write(tmp_path / "codes", Pictures(50), shard_size=1)
+    encoded = write(tmp_path / "codes", Images(50), shard_size=1)
     before = len(os.listdir("/proc/self/fd"))
     assert len(list(encoded)) == 50
     assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_workers_read_the_same(tmp_path: Path) -> None:
-    encoded = write(tmp_path / "codes", Pictures(9), draws=2)
+    encoded = write(tmp_path / "codes", Images(9), draws=2)
     encoded[0]  # maps a shard, which a pickle leaves behind
     assert len(pickle.dumps(encoded)) < 1000
     copy = pickle.loads(pickle.dumps(encoded))
-    assert np.array_equal(copy.draw(8, 1).codes, encoded.draw(8, 1).codes)
+    assert np.array_equal(copy.seen_in(1, 8).codes, encoded.seen_in(1, 8).codes)
     alone, helped = (Batches(encoded, 4, lambda pair, _: pair._asdict(), seed=0, workers=w) for w in (0, 2))
     for first, second in itertools.islice(zip(alone.iterate(), helped.iterate(), strict=False), 5):
         assert torch.equal(first["codes"], second["codes"])

@@ -65,16 +65,16 @@ def test_other_modes_become_rgb(content: bytes, expected: list[int]) -> None:
 
 
 def test_exif_rotation_is_applied() -> None:
-    picture = Image.new("RGB", (16, 8), "white")
-    picture.paste(RED, (0, 0, 8, 8))
-    exif = picture.getexif()
+    image = Image.new("RGB", (16, 8), "white")
+    image.paste(RED, (0, 0, 8, 8))
+    exif = image.getexif()
     exif[0x0112] = 6  # to be shown turned clockwise: the left half comes to the top
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", exif=exif, quality=100, subsampling=0)
-    image = decode_image(buffer.getvalue())
-    assert image.shape == (16, 8, 3)
-    assert np.abs(image[2, 4].astype(int) - RED).max() <= 2
-    assert image[13, 4].min() >= 253
+    image.save(buffer, "JPEG", exif=exif, quality=100, subsampling=0)
+    pixels = decode_image(buffer.getvalue())
+    assert pixels.shape == (16, 8, 3)
+    assert np.abs(pixels[2, 4].astype(int) - RED).max() <= 2
+    assert pixels[13, 4].min() >= 253
 
 
 def jpeg(size: tuple[int, int], mode: str = "RGB", **options) -> bytes:
@@ -93,7 +93,7 @@ def jpeg(size: tuple[int, int], mode: str = "RGB", **options) -> bytes:
 def test_simplejpeg_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], mode: str, options: dict
 ) -> None:
-    """It is within a level of Pillow's own decoder."""
+    """Its pixels are within one level of those of Pillow's own decoder."""
     pytest.importorskip("simplejpeg")
     content = jpeg(size, mode, **options)
     decoders = MagicMock(wraps=images.simplejpeg)
@@ -124,11 +124,11 @@ def test_damaged_jpegs_are_the_same_with_simplejpeg_and_without(monkeypatch: pyt
 def test_folder(tmp_path: Path) -> None:
     files = {
         "b.png": png(BLUE),
-        "b.txt": " a blue picture\n",
+        "b.txt": " a blue image\n",
         "deep/down/a.v2.JPG": png(RED, file_format="JPEG"),
         "deep/down/a.v2.txt": "\ufeffein röter\nBild".encode(),
         "alone.png": png(),
-        "alone-text.txt": "no picture",
+        "alone-text.txt": "no image",
         "blank.png": png(),
         "blank.txt": " \n",
         "empty.png": b"",
@@ -138,7 +138,7 @@ def test_folder(tmp_path: Path) -> None:
         ".hidden.png": png(),
     }
     pairs = open_pairs(write(tmp_path, files))
-    assert captions(pairs) == ["a blue picture", "ein röter\nBild"]
+    assert captions(pairs) == ["a blue image", "ein röter\nBild"]
     assert (pairs[0].image == BLUE).all()
     assert skipped(pairs) == {
         "alone.png": "no caption",

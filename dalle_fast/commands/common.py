@@ -1,4 +1,4 @@
-"""What commands share: arguments, and how a source is opened."""
+"""Arguments that commands share, and the opening of a source."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tyro.conf import arg
 if TYPE_CHECKING:
     from ..data import Pairs
 
-Source = Annotated[str, arg(help="Source of pairs: a folder, .csv, .jsonl or .tar, or scenes, which are drawn.")]
+Source = Annotated[str, arg(help="Source of pairs: a folder, .csv, .jsonl or .tar, or scenes, which are synthetic.")]
 HeldOut = Annotated[str | None, arg(help="Source of held-out pairs.")]
 System = Annotated[Path, arg(help="Folder of the system. A training that was stopped goes on from there.")]
 Model = Annotated[str, arg(help="Folder that training wrote, or the name of a built-in model.")]
@@ -21,7 +21,7 @@ Preset = Annotated[
 
 
 def open_source(source: str) -> Pairs:
-    """The pairs of a source; says on stderr what it left out."""
+    """Open a source; the samples it leaves out are reported on stderr."""
     from ..data import open_pairs
 
     pairs = open_pairs(source)
@@ -30,7 +30,7 @@ def open_source(source: str) -> Pairs:
 
 
 def report_skipped(source: str, pairs: Pairs) -> None:
-    """Say on stderr what a source left out."""
+    """Report the samples that a source left out on stderr."""
     if skipped := len(pairs.skipped):
         first = next(iter(pairs.skipped))
         print(f"{skipped} samples of {source} left out, the first: {first.name}: {first.reason}", file=sys.stderr)

@@ -24,19 +24,19 @@ def encode(
     workers: int = 0,
     device: str = "cpu",
 ) -> None:
-    """Encode the images of a source once, so that training the transformer need not do it again and again.
+    """Encode the images of a source once, so that training the transformer need not encode them every epoch.
 
     A run that was stopped goes on when started again. Under torchrun the processes share the work.
 
     Args:
         out: New folder for codes and captions; ``train dalle --data`` takes it.
-        draws: Augmentation draws of each picture, another one for each epoch of training; 1 is its central square.
-        seed: Of the draws.
+        draws: Random augmentations of each image, which training takes in turn, one per epoch; 1 is the central square.
+        seed: Of the augmentations.
         batch_size: Images encoded together.
         workers: Processes that read and augment images; 0 does it in this one.
-        device: Where the dVAE runs.
+        device: Of the dVAE.
     """
-    from ..data import encode_pairs
+    from ..data import Encoding, JobOptions, encode_pairs
     from ..distributed.world import device_of_process, this_process
     from ..pipeline import find_system, fingerprint, load_dvae
 
@@ -48,15 +48,14 @@ def encode(
         out,
         pairs,
         lambda images: dvae.encode(images.to(where)),
-        image_size=dvae.cfg.image_size,
-        grid=(dvae.cfg.grid, dvae.cfg.grid),
-        fingerprint=fingerprint(system, "dvae"),
-        draws=draws,
-        seed=seed,
-        batch_size=batch_size,
-        workers=workers,
-        rank=rank,
-        ranks=ranks,
+        Encoding(
+            fingerprint=fingerprint(system, "dvae"),
+            image_size=dvae.cfg.image_size,
+            grid=(dvae.cfg.grid, dvae.cfg.grid),
+            draws=draws,
+            seed=seed,
+        ),
+        JobOptions(batch_size=batch_size, workers=workers, rank=rank, ranks=ranks),
     )
     if encoded is None:
         print(f"{out}: this process has done its part; others have not")
@@ -72,9 +71,9 @@ def emoji(out: Path, size: int = 64, language: str = "en", font: Path | None = N
 
     Args:
         out: New folder.
-        size: Edge of the pictures in pixels.
+        size: Edge of the images in pixels.
         language: Of the captions, such as en, de, ja.
-        font: The font's file, where it is not found by itself.
+        font: File of the font; none searches for it.
     """
     from ..data.emoji import make_emoji_corpus
 
@@ -82,11 +81,11 @@ def emoji(out: Path, size: int = 64, language: str = "en", font: Path | None = N
 
 
 def index(shards: Positional[str], workers: int | None = None) -> None:
-    """Index tar shards in advance: where each image and caption is. Training does it by itself when it is missing.
+    """Index tar shards in advance: the place of each image and caption. Training does it itself if it is missing.
 
     Args:
         shards: A .tar, a folder of them, or a glob such as "shards/*.tar".
-        workers: Processes; none is one for each processor.
+        workers: Processes; none is one per processor.
     """
     from ..data.open import find_shards
     from ..data.sources.tar import ShardPairs
@@ -102,10 +101,10 @@ def index(shards: Positional[str], workers: int | None = None) -> None:
 def filter_(data: Source, out: Path, filters: Annotated[Filters, arg(name="")] = FILTERS, workers: int = 0) -> None:
     """Leave out pairs as the paper did: by length, language and boilerplate of captions, by aspect ratio of images.
 
-    No image is copied or decoded. The folder names in dropped.jsonl what is left out, and why.
+    No image is copied or decoded. The folder's dropped.jsonl names each pair left out, and the reason.
 
     Args:
-        out: New folder, a source of those that are kept.
+        out: New folder, a source of the pairs kept.
         workers: Processes that share the work; 0 does it in this one.
     """
     from ..data import filter_pairs
@@ -125,21 +124,21 @@ def dedup(
     workers: int = 0,
     device: str = "cpu",
 ) -> None:
-    """Leave out near-duplicate images, by the embeddings of a CLIP: of those alike, the first stays.
+    """Leave out near-duplicate images, by the embeddings of a CLIP: of images that are alike, the first is kept.
 
-    No image is copied. The folder names in dropped.jsonl what is left out, and what it is alike. A run that was stopped
-    goes on when started again; under torchrun the processes share the embedding.
+    No image is copied. The folder's dropped.jsonl names each image left out, and the one kept in its place. A run that
+    was stopped goes on when started again; under torchrun the processes share the embedding.
 
     Args:
-        out: New folder, a source of those that are kept.
+        out: New folder, a source of the pairs kept.
         threshold: Least cosine of near-duplicates. Depends on the CLIP.
         embeddings: Folder for the embeddings; none is OUT.embeddings.
-        exact_up_to: Pairs of which all are compared; of more, nearly all likely ones are (usearch).
+        exact_up_to: Number of pairs up to which all are compared; beyond, an approximate index is used (usearch).
         batch_size: Images embedded together.
         workers: Processes that read images; 0 does it in this one.
-        device: Where CLIP runs.
+        device: Of CLIP.
     """
-    from ..data import drop_duplicates, embed_pairs
+    from ..data import Embedding, JobOptions, drop_duplicates, embed_pairs
     from ..distributed.world import device_of_process, this_process
     from ..pipeline import find_system, fingerprint, load_clip
 
@@ -152,12 +151,8 @@ def dedup(
         folder,
         pairs,
         lambda images: clip.encode_image(images.to(where)),
-        image_size=clip.cfg.image_size,
-        fingerprint=fingerprint(system, "clip"),
-        batch_size=batch_size,
-        workers=workers,
-        rank=rank,
-        ranks=ranks,
+        Embedding(fingerprint=fingerprint(system, "clip"), image_size=clip.cfg.image_size),
+        JobOptions(batch_size=batch_size, workers=workers, rank=rank, ranks=ranks),
     )
     if complete and rank == 0:
         _print_view(out, len(pairs), drop_duplicates(out, data, pairs, folder, threshold, exact_up_to, str(where)))

@@ -1,4 +1,4 @@
-"""Captioned images: where they come from, what training sees of them, batches by step number.
+"""Captioned images: sources, augmentation, batches by step number, and the curation of collections.
 
 Names are loaded when they are first used, so that settings can be read without torch.
 """
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from .batches import collate as collate
     from .codes import EncodedPair as EncodedPair
     from .codes import EncodedPairs as EncodedPairs
+    from .dedup import Embedding as Embedding
     from .dedup import drop_duplicates as drop_duplicates
     from .dedup import embed_pairs as embed_pairs
+    from .encode import Encoding as Encoding
     from .encode import encode_pairs as encode_pairs
     from .filter import filter_pairs as filter_pairs
     from .open import open_pairs as open_pairs
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from .pairs import Pair as Pair
     from .pairs import Pairs as Pairs
     from .pairs import Skipped as Skipped
+    from .shard_job import JobOptions as JobOptions
 
 __getattr__, __dir__, __all__ = attach(
     __name__,
@@ -37,8 +40,10 @@ __getattr__, __dir__, __all__ = attach(
         "collate": "batches",
         "EncodedPair": "codes",
         "EncodedPairs": "codes",
+        "Embedding": "dedup",
         "drop_duplicates": "dedup",
         "embed_pairs": "dedup",
+        "Encoding": "encode",
         "encode_pairs": "encode",
         "filter_pairs": "filter",
         "open_pairs": "open",
@@ -46,5 +51,6 @@ __getattr__, __dir__, __all__ = attach(
         "Pair": "pairs",
         "Pairs": "pairs",
         "Skipped": "pairs",
+        "JobOptions": "shard_job",
     },
 )

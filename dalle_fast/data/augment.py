@@ -51,7 +51,7 @@ def _check(image: np.ndarray, size: int) -> None:
 
 
 def _near_centre(slack: int, rng: np.random.Generator) -> int:
-    """An offset from 3/8 to 5/8 of the slack, the upper end excluded unless nothing else is left."""
+    """A random offset from 3/8 to 5/8 of the slack, the upper end excluded unless it is the only one."""
     low = 3 * slack // 8
     return int(rng.integers(low, max(low + 1, 5 * slack // 8)))
 
@@ -66,6 +66,6 @@ def _random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.n
 
 
 def _resize(image: np.ndarray, side: int, least: int) -> np.ndarray:
-    """A square image resized to ``side``, or to ``least`` where that is more."""
+    """A square image resized to ``side``, but at least to ``least``."""
     side = max(int(side), least)
     return image if side == image.shape[0] else area_resize(image, side, side)

@@ -1,8 +1,8 @@
 """Batches by step number: nothing to save, nothing to restore.
 
-What is in a batch follows from (seed, step) alone. Sample number ``n`` is the ``n mod N``-th pair of epoch ``n div N``,
-whose order is a keyed permutation of the N pairs, and its random choices come from a generator of (seed, n). So a run
-that goes on at step k sees what it would have seen, whatever the number of workers and of ranks, which share a batch.
+A batch is a function of (seed, step) alone. Sample number ``n`` is the ``n mod N``-th pair of epoch ``n div N``, whose
+order is a keyed permutation of the N pairs, and its random choices come from a generator of (seed, n). So a run resumed
+at step k sees the same samples as one that never stopped, for any number of workers and of ranks, which share a batch.
 """
 
 from __future__ import annotations
@@ -14,28 +14,34 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .codes import EncodedPairs
 from .pairs import BrokenSample, Skipped
 from .shuffle import shuffled
 
 Batch = dict[str, Any]
 Transform = Callable[[Any, np.random.Generator], dict[str, Any]]
 
-MAX_BROKEN_IN_A_ROW = 1000  # samples, after which the corpus is given up
+MAX_BROKEN_IN_A_ROW = 1000  # samples, after which the corpus is taken to be unreadable
 
 
 class Corpus(Protocol):
-    """Anything by index: ``Pairs``, ``EncodedPairs``, a list."""
+    """Samples by index: ``Pairs``, ``EncodedPairs``, a list."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Any: ...
+
+
+@runtime_checkable
+class EpochCorpus(Corpus, Protocol):
+    """A corpus whose samples differ from epoch to epoch, such as images encoded in several augmentations."""
+
+    def seen_in(self, epoch: int, index: int, /) -> Any: ...
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> Batch:
@@ -62,13 +68,13 @@ class Batches:
     """An endless, shuffled stream of batches over the epochs of a corpus: all of each batch, or the share of one rank.
 
     Args:
-        pairs: the corpus. A sample that raises :class:`BrokenSample`, here or in ``transform``, is left out, and one
-            at random takes its place.
-        batch_size: samples per batch, those of all ranks. Batches run across the ends of epochs, so none is cut short.
-        transform: ``(pair, rng) -> dict``; what to make of a pair, with all randomness from ``rng``.
+        pairs: the corpus. A sample that raises :class:`BrokenSample`, here or in ``transform``, is replaced by one at
+            random.
+        batch_size: samples per batch, over all ranks. Batches run across the ends of epochs, so none is cut short.
+        transform: ``(pair, rng) -> dict``; makes a sample of a pair, with all randomness from ``rng``.
         seed: 0 or more.
-        workers: processes of :meth:`iterate` that prepare batches ahead; 0 does it in the loop.
-        rank: which of the ``ranks`` contiguous parts of each batch this process gets.
+        workers: processes of :meth:`iterate` that prepare batches ahead; 0 prepares them in the loop.
+        rank: number of this process, which gets one of ``ranks`` contiguous parts of each batch.
         ranks: processes that train together; a divisor of the batch size.
 
     ``skipped`` counts the samples left out so far.
@@ -95,6 +101,7 @@ class Batches:
         if not 0 <= rank < ranks:
             raise ValueError(f"rank: expected 0 to {ranks - 1}, got {rank}")
         self.pairs = pairs
+        self._by_epoch = pairs if isinstance(pairs, EpochCorpus) else None
         self.batch_size = batch_size
         self.transform = transform
         self.seed = seed
@@ -104,13 +111,13 @@ class Batches:
         self.skipped: Counter[Skipped] = Counter()
 
     def batch_at(self, step: int) -> Batch:
-        """The batch of one step; see :func:`collate` for what it holds."""
+        """The batch of one step, as :func:`collate` makes it."""
         batch, skipped = self._load(step)
         self.skipped.update(skipped)
         return batch
 
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:
-        """The batches from ``start_step`` on, without end, the same as ``batch_at`` gives."""
+        """The batches from ``start_step`` on, without end, the same as those of ``batch_at``."""
         steps = range(start_step, sys.maxsize)
         if self.workers == 0:
             yield from map(self.batch_at, steps)
@@ -128,10 +135,10 @@ class Batches:
             yield batch
 
     def write_report(self, path: str | Path, others: Iterable[Counter[Skipped]] = ()) -> None:
-        """Write what was left out as JSON lines: name, reason and count.
+        """Write the samples left out as JSON lines: name, reason and count.
 
-        First what the corpus skipped when it was opened, then what could not be read: by this process, and by other
-        ranks as ``others`` say.
+        First those that the corpus skipped when it was opened, then those that could not be read by this process, or by
+        other ranks, whose counts are ``others``.
         """
         unreadable = sum(others, self.skipped)
         with open(path, "w", encoding="utf-8") as file:
@@ -140,7 +147,7 @@ class Batches:
                 file.write(json.dumps({"name": name, "reason": reason, "count": count}) + "\n")
 
     def _load(self, step: int) -> tuple[Batch, list[Skipped]]:
-        """This rank's part of a batch, and the samples that others had to take the place of."""
+        """This rank's part of a batch, and the broken samples that were replaced."""
         if step < 0:
             raise ValueError(f"step: expected 0 or more, got {step}")
         share = self.batch_size // self.ranks
@@ -153,11 +160,12 @@ class Batches:
         return collate(samples), skipped
 
     def _sample(self, number: int, index: int, skipped: list[Skipped]) -> dict[str, Any]:
-        """Sample ``number``, of pair ``index`` or, for as long as it is broken, of another."""
+        """Sample ``number``: of pair ``index``, or of another one if that is broken."""
         rng, epoch = np.random.default_rng((self.seed, number)), number // len(self.pairs)
         for _ in range(MAX_BROKEN_IN_A_ROW):
             try:
-                return self.transform(_seen_in(self.pairs, index, epoch), rng)
+                pair = self._by_epoch.seen_in(epoch, index) if self._by_epoch else self.pairs[index]
+                return self.transform(pair, rng)
             except BrokenSample as error:
                 skipped.append(Skipped(error.name, error.reason))
                 index = int(rng.integers(len(self.pairs)))
@@ -165,25 +173,20 @@ class Batches:
         raise ValueError(f"pairs: expected readable ones, got {MAX_BROKEN_IN_A_ROW} broken in a row, the last {last}")
 
 
-def _seen_in(pairs: Corpus, index: int, epoch: int) -> Any:
-    """The pair that an epoch sees: of encoded images, in another augmentation draw each time, in turn."""
-    return pairs.draw(index, epoch % pairs.draws) if isinstance(pairs, EncodedPairs) else pairs[index]
-
-
 def _keep_memory_shared(_worker: int) -> None:
-    """Have the garbage collector leave alone what there was before the fork: touching it would copy it."""
+    """Exempt the objects from before the fork from garbage collection, which would touch and so copy them."""
     gc.freeze()
 
 
 def pairs_of(first: int, count: int, n: int, seed: int) -> list[int]:
-    """Which of ``n`` pairs the samples ``first`` to ``first + count - 1`` are of."""
+    """The indices, of ``n`` pairs, of the samples ``first`` to ``first + count - 1``."""
     epochs, positions = np.divmod(np.arange(first, first + count), n)
     parts = [shuffled(positions[epochs == epoch], n, seed, epoch) for epoch in range(epochs[0], epochs[-1] + 1)]
     return np.concatenate(parts).tolist()
 
 
 class _Steps(Dataset[tuple[Batch, list[Skipped]]]):
-    """Batches as the map from step to batch that DataLoader workers read."""
+    """Batches as a map from step to batch, for DataLoader workers."""
 
     def __init__(self, batches: Batches) -> None:
         self._batches = batches

@@ -2,14 +2,14 @@
 
 The folder that :func:`dalle_fast.data.encode.encode_pairs` writes holds ``shard-00000``, ``shard-00001``, ...:
 
-- ``codes.npy``: uint16 [n, draws, h, w], the codes of each picture in each of its augmentation draws;
+- ``codes.npy``: uint16 [n, draws, h, w], the codes of each image in each of its random augmentations ("draws");
 - ``captions.txt``: UTF-8, each caption followed by a newline;
 - ``index.npy``: [n] of ``end``, uint64, the byte of the caption's newline, and ``crc``, uint32 [draws], the CRC-32 of
   a draw's codes followed by the caption;
-- ``skipped.jsonl``: which pictures could not be read.
+- ``skipped.jsonl``: the images that could not be read.
 
-``meta.json``, written when all shards are there, says how the codes were made and how large each file is;
-``skipped.jsonl`` is that of all shards, after what the source itself had skipped.
+``meta.json``, written last, holds the settings of the encoding and the size of each file; ``skipped.jsonl`` beside it
+holds the samples that the source had skipped, then those of all shards.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def checksum(codes: np.ndarray, caption: bytes) -> int:
 
 
 def write_shard(folder: Path, codes: np.ndarray, captions: list[str]) -> None:
-    """Write codes, uint16 [n, draws, h, w], and their n captions."""
+    """Write codes, uint16 [n, draws, h, w], and their n captions to the folder of a shard."""
     index = np.empty(len(captions), index_type(codes.shape[1]))
     end = 0
     with (folder / CAPTIONS).open("wb") as file:
@@ -71,12 +71,12 @@ def write_shard(folder: Path, codes: np.ndarray, captions: list[str]) -> None:
 
 
 class EncodedPairs:
-    """Codes and captions by index, read from the disk as they are asked for; each read is checked by its CRC-32.
+    """Codes and captions by index, read from disk when asked for; each read is checked by its CRC-32.
 
-    A picture has ``draws`` codes; ``pairs[i]`` is the first, :meth:`draw` any.
+    Each image has the codes of ``draws`` random augmentations: ``pairs[i]`` is the first, :meth:`seen_in` takes turns.
 
     Raises:
-        ValueError: the folder is something else or not finished, a file of it is missing or of another size; when a
+        ValueError: the folder is something else or not finished, or a file of it is missing or of another size; when a
             pair is read, it is not what was written. The message names the shard.
     """
 
@@ -89,7 +89,7 @@ class EncodedPairs:
             self.fingerprint: str = meta["fingerprint"]
             self.grid: tuple[int, int] = tuple(meta["grid"])
             self.draws: int = meta["draws"]
-            self.skipped_count: int = meta["skipped"]  # pictures that are not here, named in skipped.jsonl
+            self.skipped_count: int = meta["skipped"]  # images left out, named in skipped.jsonl
             self._names = [shard["name"] for shard in meta["shards"]]
             self._ends = list(itertools.accumulate(shard["count"] for shard in meta["shards"]))
             self._sizes: list[dict[str, int]] = [shard["bytes"] for shard in meta["shards"]]
@@ -110,13 +110,12 @@ class EncodedPairs:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> EncodedPair:
-        return self.draw(index, 0)
+        return self.seen_in(0, index)
 
-    def draw(self, index: int, draw: int) -> EncodedPair:
-        """A pair with the codes of one of its augmentation draws."""
+    def seen_in(self, epoch: int, index: int) -> EncodedPair:
+        """The pair as an epoch sees it: with the codes of another augmentation each time, in turn."""
         number, row = self._place(index)
-        if not 0 <= draw < self.draws:
-            raise IndexError(f"draw: expected 0 to {self.draws - 1}, got {draw}")
+        draw = epoch % self.draws
         shard = self._shards.get(number) or self._open(number)
         codes, text = shard.codes[row, draw], _caption(shard, row)
         if checksum(codes, text) != shard.checksums[row, draw]:
@@ -136,7 +135,7 @@ class EncodedPairs:
         return EncodedPairs, (self._folder,)
 
     def _place(self, index: int) -> tuple[int, int]:
-        """The shard of a pair, and its row there."""
+        """The shard of a pair, and its row in it."""
         check_index(index, len(self))
         number = bisect.bisect_right(self._ends, index)
         return number, index - self._ends[number - 1] if number else index
@@ -156,9 +155,9 @@ class EncodedPairs:
         return shard
 
     def _map(self, number: int, name: str) -> np.ndarray:
-        """The bytes of a file, uint8, in memory as they are touched.
+        """The bytes of a file, uint8, mapped into memory.
 
-        Unlike numpy's maps these hold no file open, of which a process may not have as many as there are shards.
+        Unlike numpy's maps these hold no file open: there may be more shards than a process may open files.
         """
         path, size = self._folder / self._names[number] / name, self._sizes[number][name]
         return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()

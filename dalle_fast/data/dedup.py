@@ -1,14 +1,14 @@
-"""Near-duplicate images (appendix C of the paper): pictures whose embeddings by a contrastive model are close.
+"""Near-duplicate images (appendix C of the paper): images whose embeddings by a contrastive model are close.
 
-Greedy, in the order of the source: a picture is dropped when its cosine with one that stays, earlier in that order,
-reaches a threshold. So the result is determined by the order, no two pictures that stay are near-duplicates, and each
-dropped one is close to one that stays. (Connected components would also drop what merely is alike through a chain.)
+Greedy, in the order of the source: an image is dropped when its cosine with a kept image, earlier in that order,
+reaches a threshold. So the order determines the result, no two kept images are near-duplicates, and each dropped image
+is close to a kept one. (Connected components would also drop images that are alike only through a chain.)
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -20,17 +20,26 @@ import torch.nn.functional as F
 from ..files import check_new
 from .augment import center_crop_resize
 from .pairs import Pairs
-from .shard_job import SETTINGS, Settings, Shard, process_in_shards, read_skipped, shard_folder
+from .shard_job import (
+    DEFAULTS,
+    SETTINGS,
+    JobOptions,
+    JobSettings,
+    Shard,
+    process_in_shards,
+    read_settings,
+    read_skipped,
+    shard_folder,
+)
 from .sources.view import Dropped, fingerprint_of, write_view
 
-EXACT_UP_TO = 1_000_000  # pairs; beyond, an approximate index finds the nearest picture
-SHARD_SIZE = 65_536  # pictures of a shard of embeddings
+EXACT_UP_TO = 1_000_000  # pairs; beyond, an approximate index finds the nearest image
+BLOCK_SIZE = 4_096  # embeddings compared at once
 _EMBEDDINGS, _ROWS = "embeddings.npy", "rows.npy"
-_BLOCK = 4_096  # embeddings compared at once
 
 
 class Duplicate(NamedTuple):
-    """A picture, and the one that stays which it is close to."""
+    """A duplicate, and the image kept in its place."""
 
     row: int
     of: int
@@ -38,56 +47,50 @@ class Duplicate(NamedTuple):
 
 
 class Neighbours(Protocol):
-    """The embeddings of the pictures that stay, to find the nearest among."""
+    """The embeddings of the kept images, searchable."""
 
     def __len__(self) -> int: ...
 
     def add(self, rows: np.ndarray, vectors: torch.Tensor) -> None:
-        """Take in rows [n] and their unit vectors [n, D]."""
+        """Keep rows [n] and their unit vectors [n, D]."""
 
     def nearest(self, vectors: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """For each of [n, D]: the row of the one of largest cosine, int64 [n], and that cosine, float32 [n]."""
+        """For unit vectors [n, D]: the rows of the nearest kept ones, int64 [n], and their cosines, float32 [n]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding(JobSettings):
+    """All that decides the embeddings, beside the pairs; of each image the central square is embedded."""
+
+    shard_size: int = 65_536  # images
 
 
 def embed_pairs(
     folder: str | Path,
     pairs: Pairs,
     embed: Callable[[torch.Tensor], torch.Tensor],
-    image_size: int,
-    fingerprint: str,
-    batch_size: int = 64,
-    workers: int = 0,
-    rank: int = 0,
-    ranks: int = 1,
-    shard_size: int = SHARD_SIZE,
+    embedding: Embedding,
+    options: JobOptions = DEFAULTS,
 ) -> bool:
     """Write the embeddings of all images as float16, in shards; a run that was killed goes on at the first missing one.
 
     Args:
         folder: a new one, or that of the same work.
         embed: float images [B, 3, S, S] in [0, 1] to unit vectors [B, D].
-        image_size: S, of the central square of each picture.
-        fingerprint: which model embeds.
-        batch_size, workers, rank, ranks: as in ``process_in_shards``.
-        shard_size: pictures of a shard.
 
     Returns:
-        whether all are there; other processes may still be at work.
+        True if all are there; else other processes are still at work.
+
+    Raises:
+        ValueError: the folder holds something else, or work with other settings.
     """
-    settings = Settings(
-        fingerprint=fingerprint,
-        source=fingerprint_of(pairs),
-        pairs=len(pairs),
-        image_size=image_size,
-        shard_size=shard_size,
-    )
 
     def save(folder: Path, shard: Shard) -> None:
         np.save(folder / _ROWS, shard.rows)
         np.save(folder / _EMBEDDINGS, shard.values.reshape(len(shard.rows), -1).astype(np.float16))
 
-    prepare = partial(_central, size=image_size)
-    return process_in_shards(folder, pairs, settings, prepare, embed, save, batch_size, workers, rank, ranks)
+    prepare = partial(_central, size=embedding.image_size)
+    return process_in_shards(folder, pairs, embedding, prepare, embed, save, options=options)
 
 
 def _central(image: np.ndarray, _: int, size: int) -> np.ndarray:
@@ -95,7 +98,7 @@ def _central(image: np.ndarray, _: int, size: int) -> np.ndarray:
 
 
 def read_embeddings(folder: str | Path) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-    """What :func:`embed_pairs` wrote, shard by shard: rows, int64 [n], and unit vectors, float32 [n, D]."""
+    """The output of :func:`embed_pairs`, shard by shard: rows, int64 [n], and unit vectors, float32 [n, D]."""
     for path in _shards(Path(folder)):
         vectors = torch.from_numpy(np.load(path / _EMBEDDINGS)).float()
         if len(vectors):  # else all of its images are broken
@@ -103,17 +106,21 @@ def read_embeddings(folder: str | Path) -> Iterator[tuple[np.ndarray, torch.Tens
 
 
 def find_duplicates(
-    embeddings: Iterable[tuple[np.ndarray, torch.Tensor]], threshold: float, kept: Neighbours
+    embeddings: Iterable[tuple[np.ndarray, torch.Tensor]],
+    threshold: float,
+    kept: Neighbours,
+    block_size: int = BLOCK_SIZE,
 ) -> Iterator[Duplicate]:
     """The near-duplicates among embeddings that come in order, in blocks of rows [n] and unit vectors [n, D].
 
     Args:
         threshold: the least cosine of near-duplicates.
-        kept: empty; takes in the embeddings of the pictures that stay.
+        kept: empty; takes in the embeddings of the images kept.
+        block_size: embeddings compared at once.
     """
     for shard_rows, shard_vectors in embeddings:
-        for start in range(0, len(shard_rows), _BLOCK):
-            rows, vectors = shard_rows[start : start + _BLOCK], shard_vectors[start : start + _BLOCK]
+        for start in range(0, len(shard_rows), block_size):
+            rows, vectors = shard_rows[start : start + block_size], shard_vectors[start : start + block_size]
             if len(kept):
                 of, cosine = kept.nearest(vectors)
             else:
@@ -131,9 +138,10 @@ def find_duplicates(
 
 
 class ExactNeighbours:
-    """Compares with all of up to ``capacity`` vectors, in float32."""
+    """Compares with all of up to ``capacity`` vectors, in float32, ``block_size`` at once."""
 
-    def __init__(self, capacity: int, device: str = "cpu") -> None:
+    def __init__(self, capacity: int, device: str = "cpu", block_size: int = BLOCK_SIZE) -> None:
+        self._block_size = block_size
         self._rows = np.empty(capacity, np.int64)
         self._vectors = torch.empty(0, device=device)  # room for all, once their length is known
         self._count = 0
@@ -152,15 +160,15 @@ class ExactNeighbours:
         vectors = vectors.to(self._vectors.device)
         place = torch.zeros(len(vectors), dtype=torch.int64, device=vectors.device)
         best = torch.full((len(vectors),), -torch.inf, device=vectors.device)
-        for start in range(0, self._count, _BLOCK):
-            cosine, where = (vectors @ self._vectors[start : min(start + _BLOCK, self._count)].T).max(1)
+        for start in range(0, self._count, self._block_size):
+            cosine, where = (vectors @ self._vectors[start : min(start + self._block_size, self._count)].T).max(1)
             place = torch.where(cosine > best, where + start, place)
             best = torch.maximum(best, cosine)
         return self._rows[place.cpu().numpy()], best.cpu().numpy()
 
 
 class ApproximateNeighbours:
-    """Walks a graph of neighbours in float16 (usearch): finds nearly all, quickly among any number."""
+    """Searches a graph of neighbours in float16 (usearch): misses a few, but is fast among any number."""
 
     def __init__(self) -> None:
         try:
@@ -196,19 +204,19 @@ def drop_duplicates(
 ) -> dict[str, int]:
     """Write a view of the pairs whose images are no near-duplicates, given their embeddings.
 
-    In memory it holds 13 bytes a pair and the embeddings of those that stay: in float32 up to ``exact_up_to`` pairs,
-    else in float16 with the graph.
+    Memory: 13 bytes per pair, and the embeddings of the images kept; in float32 up to ``exact_up_to`` pairs, else in
+    float16 with the graph.
 
     Args:
-        folder: a new one, for the view and its report, which names for each dropped pair the one that it resembles.
-        source: what ``open_pairs`` opened as ``pairs``.
+        folder: a new one, for the view and its report, which names the kept image for each duplicate.
+        source: the name that ``open_pairs`` opened as ``pairs``.
         embeddings: the folder that ``embed_pairs`` filled.
         threshold: the least cosine of near-duplicates, above 0 and up to 1.
-        exact_up_to: with more pairs than that an approximate index is asked.
-        device: where the exact comparison is made.
+        exact_up_to: pairs; for more than these an approximate index is used.
+        device: of the exact comparison.
 
     Returns:
-        how many pairs were dropped as ``near-duplicate`` and as ``broken image``.
+        the number of pairs dropped as ``near-duplicate`` and as ``broken image``.
 
     Raises:
         ValueError: the folder is not new, or the embeddings are not complete or of other pairs.
@@ -220,7 +228,7 @@ def drop_duplicates(
     embeddings = Path(embeddings)
     if not (embeddings / SETTINGS).is_file() or not all(path.is_dir() for path in _shards(embeddings)):
         raise ValueError(f"embeddings: expected those of {len(pairs)} images, got none or a part in {embeddings}")
-    if _settings(embeddings)["source"] != fingerprint_of(pairs):
+    if read_settings(embeddings)["source"] != fingerprint_of(pairs):
         raise ValueError(f"embeddings: expected those of {source}, got those of another source in {embeddings}")
     broken = np.ones(len(pairs), bool)
     for path in _shards(embeddings):
@@ -250,10 +258,6 @@ def drop_duplicates(
     return write_view(folder, source, pairs, dropped(), {"dedup": settings})
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / SETTINGS).read_text())
-
-
 def _shards(folder: Path) -> list[Path]:
-    settings = _settings(folder)
+    settings = read_settings(folder)
     return [shard_folder(folder, number) for number in range(-(-settings["pairs"] // settings["shard_size"]))]

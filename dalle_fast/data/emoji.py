@@ -1,4 +1,4 @@
-"""A small corpus of real captioned pictures: the emoji of Noto Color Emoji with their Unicode names."""
+"""A small corpus of real captioned images: the emoji of Noto Color Emoji with their Unicode names."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ except ImportError:
 
 _FONT_FILE = "NotoColorEmoji.ttf"
 _FONT_FOLDERS = ("/usr/share/fonts/truetype/noto", "/usr/share/fonts/noto", "/usr/share/fonts/google-noto-emoji")
-_FONT_SIZE = 109  # the one size of the font's bitmaps
-_CANVAS = (160, 152)  # an emoji is 136 x 128 pixels; a margin, so that what is cut off shows
+_FONT_SIZE = 109  # the only size of the font's bitmaps
+_CANVAS = (160, 152)  # an emoji is 136 x 128 pixels; a margin, so that clipping shows
 _VAL_SHARE = 10  # one base emoji in this many
 _SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
 _VARIATION_SELECTOR = "\ufe0f"
@@ -37,18 +37,18 @@ def find_font() -> Path:
         path = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     except (OSError, subprocess.CalledProcessError):
         path = Path()
-    if path.name != _FONT_FILE:  # fontconfig names the nearest font when it has not got the one
+    if path.name != _FONT_FILE:  # fontconfig returns the nearest font if it lacks this one
         raise FileNotFoundError(f"font: expected {_FONT_FILE}, got none; try: apt-get install fonts-noto-color-emoji")
     return path
 
 
 def base_emoji(characters: str) -> str:
-    """The emoji without its skin tones and variation selectors: what the split keeps together."""
+    """The emoji without its skin tones and variation selectors. The split keeps all variants of it together."""
     return "".join(c for c in characters if c not in _SKIN_TONES and c != _VARIATION_SELECTOR)
 
 
 def caption_of(characters: str, language: str) -> str | None:
-    """The Unicode name in words, "thumbs up medium skin tone"; None where the language has no name for it."""
+    """The Unicode name in words, "thumbs up medium skin tone"; None if the language has no name for it."""
     name = unicode_emoji.EMOJI_DATA[characters].get(language)
     return name.strip(":").replace("_", " ") if name else None
 
@@ -58,9 +58,9 @@ def in_validation(characters: str) -> bool:
 
 
 def render(characters: str, font: ImageFont.FreeTypeFont) -> np.ndarray | None:
-    """The emoji on white, uint8 [152, 152, 3] cut from the middle; None where the font has no one picture for it.
+    """The emoji on white, uint8 [152, 152, 3] cut from the middle; None if the font has no single glyph for it.
 
-    A sequence that the font cannot join comes out as several pictures side by side, an unknown emoji as nothing.
+    A sequence that the font cannot join comes out as several glyphs side by side, an unknown emoji as nothing.
     """
     left, top, right, bottom = font.getbbox(characters)
     if right - left > font.getlength("\U0001f600") + 1 or bottom <= top:
@@ -77,11 +77,11 @@ def make_emoji_corpus(
 ) -> dict[str, int]:
     """Write ``train/`` and ``val/``, folders of ``.png`` and ``.txt`` that ``open_pairs`` reads, and print the counts.
 
-    Every picture occurs once. One base emoji in ten, with all its skin tones, is held out for validation.
+    Every image occurs once. One base emoji in ten, with all its skin tones, is held out for validation.
 
     Args:
         out: a new folder.
-        size: edge of the pictures in pixels.
+        size: edge of the images in pixels.
         language: of the captions: en, de, es, fr, ja, ...; names come from the ``emoji`` package.
         font: Noto Color Emoji; found when not given.
 

@@ -1,11 +1,11 @@
-"""Encode the images of a source once, in several augmentation draws, into the folder that ``EncodedPairs`` reads."""
+"""Encode the images of a source once, in several random augmentations, into the folder that ``EncodedPairs`` reads."""
 
 from __future__ import annotations
 
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,56 +18,52 @@ from .augment import augment_dalle, center_crop_resize
 from .codes import CAPTIONS, CODES, FORMAT, INDEX, META, EncodedPairs, write_shard
 from .pairs import Pairs
 from .shard_job import (
+    DEFAULTS,
     SKIPPED,
-    Settings,
+    JobOptions,
+    JobSettings,
     Shard,
     process_in_shards,
+    read_settings,
     read_skipped,
     shard_folder,
     write_skipped,
 )
-from .sources.view import fingerprint_of
-
-SHARD_SIZE = 32_768  # pictures; 67 MB a draw of codes 32 x 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoding(Settings):
-    """What decides the codes."""
+class Encoding(JobSettings):
+    """All that decides the codes, beside the pairs.
 
-    grid: tuple[int, int]
-    draws: int
-    seed: int
+    One draw is the central square of an image; more are as many random augmentations of it (listing 2 of the paper),
+    each from a generator of (seed, index of the pair, draw).
+    """
+
+    grid: tuple[int, int]  # h and w of the codes
+    draws: int = 1  # per image
+    seed: int = 0
+    shard_size: int = 32_768  # images; 67 MB per draw of 32 x 32 codes
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.draws < 1:
+            raise ValueError(f"draws: expected 1 or more, got {self.draws}")
+        if self.seed < 0:
+            raise ValueError(f"seed: expected 0 or more, got {self.seed}")
 
 
 def encode_pairs(
     folder: str | Path,
     pairs: Pairs,
     encode: Callable[[torch.Tensor], torch.Tensor],
-    image_size: int,
-    grid: tuple[int, int],
-    fingerprint: str,
-    draws: int = 1,
-    seed: int = 0,
-    batch_size: int = 64,
-    workers: int = 0,
-    rank: int = 0,
-    ranks: int = 1,
-    shard_size: int = SHARD_SIZE,
+    encoding: Encoding,
+    options: JobOptions = DEFAULTS,
 ) -> EncodedPairs | None:
     """Encode every image; a run that was killed goes on at the first shard that is missing, to the same bytes.
 
     Args:
         folder: a new one, or that of the same encoding.
         encode: float images [B, 3, S, S] in [0, 1] to codes, integers [B, h, w] from 0 to 65535.
-        image_size: S.
-        grid: h and w.
-        fingerprint: which dVAE encodes.
-        draws: 1 takes the central square of a picture; more are that many augmentation draws of it (listing 2 of the
-            paper), drawn from (seed, index of the pair, draw).
-        batch_size: images encoded together, where a picture's draws always are.
-        workers, rank, ranks: as in ``process_in_shards``.
-        shard_size: pictures of a shard.
 
     Returns:
         the pairs, or None while other processes are still at work.
@@ -75,22 +71,7 @@ def encode_pairs(
     Raises:
         ValueError: the folder holds something else, no image can be read, or the codes do not fit.
     """
-    for name, value in (("draws", draws), ("batch_size", batch_size), ("shard_size", shard_size)):
-        if value < 1:
-            raise ValueError(f"{name}: expected 1 or more, got {value}")
-    if seed < 0:
-        raise ValueError(f"seed: expected 0 or more, got {seed}")
-    folder = Path(folder)
-    settings = Encoding(
-        fingerprint=fingerprint,
-        source=fingerprint_of(pairs),
-        pairs=len(pairs),
-        image_size=image_size,
-        shard_size=shard_size,
-        grid=grid,
-        draws=draws,
-        seed=seed,
-    )
+    folder, grid, draws = Path(folder), encoding.grid, encoding.draws
 
     def codes_of(images: torch.Tensor) -> torch.Tensor:
         codes = encode(images)
@@ -101,36 +82,34 @@ def encode_pairs(
         return codes
 
     def save(folder: Path, shard: Shard) -> None:
-        codes = shard.values.astype("<u2").reshape(-1, draws, *grid)  # of no picture, where all are broken
+        codes = shard.values.astype("<u2").reshape(-1, draws, *grid)  # [0, draws, h, w] if all images are broken
         write_shard(folder, codes, shard.captions)
 
-    prepare = partial(_draws, size=image_size, draws=draws, seed=seed)
-    together = max(1, batch_size // draws)
-    if not process_in_shards(folder, pairs, settings, prepare, codes_of, save, together, workers, rank, ranks):
+    prepare = partial(_draws, size=encoding.image_size, draws=draws, seed=encoding.seed)
+    if not process_in_shards(folder, pairs, encoding, prepare, codes_of, save, draws, options):
         return None
-    _finish(folder, settings, pairs)
+    _finish(folder, encoding, pairs)
     return EncodedPairs(folder)
 
 
 def _draws(image: np.ndarray, index: int, size: int, draws: int, seed: int) -> np.ndarray:
-    """The images to encode of a picture, uint8 [draws, size, size, 3]."""
+    """The images to encode for one image of the source, uint8 [draws, size, size, 3]."""
     if draws == 1:
         return center_crop_resize(image, size)[None]
     generators = (np.random.default_rng((seed, index, draw)) for draw in range(draws))
     return np.stack([augment_dalle(image, size, rng) for rng in generators])
 
 
-def _finish(folder: Path, settings: Encoding, pairs: Pairs) -> None:
-    """Write what belongs to all shards."""
+def _finish(folder: Path, encoding: Encoding, pairs: Pairs) -> None:
+    """Write the files that describe all shards."""
     shards: list[dict[str, Any]] = []
-    for number in range(-(-settings.pairs // settings.shard_size)):
+    for number in range(-(-len(pairs) // encoding.shard_size)):
         path = shard_folder(folder, number)
         count = len(np.load(path / INDEX, mmap_mode="r"))
         sizes = {name: (path / name).stat().st_size for name in (CODES, CAPTIONS, INDEX)}
         shards.append({"name": path.name, "count": count, "bytes": sizes})
     if not any(shard["count"] for shard in shards):
         raise ValueError(f"pairs: expected at least one readable image, got none; {folder} names them")
-    everything = itertools.chain(pairs.skipped, read_skipped(folder, len(shards)))
-    skipped = write_skipped(folder / SKIPPED, everything)
-    meta = {"format": FORMAT, **asdict(settings), "skipped": skipped, "shards": shards}
+    skipped = write_skipped(folder / SKIPPED, itertools.chain(pairs.skipped, read_skipped(folder, len(shards))))
+    meta = {"format": FORMAT, **read_settings(folder), "skipped": skipped, "shards": shards}
     write_atomically(folder / META, json.dumps(meta, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Filters of image-caption pairs (appendix C of the paper): what a caption or the shape of an image rules out."""
+"""Filters of image-caption pairs by caption and by shape of the image (appendix C of the paper)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REASONS = (
 KEPT, BOILERPLATE, SHORT, LANGUAGE, ASPECT, BROKEN, REPEATED = range(len(REASONS))
 
 Judge = Callable[[range], tuple[np.ndarray, np.ndarray]]
-_CHUNK = 4_096  # pairs that a process looks at in one go
+CHUNK_SIZE = 4_096  # pairs
 
 _MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
 _NUMERIC = r"\d{1,4}\s?[-/.:]\s?\d{1,2}\s?[-/.:]\s?\d{1,4}"
@@ -57,35 +57,41 @@ _WORD = re.compile(r"[^\W\d_]{2,}|\b[aiAI]\b")
 
 
 def filter_pairs(
-    folder: str | Path, source: str | Path, pairs: Pairs, filters: Filters, workers: int = 0
+    folder: str | Path,
+    source: str | Path,
+    pairs: Pairs,
+    filters: Filters,
+    workers: int = 0,
+    chunk_size: int = CHUNK_SIZE,
 ) -> dict[str, int]:
     """Write a view of the pairs that pass all filters; no pixel is decoded.
 
-    In memory it holds 18 bytes a pair. Captions count as repeated when they are equal but for case and white space.
+    Memory: 18 bytes per pair. Captions count as repeated when they are equal but for case and white space.
 
     Args:
         folder: a new one, for the view and its report.
-        source: what ``open_pairs`` opened as ``pairs``.
+        source: the name that ``open_pairs`` opened as ``pairs``.
         workers: processes that read and judge; 0 does it in this one.
+        chunk_size: pairs that a process judges at once.
 
     Returns:
-        how many pairs were dropped for each reason, the first that applies: ``boilerplate`` (fewer words than
+        the number of pairs dropped for each reason, the first that applies: ``boilerplate`` (fewer words than
         ``min_words`` are left without it), ``caption too short``, ``another language``, ``aspect ratio``,
         ``broken image``, ``repeated caption``.
 
     Raises:
         ValueError: the folder is not new, or no pair is left.
-        ImportError: the package that tells languages apart is missing.
+        ImportError: the package that detects languages is missing.
     """
     if workers < 0:
         raise ValueError(f"workers: expected 0 or more, got {workers}")
     check_new(folder)
     if filters.language != "none":
-        _language_of()  # fails before any work
+        _language_detector()  # fails before any work
     reasons, hashes = np.empty(len(pairs), np.uint8), np.empty(len(pairs), np.uint64)
-    chunks = [range(start, min(start + _CHUNK, len(pairs))) for start in range(0, len(pairs), _CHUNK)]
-    judge = partial(_judge, pairs, filters)
-    for chunk, (some_reasons, some_hashes) in zip(chunks, _map(judge, chunks, workers), strict=True):
+    chunks = [range(start, min(start + chunk_size, len(pairs))) for start in range(0, len(pairs), chunk_size)]
+    judged = _map(partial(judge, pairs, filters), chunks, workers)
+    for chunk, (some_reasons, some_hashes) in zip(chunks, judged, strict=True):
         reasons[chunk.start : chunk.stop], hashes[chunk.start : chunk.stop] = some_reasons, some_hashes
     often = _more_than(filters.max_repeats, hashes)
     for chunk in chunks:
@@ -94,33 +100,33 @@ def filter_pairs(
 
     def dropped() -> Iterator[Dropped]:
         for index in np.flatnonzero(reasons).tolist():
-            broken = reasons[index] == BROKEN  # and so may be its caption
+            broken = reasons[index] == BROKEN  # its caption may be broken, too
             yield Dropped(index, REASONS[reasons[index]], {} if broken else {"caption": pairs.caption(index)})
 
     return write_view(folder, source, pairs, dropped(), {"filter": asdict(filters)})
 
 
 def _more_than(repeats: int, hashes: np.ndarray) -> np.ndarray:
-    """The values that occur more often than that."""
+    """The values that occur more than ``repeats`` times."""
     ordered = np.sort(hashes)
     later = ordered[repeats:]
     return np.unique(later[later == ordered[: len(later)]])
 
 
 def words_in(caption: str) -> int:
-    """How many words a caption has; numbers and single letters but "a" and "I" are none."""
+    """The number of words in a caption, without numbers and single letters other than "a" and "I"."""
     return len(_WORD.findall(caption))
 
 
 def is_boilerplate(caption: str, min_words: int) -> bool:
-    """Whether fewer words are left of a caption without file names, dates, names of cameras, and the like."""
+    """True if a caption has file names, dates, names of cameras or the like, and fewer words are left without them."""
     rest, found = _BOILERPLATE.subn(" ", " ".join(caption.split()))
     return found > 0 and words_in(rest) < min_words
 
 
-def _judge(pairs: Pairs, filters: Filters, chunk: range) -> tuple[np.ndarray, np.ndarray]:
-    """The reason to drop each pair, KEPT for none, and a hash of its caption."""
-    language_of = _language_of() if filters.language != "none" else None
+def judge(pairs: Pairs, filters: Filters, chunk: range) -> tuple[np.ndarray, np.ndarray]:
+    """The reason to drop each pair of a chunk, uint8 [n], KEPT for none, and a hash of its caption, uint64 [n]."""
+    language_of = _language_detector() if filters.language != "none" else None
     reasons, hashes = np.empty(len(chunk), np.uint8), np.empty(len(chunk), np.uint64)
     for row, index in enumerate(chunk):
         try:
@@ -150,13 +156,13 @@ def _reason(
     return ASPECT if max(width, height) > filters.max_aspect * min(width, height) else KEPT
 
 
-def _language_of() -> Callable[[str], str]:
-    """Tells the language of a text, one of LANGUAGES."""
+def _language_detector() -> Callable[[str], str]:
+    """A function from a text to its language, one of LANGUAGES."""
     try:
         import py3langid
     except ImportError:
         raise ImportError(
-            "py3langid: expected the package that tells languages apart, got none; try: pip install py3langid, "
+            "py3langid: expected the package that detects languages, got none; try: pip install py3langid, "
             "or --language none"
         ) from None
     py3langid.set_languages(LANGUAGES)
@@ -170,16 +176,16 @@ def _map(judge: Judge, chunks: list[range], workers: int) -> Iterable[tuple[np.n
         return
     fork = multiprocessing.get_context("fork")  # an index of millions of pairs is shared, not copied
     with ProcessPoolExecutor(workers, fork, _set_judge, (judge,)) as pool:
-        yield from tqdm(pool.map(_judged, chunks), total=len(chunks), unit="chunk", disable=None)
+        yield from tqdm(pool.map(_judge_here, chunks), total=len(chunks), unit="chunk", disable=None)
 
 
-_judge_here: Judge  # of a process of the pool
+_judge: Judge  # of a process of the pool
 
 
 def _set_judge(judge: Judge) -> None:
-    global _judge_here
-    _judge_here = judge
+    global _judge
+    _judge = judge
 
 
-def _judged(chunk: range) -> tuple[np.ndarray, np.ndarray]:
-    return _judge_here(chunk)
+def _judge_here(chunk: range) -> tuple[np.ndarray, np.ndarray]:
+    return _judge(chunk)

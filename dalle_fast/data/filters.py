@@ -1,10 +1,10 @@
-"""Which pairs ``data filter`` keeps: the settings. Nothing here imports torch."""
+"""Settings of ``data filter``. Nothing here imports torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# What captions are taken to be in: with fewer languages to tell apart, short captions are taken for another less often.
+# The languages that are told apart: the fewer, the less often a short caption is taken for one of another language.
 LANGUAGES = (
     "ar", "cs", "da", "de", "en", "es", "fi", "fr", "he", "hu", "id", "it", "ja", "ko", "nl", "no", "pl", "pt", "ru",
     "sv", "tr", "uk", "vi", "zh",
@@ -13,11 +13,11 @@ LANGUAGES = (
 
 @dataclass(frozen=True)
 class Filters:
-    """Which pairs to keep (appendix C). The aspect ratio is the paper's; of the others it gives no numbers."""
+    """Conditions for keeping a pair (appendix C). The paper gives a number for the aspect ratio only."""
 
-    min_words: int = 3  # of a caption, beside boilerplate
+    min_words: int = 3  # of a caption, without boilerplate
     language: str = "en"  # of captions, such as en, de, ja; none keeps all
-    max_repeats: int = 10  # pictures with the same caption, as for ALIGN (arXiv 2102.05918, section 3)
+    max_repeats: int = 10  # images with the same caption, as for ALIGN (arXiv 2102.05918, section 3)
     max_aspect: float = 2.0  # of the longer to the shorter side
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Any image file as uint8 RGB."""
+"""Decode image files to uint8 RGB."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def decode_image(content: bytes) -> np.ndarray:
     """
     with Image.open(io.BytesIO(content)) as file:
         if simplejpeg and file.format == "JPEG" and file.mode in ("RGB", "L") and _is_upright(file):
-            with suppress(ValueError):  # what is damaged is up to Pillow, with or without the other package
+            with suppress(ValueError):  # Pillow decides about damaged files, with or without this package
                 return simplejpeg.decode_jpeg(content)
         image = ImageOps.exif_transpose(file)
         if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 255
@@ -42,13 +42,13 @@ def _is_upright(file: Image.Image) -> bool:
 
 
 def read_image_size(read: Callable[[int], bytes], length: int) -> tuple[int, int]:
-    """Width and height of an image of ``length`` bytes, of which ``read`` gives the first so many.
+    """Width and height of an image file of ``length`` bytes; ``read(n)`` returns its first n bytes.
 
-    Few are read of most images. Pillow's own errors pass through for broken content.
+    Most images need a few of them. Pillow's own errors pass through for broken content.
     """
     try:
         return _stated_size(read(min(length, _HEADER)))
-    except Exception:  # as Pillow says of a header that goes on, and of damaged bytes
+    except Exception:  # Pillow raises it for a longer header, and for damaged bytes
         if length <= _HEADER:
             raise
         return _stated_size(read(length))

@@ -1,8 +1,8 @@
 """Long work on the images of a source, in shards that a killed run need not do again, by one process or by several.
 
-A folder of ``settings.json``, which says what the work is, and ``shard-00000/``, ``shard-00001/``, ...: what was made
-of pairs 0 to ``shard_size - 1``, and so on. Each appears complete or not at all; its ``skipped.jsonl`` names the pairs
-that could not be read. Shard i is the work of process i modulo their number, and depends on no other shard.
+The output is a folder of ``settings.json``, all that decides the result, and ``shard-00000/``, ``shard-00001/``, ...,
+made of pairs 0 to ``shard_size - 1``, and so on. Each appears complete or not at all; its ``skipped.jsonl`` names the
+pairs that could not be read. Shard i is the work of process i modulo their number, and depends on no other shard.
 """
 
 from __future__ import annotations
@@ -22,27 +22,51 @@ from tqdm import tqdm
 from ..files import new_folder, write_atomically
 from .batches import collate
 from .pairs import BrokenSample, Pairs, Skipped
+from .sources.view import fingerprint_of
 
 SETTINGS, SKIPPED = "settings.json", "skipped.jsonl"
 Prepare = Callable[[np.ndarray, int], np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What decides the result; all of it must be the same when the work goes on."""
+class JobSettings:
+    """All that decides the result, beside the pairs: it must be the same when the work goes on."""
 
-    fingerprint: str  # which model
-    source: str  # which pairs
-    pairs: int
-    image_size: int
-    shard_size: int
+    fingerprint: str  # of the model
+    image_size: int  # S, edge of the model's images
+    shard_size: int  # pairs per shard
+
+    def __post_init__(self) -> None:
+        if self.shard_size < 1:
+            raise ValueError(f"shard_size: expected 1 or more, got {self.shard_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """The way in which a job is done, on which its result does not depend."""
+
+    batch_size: int = 64  # images processed together
+    workers: int = 0  # processes that read and prepare images ahead; 0 does it in this one
+    rank: int = 0  # number of this process
+    ranks: int = 1  # processes that share the work
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: expected 1 or more, got {self.batch_size}")
+        if self.workers < 0:
+            raise ValueError(f"workers: expected 0 or more, got {self.workers}")
+        if not 0 <= self.rank < self.ranks:
+            raise ValueError(f"rank: expected 0 to {self.ranks - 1}, got {self.rank}")
+
+
+DEFAULTS = JobOptions()
 
 
 class Shard(NamedTuple):
-    """What was made of a stretch of pairs, without the broken ones."""
+    """The results for a range of pairs, without the broken ones."""
 
-    rows: np.ndarray  # int64 [n], which pairs
-    values: np.ndarray  # [n, k, ...], of the k images that were made of each
+    rows: np.ndarray  # int64 [n], indices of the pairs
+    values: np.ndarray  # [n, k, ...], for the k images made of each pair
     captions: list[str]
 
 
@@ -53,41 +77,34 @@ def shard_folder(folder: Path, number: int) -> Path:
 def process_in_shards(
     folder: str | Path,
     pairs: Pairs,
-    settings: Settings,
+    settings: JobSettings,
     prepare: Prepare,
     process: Callable[[torch.Tensor], torch.Tensor],
     save: Callable[[Path, Shard], None],
-    batch_size: int,
-    workers: int = 0,
-    rank: int = 0,
-    ranks: int = 1,
+    images_per_pair: int = 1,
+    options: JobOptions = DEFAULTS,
 ) -> bool:
     """Do this process's part of the work, or what is left of it.
 
     Args:
         folder: a new one, or that of the same work.
-        prepare: ``(image, index) -> uint8 [k, S, S, 3]``; what to make of the image of a pair.
+        prepare: ``(image, index) -> uint8 [k, S, S, 3]``; makes the model's images of the image of a pair.
         process: float images [k * B, 3, S, S] in [0, 1] to values [k * B, ...].
         save: writes a shard to a folder.
-        batch_size: pairs processed together.
-        workers: processes that read and prepare images ahead; 0 does it in this one.
-        rank: which of ``ranks`` processes this is.
+        images_per_pair: k.
 
     Returns:
-        whether all shards are done; others may still be at work.
+        True if all shards are done; else other processes are still at work.
 
     Raises:
         ValueError: the folder holds something else, or work with other settings.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected 1 or more, got {batch_size}")
-    if workers < 0:
-        raise ValueError(f"workers: expected 0 or more, got {workers}")
     folder = Path(folder)
-    _settle(folder, settings)
-    size, total = settings.shard_size, settings.pairs
+    _settle(folder, {"source": fingerprint_of(pairs), "pairs": len(pairs), **asdict(settings)})
+    size, total = settings.shard_size, len(pairs)
+    together = max(1, options.batch_size // images_per_pair)
     shards = range(-(-total // size))
-    todo = [number for number in shards[rank::ranks] if not shard_folder(folder, number).is_dir()]
+    todo = [number for number in shards[options.rank :: options.ranks] if not shard_folder(folder, number).is_dir()]
     names = {shard_folder(folder, number).name for number in todo}
     for partial in folder.glob(".*.partial"):  # of a run that was killed
         if partial.name.split(".")[1] in names:
@@ -95,13 +112,13 @@ def process_in_shards(
 
     def stretches(number: int) -> list[range]:
         rows = range(number * size, min((number + 1) * size, total))
-        return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        return [rows[start : start + together] for start in range(0, len(rows), together)]
 
     loader = DataLoader(
         _Prepared(pairs, prepare),
         batch_size=None,
         sampler=(stretch for number in todo for stretch in stretches(number)),
-        num_workers=workers,
+        num_workers=options.workers,
         generator=torch.Generator(),  # else the loader would draw from torch's global one
     )
     prepared = iter(loader)
@@ -114,10 +131,10 @@ def process_in_shards(
     return all(shard_folder(folder, number).is_dir() for number in shards)
 
 
-def _settle(folder: Path, settings: Settings) -> None:
-    """Begin a folder, or see that it was begun for the same work."""
+def _settle(folder: Path, settings: dict[str, Any]) -> None:
+    """Begin a folder, or check that it was begun with the same settings."""
     path = folder / SETTINGS
-    wanted = json.loads(json.dumps(asdict(settings)))  # tuples become lists, as they are read back
+    wanted = json.loads(json.dumps(settings))  # tuples become lists, as they are read back
     if path.is_file():
         try:
             found = dict(json.loads(path.read_text()))
@@ -129,7 +146,6 @@ def _settle(folder: Path, settings: Settings) -> None:
     elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"output folder: expected a new or empty one, or one to go on with, got {folder}")
     else:
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(wanted, indent=2) + "\n")
 
 
@@ -139,9 +155,8 @@ def _process(prepared: Iterable[Any], process: Callable[[torch.Tensor], torch.Te
     captions: list[str] = []
     for some_rows, images, some_captions, some_skipped in prepared:
         if some_rows:
-            draws = len(images) // len(some_rows)
             made = process(collate([{"image": image} for image in images.numpy()])["image"]).cpu().numpy()
-            values.append(made.reshape(len(some_rows), draws, *made.shape[1:]))
+            values.append(made.reshape(len(some_rows), -1, *made.shape[1:]))
         rows += some_rows
         captions += some_captions
         skipped += some_skipped
@@ -149,7 +164,7 @@ def _process(prepared: Iterable[Any], process: Callable[[torch.Tensor], torch.Te
 
 
 class _Prepared(Dataset[tuple[list[int], np.ndarray, list[str], list[Skipped]]]):
-    """Stretches of pairs, as DataLoader workers read them: rows, images [k * rows, S, S, 3], captions, broken ones."""
+    """Ranges of pairs, for DataLoader workers: rows, images [k * rows, S, S, 3], captions, broken samples."""
 
     def __init__(self, pairs: Pairs, prepare: Prepare) -> None:
         self._pairs = pairs
@@ -172,8 +187,13 @@ class _Prepared(Dataset[tuple[list[int], np.ndarray, list[str], list[Skipped]]])
         return rows, np.concatenate(images) if images else np.empty(0, np.uint8), captions, skipped
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the work in a folder, among them ``source``, the fingerprint of the pairs, and their number."""
+    return json.loads((folder / SETTINGS).read_text())
+
+
 def write_skipped(path: Path, skipped: Iterable[Skipped]) -> int:
-    """Write names and reasons as JSON lines; how many."""
+    """Write names and reasons as JSON lines. Returns their number."""
     count = 0
     with path.open("w", encoding="utf-8") as file:
         for name, reason in skipped:
@@ -183,7 +203,7 @@ def write_skipped(path: Path, skipped: Iterable[Skipped]) -> int:
 
 
 def read_skipped(folder: Path, shards: int) -> Iterator[Skipped]:
-    """What could not be read, over all shards in order."""
+    """The samples that could not be read, over all shards in order."""
     for number in range(shards):
         with (shard_folder(folder, number) / SKIPPED).open(encoding="utf-8") as file:
             for line in file:

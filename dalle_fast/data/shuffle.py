@@ -10,10 +10,10 @@ _ROUNDS = 6  # an even number: see _feistel
 
 
 def shuffled(indices: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a permutation of ``range(n)``, another one for each (seed, epoch), sends each of the ``indices``.
+    """The places of ``indices`` in a permutation of ``range(n)``, another one for each (seed, epoch).
 
-    A Feistel network permutes the next power of two; walking on until the result is below ``n`` (twice on average at
-    most) makes it a permutation of ``range(n)`` that takes no memory.
+    A Feistel network permutes the next power of two; cycle walking, that is repeating it until the result is below
+    ``n`` (at most twice on average), makes that a permutation of ``range(n)``, which takes no memory.
 
     Args:
         indices: integers from 0 to n - 1, of any shape.
@@ -31,7 +31,7 @@ def shuffled(indices: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def round_keys(seed: int, epoch: int) -> np.ndarray:
-    """A uint64 for each round."""
+    """One uint64 per round."""
     digest = hashlib.blake2b(f"{seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest()
     return np.frombuffer(digest, "<u8").astype(np.uint64)
 
@@ -42,13 +42,13 @@ def _feistel(values: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     low = np.uint64(bits // 2)
     masks = [(np.uint64(1) << width) - np.uint64(1) for width in (np.uint64(bits) - low, low)]
     left, right = values >> low, values & masks[1]
-    for i, key in enumerate(keys):  # the halves trade places each round, and with them their widths
+    for i, key in enumerate(keys):  # the halves swap each round, and with them their widths
         left, right = right, left ^ (mixed(right + key) & masks[i % 2])
     return left << low | right
 
 
 def mixed(x: np.ndarray) -> np.ndarray:
-    """Each uint64 to one that looks unrelated: the finalizer of MurmurHash3."""
+    """A bijective hash of each uint64: the finalizer of MurmurHash3."""
     x = (x ^ x >> np.uint64(33)) * np.uint64(0xFF51AFD7ED558CCD)
     x = (x ^ x >> np.uint64(33)) * np.uint64(0xC4CEB9FE1A85EC53)
     return x ^ x >> np.uint64(33)
