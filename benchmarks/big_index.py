@@ -1,8 +1,8 @@
-"""Opening and looking up 250 million pairs: seconds, memory, lookups a second.
+"""Opening and looking up 250 million pairs: seconds, memory, lookups per second.
 
 Run: python benchmarks/big_index.py [FOLDER]. It makes 25,000 shards of 10,000 samples and removes them again. The
-shards are holes of 1 GB that take no room; their index files, 5 GB, are as those of real shards, and all different.
-About two minutes, most of it for making and removing.
+shards are holes of 1 GB that take no room; their index files, 5 GB, are like those of real shards, and all differ.
+About two minutes, mostly for making and removing them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WORKERS, LOOKUPS = 4, 20_000
 
 
 def simulate(folder: Path) -> None:
-    """The shards and their index files: in each shard the samples begin at a place of its own."""
+    """Make the shards and their index files: in each shard the samples begin at another offset."""
     records = np.zeros(
         SAMPLES, [(name, "<u4") for name in Record._fields[:4]] + [(name, "<u2") for name in Record._fields[4:]]
     )
@@ -52,7 +52,7 @@ def simulate(folder: Path) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Have nothing of the index files in memory."""
+    """Drop the index files from the page cache."""
     os.sync()
     for path in (folder / index.FOLDER).iterdir():
         handle = os.open(path, os.O_RDONLY)
@@ -61,14 +61,14 @@ def forget(folder: Path) -> None:
 
 
 def memory(kind: str) -> float:
-    """MB of this process: Rss, all its pages; Pss, each divided by the processes that share it."""
+    """MB of this process: Rss counts all its pages; Pss divides each by the processes that share it."""
     match = re.search(rf"^{kind}: *(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.M)
     assert match
     return int(match[1]) / 1e3
 
 
 def look_up(pairs: ShardPairs) -> float:
-    """Seconds of a lookup in the order of training."""
+    """Seconds per lookup in the order of training."""
     numbers = shuffled(np.arange(LOOKUPS), len(pairs), seed=0, epoch=0).tolist()
     start = time.perf_counter()
     for number in numbers:
@@ -77,7 +77,7 @@ def look_up(pairs: ShardPairs) -> float:
 
 
 def check(pairs: ShardPairs) -> None:
-    """What is found must be what ``simulate`` wrote."""
+    """Assert that lookups find what ``simulate`` wrote."""
     assert len(pairs) == SHARDS * SAMPLES
     for number in np.random.default_rng(0).integers(len(pairs), size=1_000).tolist():
         shard, i = divmod(number, SAMPLES)
