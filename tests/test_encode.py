@@ -257,6 +257,13 @@ def test_other_settings_are_refused(pairs, changes, message, tmp_path: Path) -> 
     assert files(tmp_path / "codes") == before
 
 
+def test_processes_may_begin_at_once(tmp_path: Path) -> None:
+    """While one writes the settings, another finds no folder of something else."""
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "codes" / ".settings.json.1234.partial").write_text("{")
+    assert len(write(tmp_path / "codes", Images(3))) == 3
+
+
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="output folder: expected a new or empty one, or one to go on with"):

@@ -1,6 +1,5 @@
 """Filters and views: what is planted is found and named, what is good stays."""
 
-import io
 import json
 import pickle
 import sys
@@ -10,19 +9,13 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from PIL import Image
+from helpers.tars import png
 
 from dalle_fast.data import filter_pairs, open_pairs
 from dalle_fast.data.dedup import ApproximateNeighbours
 from dalle_fast.data.filter import REASONS, is_boilerplate, judge, words_in
 from dalle_fast.data.filters import Filters
 from dalle_fast.data.sources.view import Dropped, write_view
-
-
-def image_file(width: int = 8, height: int = 8, file_format: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (width, height), "red").save(buffer, file_format, **options)
-    return buffer.getvalue()
 
 
 def write_folder(folder: Path, pairs: dict[str, tuple[bytes, str]]) -> Path:
@@ -117,7 +110,7 @@ def test_english_is_told_from_other_languages(tmp_path: Path) -> None:
         "городской пейзаж ночью, огни отражаются на воде",
         "夏の海岸を走っている子供たちの写真",
     ]
-    images = {f"{i}.png": (image_file(), caption) for i, caption in enumerate(english + foreign)}
+    images = {f"{i}.png": (png(), caption) for i, caption in enumerate(english + foreign)}
     source = write_folder(tmp_path / "in", images)
     pairs = open_pairs(source)
     assert filter_pairs(tmp_path / "en", source, pairs, Filters(min_words=1)) == {"another language": 5}
@@ -134,17 +127,17 @@ GOOD = "a red bicycle leaning against a white wall number {}"
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
     """Good pairs, and one for each reason to leave it out; the last caption six times."""
-    pairs = {f"good{i}.png": (image_file(), GOOD.format("abcdefgh"[i] * 3)) for i in range(8)}
+    pairs = {f"good{i}.png": (png(), GOOD.format("abcdefgh"[i] * 3)) for i in range(8)}
     pairs |= {
-        "narrow.png": (image_file(10, 21), "a tall tower above the old town"),
-        "just.png": (image_file(10, 20), "a tall tower above the new town"),
-        "wide.jpg": (image_file(201, 100, "JPEG"), "the wide sea under a cloudy sky"),
-        "icc.jpg": (image_file(80, 60, "JPEG", icc_profile=bytes(100_000)), "a small boat far out at sea"),
-        "name.png": (image_file(), "IMG_1234.jpg"),
-        "short.png": (image_file(), "red bicycle"),
-        "torn.png": (image_file()[:20], "a picture whose file is torn apart"),
+        "narrow.png": (png(size=(10, 21)), "a tall tower above the old town"),
+        "just.png": (png(size=(10, 20)), "a tall tower above the new town"),
+        "wide.jpg": (png(size=(201, 100), file_format="JPEG"), "the wide sea under a cloudy sky"),
+        "icc.jpg": (png(size=(80, 60), file_format="JPEG", icc_profile=bytes(100_000)), "a small boat far out at sea"),
+        "name.png": (png(), "IMG_1234.jpg"),
+        "short.png": (png(), "red bicycle"),
+        "torn.png": (png()[:20], "a picture whose file is torn apart"),
     }
-    pairs |= {f"same{i}.png": (image_file(), ("A  walk in the PARK", "a walk in the park")[i % 2]) for i in range(6)}
+    pairs |= {f"same{i}.png": (png(), ("A  walk in the PARK", "a walk in the park")[i % 2]) for i in range(6)}
     return write_folder(tmp_path / "mixed", pairs)
 
 
@@ -231,7 +224,7 @@ def test_a_missing_package_is_named(mixed: Path, tmp_path: Path, monkeypatch: py
 
 def test_views_of_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A view shows what its source does, whatever the source is, and from wherever it is opened."""
-    images = {f"{i}.png": (image_file(8 + i, 9), f"caption {i}") for i in range(6)}
+    images = {f"{i}.png": (png(size=(8 + i, 9)), f"caption {i}") for i in range(6)}
     folder = write_folder(tmp_path / "folder", images)
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:
         for file in sorted(folder.iterdir()):
@@ -269,7 +262,7 @@ def test_views_of_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_views_of_a_changed_source_are_refused(tmp_path: Path) -> None:
-    images = {f"{i}.png": (image_file(), f"caption {i}") for i in range(6)}
+    images = {f"{i}.png": (png(), f"caption {i}") for i in range(6)}
     source = write_folder(tmp_path / "folder", images)
     write_view(tmp_path / "view", source, open_pairs(source), [Dropped(1, "red", {})], {})
     for change in (
@@ -296,7 +289,7 @@ def test_views_of_a_changed_source_are_refused(tmp_path: Path) -> None:
 
 def test_a_source_that_changes_while_it_is_filtered(tmp_path: Path) -> None:
     """Its pairs are broken, by name; and it is not the source that it was."""
-    folder = write_folder(tmp_path / "in", {f"{i}.png": (image_file(), f"a caption number {i}") for i in range(4)})
+    folder = write_folder(tmp_path / "in", {f"{i}.png": (png(), f"a caption number {i}") for i in range(4)})
     for name in ("a", "b"):
         with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
             for file in sorted(folder.iterdir()):

@@ -29,7 +29,7 @@ from .shard_job import (
     process_in_shards,
     read_settings,
     read_skipped,
-    shard_folder,
+    shard_folders,
 )
 from .sources.view import Dropped, fingerprint_of, write_view
 
@@ -99,7 +99,7 @@ def _central(image: np.ndarray, _: int, size: int) -> np.ndarray:
 
 def read_embeddings(folder: str | Path) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
     """The output of :func:`embed_pairs`, shard by shard: rows, int64 [n], and unit vectors, float32 [n, D]."""
-    for path in _shards(Path(folder)):
+    for path in shard_folders(Path(folder)):
         vectors = torch.from_numpy(np.load(path / _EMBEDDINGS)).float()
         if len(vectors):  # else all of its images are broken
             yield np.load(path / _ROWS), F.normalize(vectors, dim=-1)
@@ -226,12 +226,12 @@ def drop_duplicates(
         raise ValueError(f"threshold: expected a cosine above 0 and up to 1, got {threshold}")
     check_new(folder)
     embeddings = Path(embeddings)
-    if not (embeddings / SETTINGS).is_file() or not all(path.is_dir() for path in _shards(embeddings)):
+    if not (embeddings / SETTINGS).is_file() or not all(path.is_dir() for path in shard_folders(embeddings)):
         raise ValueError(f"embeddings: expected those of {len(pairs)} images, got none or a part in {embeddings}")
     if read_settings(embeddings)["source"] != fingerprint_of(pairs):
         raise ValueError(f"embeddings: expected those of {source}, got those of another source in {embeddings}")
     broken = np.ones(len(pairs), bool)
-    for path in _shards(embeddings):
+    for path in shard_folders(embeddings):
         broken[np.load(path / _ROWS)] = False
     if broken.all():
         raise ValueError(f"pairs: expected at least one readable image, got none of {len(pairs)}")
@@ -242,7 +242,7 @@ def drop_duplicates(
         of[row], cosine[row] = other, similarity
 
     def dropped() -> Iterator[Dropped]:
-        unreadable = read_skipped(embeddings, len(_shards(embeddings)))
+        unreadable = read_skipped(embeddings)
         for index in np.flatnonzero(broken | (of >= 0)).tolist():
             if broken[index]:
                 yield Dropped(index, "broken image", {"error": next(unreadable).reason})
@@ -256,8 +256,3 @@ def drop_duplicates(
 
     settings = {"threshold": threshold, "exact": exact, "embeddings": str(embeddings.absolute())}
     return write_view(folder, source, pairs, dropped(), {"dedup": settings})
-
-
-def _shards(folder: Path) -> list[Path]:
-    settings = read_settings(folder)
-    return [shard_folder(folder, number) for number in range(-(-settings["pairs"] // settings["shard_size"]))]

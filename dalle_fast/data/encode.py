@@ -26,7 +26,7 @@ from .shard_job import (
     process_in_shards,
     read_settings,
     read_skipped,
-    shard_folder,
+    shard_folders,
     write_skipped,
 )
 
@@ -88,7 +88,7 @@ def encode_pairs(
     prepare = partial(_draws, size=encoding.image_size, draws=draws, seed=encoding.seed)
     if not process_in_shards(folder, pairs, encoding, prepare, codes_of, save, draws, options):
         return None
-    _finish(folder, encoding, pairs)
+    _finish(folder, pairs)
     return EncodedPairs(folder)
 
 
@@ -100,16 +100,15 @@ def _draws(image: np.ndarray, index: int, size: int, draws: int, seed: int) -> n
     return np.stack([augment_dalle(image, size, rng) for rng in generators])
 
 
-def _finish(folder: Path, encoding: Encoding, pairs: Pairs) -> None:
+def _finish(folder: Path, pairs: Pairs) -> None:
     """Write the files that describe all shards."""
     shards: list[dict[str, Any]] = []
-    for number in range(-(-len(pairs) // encoding.shard_size)):
-        path = shard_folder(folder, number)
+    for path in shard_folders(folder):
         count = len(np.load(path / INDEX, mmap_mode="r"))
         sizes = {name: (path / name).stat().st_size for name in (CODES, CAPTIONS, INDEX)}
         shards.append({"name": path.name, "count": count, "bytes": sizes})
     if not any(shard["count"] for shard in shards):
         raise ValueError(f"pairs: expected at least one readable image, got none; {folder} names them")
-    skipped = write_skipped(folder / SKIPPED, itertools.chain(pairs.skipped, read_skipped(folder, len(shards))))
+    skipped = write_skipped(folder / SKIPPED, itertools.chain(pairs.skipped, read_skipped(folder)))
     meta = {"format": FORMAT, **read_settings(folder), "skipped": skipped, "shards": shards}
     write_atomically(folder / META, json.dumps(meta, indent=1) + "\n")

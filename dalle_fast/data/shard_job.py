@@ -70,10 +70,6 @@ class Shard(NamedTuple):
     captions: list[str]
 
 
-def shard_folder(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:05d}"
-
-
 def process_in_shards(
     folder: str | Path,
     pairs: Pairs,
@@ -101,17 +97,16 @@ def process_in_shards(
     """
     folder = Path(folder)
     _settle(folder, {"source": fingerprint_of(pairs), "pairs": len(pairs), **asdict(settings)})
-    size, total = settings.shard_size, len(pairs)
-    together = max(1, options.batch_size // images_per_pair)
-    shards = range(-(-total // size))
-    todo = [number for number in shards[options.rank :: options.ranks] if not shard_folder(folder, number).is_dir()]
-    names = {shard_folder(folder, number).name for number in todo}
-    for partial in folder.glob(".*.partial"):  # of a run that was killed
+    shards = shard_folders(folder)
+    todo = [number for number in range(len(shards))[options.rank :: options.ranks] if not shards[number].is_dir()]
+    names = {shards[number].name for number in todo}
+    for partial in folder.glob(".shard-*.partial"):  # of a run that was killed
         if partial.name.split(".")[1] in names:
             shutil.rmtree(partial)
+    together = max(1, options.batch_size // images_per_pair)
 
     def stretches(number: int) -> list[range]:
-        rows = range(number * size, min((number + 1) * size, total))
+        rows = range(len(pairs))[number * settings.shard_size :][: settings.shard_size]
         return [rows[start : start + together] for start in range(0, len(rows), together)]
 
     loader = DataLoader(
@@ -125,15 +120,17 @@ def process_in_shards(
     for number in tqdm(todo, unit="shard", desc=folder.name, disable=None):  # None: on a tty only
         skipped: list[Skipped] = []
         shard = _process((next(prepared) for _ in stretches(number)), process, skipped)
-        with new_folder(shard_folder(folder, number)) as partial:
+        with new_folder(shards[number]) as partial:
             save(partial, shard)
             write_skipped(partial / SKIPPED, skipped)
-    return all(shard_folder(folder, number).is_dir() for number in shards)
+    return all(shard.is_dir() for shard in shards)
 
 
 def _settle(folder: Path, settings: dict[str, Any]) -> None:
     """Begin a folder, or check that it was begun with the same settings."""
     path = folder / SETTINGS
+    # Listed before the settings are looked for: of processes that begin at once, one may write them in between.
+    others = [file for file in folder.iterdir() if SETTINGS not in file.name] if folder.is_dir() else []
     wanted = json.loads(json.dumps(settings))  # tuples become lists, as they are read back
     if path.is_file():
         try:
@@ -143,7 +140,7 @@ def _settle(folder: Path, settings: dict[str, Any]) -> None:
         for name, value in wanted.items():
             if found.get(name) != value:
                 raise ValueError(f"{name}: expected {found.get(name)}, with which {folder} was begun, got {value}")
-    elif folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    elif others or (folder.exists() and not folder.is_dir()):
         raise ValueError(f"output folder: expected a new or empty one, or one to go on with, got {folder}")
     else:
         write_atomically(path, json.dumps(wanted, indent=2) + "\n")
@@ -192,6 +189,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return json.loads((folder / SETTINGS).read_text())
 
 
+def shard_folders(folder: Path) -> list[Path]:
+    """The folders of all shards in order, whether they are there or not."""
+    settings = read_settings(folder)
+    return [folder / f"shard-{number:05d}" for number in range(-(-settings["pairs"] // settings["shard_size"]))]
+
+
 def write_skipped(path: Path, skipped: Iterable[Skipped]) -> int:
     """Write names and reasons as JSON lines. Returns their number."""
     count = 0
@@ -202,9 +205,9 @@ def write_skipped(path: Path, skipped: Iterable[Skipped]) -> int:
     return count
 
 
-def read_skipped(folder: Path, shards: int) -> Iterator[Skipped]:
+def read_skipped(folder: Path) -> Iterator[Skipped]:
     """The samples that could not be read, over all shards in order."""
-    for number in range(shards):
-        with (shard_folder(folder, number) / SKIPPED).open(encoding="utf-8") as file:
+    for shard in shard_folders(folder):
+        with (shard / SKIPPED).open(encoding="utf-8") as file:
             for line in file:
                 yield Skipped(**json.loads(line))
