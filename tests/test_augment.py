@@ -16,7 +16,7 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def coordinates(height: int, width: int) -> np.ndarray:
-    """An image whose pixels say where they are: (row, column, 0)."""
+    """An image whose pixels are their coordinates: (row, column, 0)."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([rows, columns, np.zeros_like(rows)], axis=2).astype(np.uint8)
 

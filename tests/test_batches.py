@@ -79,7 +79,7 @@ def unshuffled(values: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 
 @pytest.mark.parametrize("n", [1000, 2**20, 250_000_000, 10**12, 2**62])
 def test_permutations_have_an_inverse(n: int) -> None:
-    """What can be undone and stays in range is a permutation; checked on samples where there are too many."""
+    """A map of a range to itself that has an inverse is a permutation; large ranges are sampled."""
     indices = np.random.default_rng(0).integers(n, size=20_000)
     there = shuffled(indices, n, 7, 3)
     assert there.min() >= 0 and there.max() < n
@@ -99,7 +99,7 @@ def test_permutations_are_well_mixed() -> None:
 
 
 def test_neighbours_are_torn_apart() -> None:
-    """In 250M pairs, neighbours and multiples of a power of two go to places, and to shards, as good as drawn."""
+    """In 250M pairs, neighbours and multiples of a power of two go to places, and to shards, as good as random."""
     n, count, shards = 250_000_000, 40_000, 100
     for indices in (np.arange(count), np.arange(count) << 12, n - 1 - np.arange(count)):
         there = shuffled(indices, n, 0, 0)
@@ -214,7 +214,7 @@ def test_the_seed_matters() -> None:
 
 
 def test_workers_change_nothing() -> None:
-    """Neither the batches, nor the count of what was left out, nor torch's global generator."""
+    """Neither the batches, nor the counts of skipped samples, nor torch's global generator."""
     alone = Batches(Images(10, broken=(3, 4)), 4, transform, seed=1)
     helped = Batches(Images(10, broken=(3, 4)), 4, transform, seed=1, workers=2)
     state = torch.get_rng_state()

@@ -83,7 +83,7 @@ def codes_of(image: np.ndarray) -> np.ndarray:
     return encode(torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255)[0].numpy()
 
 
-# ---------------------------------------------------------------------------------------------- what is written
+# ---------------------------------------------------------------------------------------------- writing
 
 
 def test_codes_and_captions_come_back(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Filters and views: what is planted is found and named, what is good stays."""
+"""Filters and views: planted samples are found and named, good ones stay."""
 
 import json
 import pickle
@@ -223,7 +223,7 @@ def test_a_missing_package_is_named(mixed: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_views_of_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A view shows what its source does, whatever the source is, and from wherever it is opened."""
+    """A view has the pairs of its source, of any kind, and can be opened from any folder."""
     images = {f"{i}.png": (png(size=(8 + i, 9)), f"caption {i}") for i in range(6)}
     folder = write_folder(tmp_path / "folder", images)
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:
@@ -256,9 +256,9 @@ def test_views_of_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             f"caption {i}" for i in (2, 3, 5)
         ]
     scenes = open_pairs("scenes")
-    write_view(tmp_path / "drawn", "scenes", scenes, [Dropped(0, "first", {})], {})
-    assert np.array_equal(open_pairs(tmp_path / "drawn")[0].image, scenes[1].image)
-    assert open_pairs(tmp_path / "drawn").image_size(0) == (32, 32)
+    write_view(tmp_path / "scenes", "scenes", scenes, [Dropped(0, "first", {})], {})
+    assert np.array_equal(open_pairs(tmp_path / "scenes")[0].image, scenes[1].image)
+    assert open_pairs(tmp_path / "scenes").image_size(0) == (32, 32)
 
 
 def test_views_of_a_changed_source_are_refused(tmp_path: Path) -> None:

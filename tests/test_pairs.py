@@ -1,4 +1,4 @@
-"""Sources of image-caption pairs: what is good comes out, what is broken is named and skipped."""
+"""Sources of image-caption pairs: good samples are read, broken ones are named and skipped."""
 
 import io
 import json
@@ -275,7 +275,7 @@ def test_damaged_shards(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- sources
 
 
-def test_drawn_scenes() -> None:
+def test_synthetic_scenes() -> None:
     pairs = open_pairs("scenes")
     assert len(pairs) > 1000
     assert pairs[0].image.dtype == np.uint8

@@ -43,8 +43,8 @@ def test_some_pairs_of_items_never_meet_in_training():
     assert not pairs[0] & pairs[1]
     # Every item is in training, so that only the combinations are new.
     assert {str(s.first) for s in seen} == {str(item) for item in all_items()}
-    drawn = {SceneCorpus(2_000).scene(i) for i in range(2_000)}
-    assert not any(scene.held_out for scene in drawn)
+    seen_scenes = {SceneCorpus(2_000).scene(i) for i in range(2_000)}
+    assert not any(scene.held_out for scene in seen_scenes)
     assert all(SceneCorpus(200, held_out=True).scene(i).held_out for i in range(200))
 
 

@@ -39,7 +39,7 @@ def index_files(folder: Path) -> dict[str, bytes]:
 
 
 def identities(folder: Path) -> dict[str, tuple[int, int]]:
-    """What changes when a file is written anew."""
+    """Inodes and times of the index files, which change when a file is written anew."""
     files = (folder / index.FOLDER).glob("*.idx")
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
@@ -90,7 +90,7 @@ def test_an_indexed_source_is_opened_without_its_shards(tmp_path: Path) -> None:
 
 
 def test_a_killed_build_goes_on(tmp_path: Path) -> None:
-    """What it had finished stays; what it had half written is no index, and is cleared away in time."""
+    """Finished indexes stay; a half-written one is no index, and is removed later."""
     paths = make_shards(tmp_path)
 
     def build_and_die() -> None:
@@ -183,13 +183,13 @@ def test_a_damaged_index_is_made_anew(tmp_path: Path, damage: str) -> None:
 
 
 def test_damage_behind_the_header_is_noticed_when_it_is_read(tmp_path: Path) -> None:
-    """Wherever it is; what is not in the same block can still be read."""
+    """Anywhere in the file; the other blocks can still be read."""
     shard = shard_of(tmp_path / "a.tar", 0, samples=2 * IN_BLOCK + 1)
     records = b"".join(index.RECORD.pack(i, 1, i, 1, 1, 0) for i in range(2 * IN_BLOCK + 1))
     index.write_index(str(shard), shard.stat(), records, [Skipped("a", "broken"), Skipped("b", "broken")])
     (path,) = (tmp_path / index.FOLDER).iterdir()
     whole, (found,) = path.read_bytes(), index.index_shards([shard])[0]
-    parts = [52, 52 + 1024, 52 + 2048, 52 + 2048 + 24, len(whole)]  # blocks of 51, 51 and 1; what is skipped
+    parts = [52, 52 + 1024, 52 + 2048, 52 + 2048 + 24, len(whole)]  # blocks of 51, 51 and 1; skipped samples
     assert list(found.records()) == [(i, 1, i, 1, 1, 0) for i in range(len(records) // 20)]
     for place in (*range(parts[0], parts[-1], 50), *(end - 1 for end in parts[1:])):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :])
@@ -238,10 +238,10 @@ def test_bad_workers(tmp_path: Path) -> None:
         open_pairs(shard, workers=0)
 
 
-# ---------------------------------------------------------------------------------------------- what cannot be used
+# ---------------------------------------------------------------------------------------------- skipped samples
 
 
-def test_what_is_skipped_is_in_the_index(tmp_path: Path) -> None:
+def test_skipped_samples_are_in_the_index(tmp_path: Path) -> None:
     make_shards(tmp_path)
     write_tar(tmp_path / "00002b.tar", {"1.png": png(), "2.txt": "x", "\udcff.png": png()})
     (tmp_path / "00003b.tar").write_bytes(b"not a tar file" * 100)
@@ -280,7 +280,7 @@ def test_a_broken_sample_has_its_name(tmp_path: Path) -> None:
         open_pairs(tmp_path)[0]
 
 
-def test_what_is_too_large_is_skipped(tmp_path: Path) -> None:
+def test_an_image_that_is_too_large_is_skipped(tmp_path: Path) -> None:
     """An image of 4 GiB, of which nothing is on the disk."""
     image = tarfile.TarInfo("1.png")
     image.size = 2**32

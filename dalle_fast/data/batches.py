@@ -155,7 +155,7 @@ class Batches:
         skipped: list[Skipped] = []
         samples = [
             self._sample(number, index, skipped)
-            for number, index in enumerate(pairs_of(first, share, len(self.pairs), self.seed), start=first)
+            for number, index in enumerate(indices_of(first, share, len(self.pairs), self.seed), start=first)
         ]
         return collate(samples), skipped
 
@@ -178,7 +178,7 @@ def _keep_memory_shared(_worker: int) -> None:
     gc.freeze()
 
 
-def pairs_of(first: int, count: int, n: int, seed: int) -> list[int]:
+def indices_of(first: int, count: int, n: int, seed: int) -> list[int]:
     """The indices, of ``n`` pairs, of the samples ``first`` to ``first + count - 1``."""
     epochs, positions = np.divmod(np.arange(first, first + count), n)
     parts = [shuffled(positions[epochs == epoch], n, seed, epoch) for epoch in range(epochs[0], epochs[-1] + 1)]

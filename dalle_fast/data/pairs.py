@@ -37,7 +37,7 @@ class BrokenSample(Exception):
 
 
 class Pairs(Protocol):
-    """A source of pairs, as ``open_pairs`` returns it. All but ``captions`` may raise :class:`BrokenSample`."""
+    """A source of pairs, as ``open_pairs`` returns it. Reading by index may raise :class:`BrokenSample`."""
 
     @property
     def skipped(self) -> Collection[Skipped]:

@@ -130,7 +130,8 @@ def _settle(folder: Path, settings: dict[str, Any]) -> None:
     """Begin a folder, or check that it was begun with the same settings."""
     path = folder / SETTINGS
     # Listed before the settings are looked for: of processes that begin at once, one may write them in between.
-    others = [file for file in folder.iterdir() if SETTINGS not in file.name] if folder.is_dir() else []
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    others = [name for name in names if name != SETTINGS and not name.startswith(f".{SETTINGS}.")]
     wanted = json.loads(json.dumps(settings))  # tuples become lists, as they are read back
     if path.is_file():
         try:
