@@ -4,8 +4,8 @@ Readers of a name find the old content or the new, never a part of either. Write
 other, whether threads, processes or nodes that share a disk: each writes under a hidden name of its own,
 ``.NAME.RANDOM.partial``, and renames it at the end. A failure removes that file or folder; a killed process leaves it.
 
-A killed process loses only the file that it was writing. A crash of the node (power, kernel) loses nothing that was written
-durably: once the call returns, content and name are on the disk. Without that, the file may be gone or damaged
+A killed process loses only the file that it was writing. A crash of the node (power, kernel) loses nothing that was
+written durably: once the call returns, content and name are on the disk. Without that, the file may be gone or damaged
 afterwards, which suits content that is checked when it is read, or easily made again.
 """
 
