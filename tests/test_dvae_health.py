@@ -9,7 +9,7 @@ import torch
 from dalle_fast.config import PRESETS
 from dalle_fast.data import Pair, open_pairs
 from dalle_fast.data.sources.scenes import SceneCorpus
-from dalle_fast.demo.run import stack
+from dalle_fast.demo.run import stack_images
 from dalle_fast.models.codebook_init import image_patches, kmeans, nearest
 from dalle_fast.training import train_dvae
 from dalle_fast.training.dvae import with_grain
@@ -68,9 +68,9 @@ def check_health(train: list[Pair], val: list[Pair], codes: int, steps: int, out
     cfg = replace(PRESETS["tiny"].dvae, vocab_size=codes)
     settings = replace(TRAIN_PRESETS["tiny"].dvae, steps=steps, lr_steps=steps, tau_steps=steps, warmup_steps=30)
     dvae, _ = train_dvae(train, None, cfg, settings, out)
-    pictures = stack(val)
+    pictures = stack_images(val)
     found = dvae.encode(pictures)
-    centroids = kmeans(image_patches(stack(train), cfg.downsampling).flatten(0, 1), codes)
+    centroids = kmeans(image_patches(stack_images(train), cfg.downsampling).flatten(0, 1), codes)
     patches = image_patches(pictures, cfg.downsampling).flatten(0, 1)
     plain = (centroids[nearest(patches, centroids)] - patches).square().mean()
     return len(found.unique()) / codes, (dvae.decode(found) - pictures).square().mean().item(), plain.item()

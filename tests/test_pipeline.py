@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle_fast.config import CLIPConfig, DALLEConfig, DVAEConfig
+from dalle_fast.config import CLIPConfig, DALLEConfig, DVAEConfig, Sampling
 from dalle_fast.figures import contact_sheet, save_image
 from dalle_fast.models import CLIP, DALLE, DiscreteVAE, load_model, save_model
 from dalle_fast.pipeline import TextToImage
@@ -39,12 +39,12 @@ def copy_of(folder, tmp_path):
 
 def test_best_come_first_and_the_seed_decides(folder):
     pipe = TextToImage.load(folder)
-    result = pipe("a red circle", n=6, top=3, seed=4)
+    result = pipe("a red circle", n=6, top=3, sampling=Sampling(seed=4))
     assert result.images.shape == (3, 3, 16, 16) and 0 <= result.images.min() <= result.images.max() <= 1
     assert result.scores.tolist() == sorted(result.scores.tolist(), reverse=True)
-    everything = pipe("a red circle", n=6, top=6, seed=4)
+    everything = pipe("a red circle", n=6, top=6, sampling=Sampling(seed=4))
     assert torch.equal(everything.images[:3], result.images)
-    assert not torch.equal(pipe("a red circle", n=6, top=6, seed=5).images, everything.images)
+    assert not torch.equal(pipe("a red circle", n=6, top=6, sampling=Sampling(seed=5)).images, everything.images)
 
 
 def test_many_candidates_are_drawn_in_batches(folder):

@@ -198,9 +198,9 @@ def test_dvae(ops, dtype):
 def test_dalle(ops, dtype, recompute):
     model = df.DALLE(DALLE_CFG).to("cuda")
     scales = GradientScales([resblock for _, resblock in model.resblocks()], device="cuda") if dtype else None
-    loss = model.loss(captions(), torch.randint(16, (4, 4, 4)).to("cuda"), Precision(dtype, recompute, scales))
+    loss, parts = model.loss(captions(), torch.randint(16, (4, 4, 4)).to("cuda"), Precision(dtype, recompute, scales))
     loss.backward()
-    assert on_cuda(loss, *gradients(model))
+    assert on_cuda(loss, *parts.values(), *gradients(model))
 
 
 def test_clip(cuda):
@@ -210,19 +210,19 @@ def test_clip(cuda):
     assert on_cuda(loss, *metrics.values(), *gradients(model), model.eval().score(pictures(), captions(1)))
 
 
-@pytest.mark.parametrize("options", [{}, {"guidance": 2.0, "keep": True}, {"top_k": 5, "top_p": 0.9}], ids=str)
-def test_sampling_is_one_recorded_step(cuda, monkeypatch, options):
-    """The pretended device records it, draws what the CPU draws, and refuses a step that waits."""
+@pytest.mark.parametrize("prompted", [False, True])
+@pytest.mark.parametrize("options", [{}, {"guidance": 2.0}, {"top_k": 5, "top_p": 0.9}], ids=str)
+def test_sampling_is_one_recorded_step(cuda, monkeypatch, options, prompted):
+    """The pretended device records it, draws the codes that the CPU draws, and refuses a step that waits."""
     torch.manual_seed(0)
     model, text, codes = df.DALLE(DALLE_CFG).eval(), captions(2).cpu(), torch.randint(16, (4, 4))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)  # so that every code depends on those before
-    if options.pop("keep", False):
-        options["image_prompt"] = codes, torch.arange(16).view(4, 4) < 4
-    expected = model.generate(text, 3, torch.Generator().manual_seed(1), **options)
+    sampling, prompt = df.Sampling(**options, seed=1), (codes, torch.arange(16).view(4, 4) < 4) if prompted else None
+    expected = model.generate(text, 3, sampling, prompt)
     replays = []
     monkeypatch.setattr(Graph, "replay", lambda graph, replay=Graph.replay: (replays.append(graph), replay(graph)))
-    drawn = model.to("cuda").generate(text.to("cuda"), 3, torch.Generator().manual_seed(1), **options)
+    drawn = model.to("cuda").generate(text.to("cuda"), 3, sampling, prompt)
     assert on_cuda(drawn) and drawn.shape == expected.shape
     if not cuda:
         assert torch.equal(drawn.cpu(), expected)
@@ -233,7 +233,7 @@ def test_sampling_is_one_recorded_step(cuda, monkeypatch, options):
 def test_references_sample_too(ops, dtype):
     model = df.DALLE(DALLE_CFG).to("cuda", dtype)
     prompt = torch.randint(16, (4, 4)).to("cuda"), (torch.arange(16).view(4, 4) < 4).to("cuda")
-    assert on_cuda(model.generate(captions(2), 3, torch.Generator("cuda"), guidance=2.0, image_prompt=prompt))
+    assert on_cuda(model.generate(captions(2), 3, df.Sampling(guidance=2.0), prompt))
 
 
 @pytest.mark.parametrize("format", ["float32", "bfloat16", "int8"])

@@ -65,7 +65,7 @@ def test_flops_are_those_that_torch_counts():
     cfg = replace(DALLE_CFG, n_layer=1)
     model = DALLE(cfg)
     with FlopCounterMode(display=False) as counter:  # knows matrix products, not the op of attention
-        model.loss(torch.zeros(1, 6, dtype=torch.int64), torch.zeros(1, 4, 4, dtype=torch.int64)).backward()
+        model.loss(torch.zeros(1, 6, dtype=torch.int64), torch.zeros(1, 4, 4, dtype=torch.int64))[0].backward()
     attention = 3 * 4 * cfg.d_model * attention_pairs(model.layers[0].attn.mask)
     assert dalle_flops(cfg, recompute=False) == counter.get_total_flops() + attention
 
@@ -124,7 +124,7 @@ def transformer(n_layer: int, dtype: torch.dtype, recompute: bool) -> tuple[int,
         codes = torch.zeros(4, cfg.height, cfg.width, dtype=torch.int64)
         scales = GradientScales([resblock for _, resblock in model.resblocks()])
     model.check_text = model.check_codes = lambda tokens: None  # there are none
-    kept, peak = measured(model, lambda model: model.loss(text, codes, Precision(dtype, recompute, scales)))
+    kept, peak = measured(model, lambda model: model.loss(text, codes, Precision(dtype, recompute, scales))[0])
     return kept, peak, 4 * plan.dalle_activations(cfg, recompute, dtype.itemsize), 4 * sum(dalle_parameters(cfg))
 
 

@@ -45,7 +45,7 @@ def new_scales(model: DALLE, **options) -> GradientScales:
 def gradients(model: DALLE, precision: Precision) -> list[torch.Tensor]:
     """Of the loss of the small batch, true to size."""
     model.zero_grad()
-    model.loss(*small_batch(), precision).backward()
+    model.loss(*small_batch(), precision)[0].backward()
     factors = precision.scales.factors() if precision.scales else torch.ones(len(list(model.parameters())))
     return [p.grad * factor for p, factor in zip(model.parameters(), factors, strict=True)]
 
@@ -215,7 +215,7 @@ def one_update(skipping: str, block: int, planted: float | None) -> tuple[DALLE,
 
     if planted is not None:
         resblock.register_forward_hook(lambda module, inputs, output: output.register_hook(plant) and None)
-    model.loss(*small_batch(), Precision(torch.float16, scales=scales)).backward()
+    model.loss(*small_batch(), Precision(torch.float16, scales=scales))[0].backward()
     factors = scales.factors()
     _, nonfinite = df.gradient_norm([p.grad for p in model.parameters()], factors)
     optimizer.step(unscale=factors, skip=scales.skip(nonfinite))

@@ -1,4 +1,4 @@
-"""Commands that tell: of this install, of a training before it and after it."""
+"""Commands that report: about this install, and about a training before and after it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .common import Preset
 
 
 def plot(out: Positional[Path]) -> None:
-    """Draw the losses of a system's trainings, and the gradient scales of one in 16 bits.
+    """Plot the losses of a system's trainings, and the gradient scales of one in 16 bits.
 
     Args:
-        out: Folder that training writes.
+        out: Folder of the system; the plots go there too.
     """
     from ..figures import draw_logs
 
@@ -32,29 +32,29 @@ def plan(
     memory: float = 16.0,
     rank: int | None = None,
 ) -> None:
-    """Reckon what training a transformer as the paper did takes of each GPU, without taking it; fail if it cannot fit.
+    """Estimate memory, compute and traffic per GPU of training a transformer as in the paper; fail if it cannot fit.
 
     Args:
-        gpus: Of a machine; they share the parameters.
-        machines: Each has all parameters; they exchange gradients.
-        batch: Samples of an update, all GPUs together; none is the preset's.
-        memory: GB of a GPU.
-        rank: Of PowerSGD between machines; none is the paper's.
+        gpus: GPUs per node, which share the parameters.
+        machines: Number of nodes, which exchange gradients; each has all parameters.
+        batch: Samples per step on all GPUs together; none is the preset's.
+        memory: Memory per GPU in GB.
+        rank: Rank of PowerSGD between nodes; none is the paper's.
     """
     from ..training.plan import GB, plan_paper, what_fits
 
     cfg = PRESETS[preset].dalle
     batch = TRAIN_PRESETS[preset].dalle.batch_size if batch is None else batch
-    reckoned = plan_paper(cfg, batch, gpus, machines, memory * GB, rank)
-    print(f"{preset}: {reckoned}")
-    if not reckoned.fits:
+    planned = plan_paper(cfg, batch, gpus, machines, memory * GB, rank)
+    print(f"{preset}: {planned}")
+    if not planned.fits:
         ways = what_fits(cfg, batch, gpus, machines, memory * GB, rank)
-        got = f"{reckoned.total / GB:.2f} GB"
+        got = f"{planned.total / GB:.2f} GB"
         raise ValueError(f"memory: expected a plan that fits, got one of {got}; what would fit is {ways}")
 
 
 def info() -> None:
-    """Print versions, the kernels of this install, and the sizes of the presets."""
+    """Print versions, available kernels, and the number of parameters of each preset."""
     import torch
 
     from ..models import CLIP, DALLE, DiscreteVAE
