@@ -1,4 +1,4 @@
-"""Stage 1: the release's shape, the likelihood, the bound."""
+"""Stage 1: shapes and names of the release, the likelihood, the bound."""
 
 import math
 from dataclasses import replace
@@ -8,6 +8,7 @@ import torch
 
 from dalle_fast.config import PRESETS, DVAEConfig
 from dalle_fast.models import DiscreteVAE
+from dalle_fast.models.codebook_init import init_codes
 from dalle_fast.models.dvae import logit_laplace_nll, map_pixels, unmap_pixels
 from dalle_fast.training.dvae import with_grain
 
@@ -104,7 +105,7 @@ def test_codebook_spreads_over_the_images_when_started_from_them():
     model = small_model()
     pictures = images(8)
     before = model.encode(pictures).unique().numel()
-    model.init_codes(pictures)
+    init_codes(model, pictures)
     assert before < 12 and model.encode(pictures).unique().numel() == 12
 
 
@@ -112,7 +113,7 @@ def test_a_short_training_learns_the_colours_of_plain_pictures():
     torch.manual_seed(0)
     model = DiscreteVAE(replace(SMALL, n_hid=16, gain=1.0))
     pictures = torch.rand(8, 3, 1, 1, generator=torch.Generator().manual_seed(0)).expand(8, 3, 16, 16).contiguous()
-    model.init_codes(pictures)
+    init_codes(model, pictures)
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
     for step in range(100):
         loss, _ = model.loss(with_grain(pictures, 0.1, step), 0.5, 1.0, step)

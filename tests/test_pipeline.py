@@ -113,5 +113,5 @@ def test_contact_sheet_and_its_file(tmp_path):
     assert sheet.width == 3 * (128 + 6) + 6 and sheet.height > 2 * (128 + 14)
     save_image(sheet, tmp_path / "new" / "sheet.png")
     assert Image.open(tmp_path / "new" / "sheet.png").size == sheet.size
-    with pytest.raises(ValueError, match=r"picture: expected a name such as out\.png, got 'sheet\.xyz'"):
+    with pytest.raises(ValueError, match=r"image: expected a name such as out\.png, got 'sheet\.xyz'"):
         save_image(sheet, tmp_path / "sheet.xyz")

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dalle_fast as df
 from dalle_fast.data.dedup import ExactNeighbours
+from dalle_fast.models.codebook_init import init_codes
 from dalle_fast.models.precision import Precision
 from dalle_fast.ops import _library
 from dalle_fast.pipeline import TextToImage
@@ -185,7 +186,7 @@ def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
 @pytest.mark.parametrize("dtype", [None, *HALF], ids=str)
 def test_dvae(ops, dtype):
     dvae = df.DiscreteVAE(DVAE_CFG).to("cuda", memory_format=torch.channels_last)
-    dvae.init_codes(pictures(32))
+    init_codes(dvae, pictures(32))
     loss, metrics = dvae.loss(pictures(), 0.5, 1.0, 7, dtype)
     loss.backward()
     assert on_cuda(loss, *metrics.values(), *gradients(dvae))

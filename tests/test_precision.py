@@ -12,7 +12,7 @@ from torch import nn
 
 import dalle_fast as df
 from dalle_fast.config import DALLEConfig
-from dalle_fast.figures import draw_logs
+from dalle_fast.figures import plot_logs
 from dalle_fast.models import DALLE
 from dalle_fast.models.precision import Precision, dtype_of, rounded_linear
 from dalle_fast.models.transformer import Linear
@@ -334,7 +334,7 @@ def test_the_log_has_the_scales(tmp_path):
         (3, [13.003] * 4), (6, [13.006] * 4), (7, [13.007] * 4),
     ]  # fmt: skip
     assert not any("overflows" in line for line in lines)
-    assert [path.name for path in draw_logs(tmp_path)] == ["losses.png", "scales.png"]
+    assert [path.name for path in plot_logs(tmp_path)] == ["losses.png", "scales.png"]
     assert Image.open(tmp_path / "scales.png").size == (630, 360)
     trained.scales.nonfinite[2] = 1
     trained.scales.update()

@@ -19,9 +19,9 @@ def plot(out: Positional[Path]) -> None:
     Args:
         out: Folder of the system; the plots go there too.
     """
-    from ..figures import draw_logs
+    from ..figures import plot_logs
 
-    print(*draw_logs(out), sep="\n")
+    print(*plot_logs(out), sep="\n")
 
 
 def plan(

@@ -21,7 +21,7 @@ from ..data.batches import collate
 from ..data.codes import EncodedPair
 from ..data.pairs import Pair
 from ..data.sources.scenes import SceneCorpus, all_scenes
-from ..figures import contact_sheet, draw_codes, draw_logs, save_image
+from ..figures import contact_sheet, plot_codes, plot_logs, save_image
 from ..models import DiscreteVAE, load_model, save_model
 from ..pipeline import BUILT_IN, TextToImage
 from ..tokenizer import Tokenizer
@@ -86,7 +86,7 @@ def run(
         _, trained = train_clip(train, val, tokenizer, cfg.clip, short_clip, out)
         seconds["clip"] = trained["seconds"]
     with _part("images and verdicts", seconds):
-        draw_logs(out)
+        plot_logs(out)
         pipe = TextToImage.load(out)
         metrics = _judge_codes(dvae, val_corpus, val_codes, out) | _judge_images(pipe, captions)
         _save_sheet(pipe, out / "sheet.png", top=4)
@@ -135,7 +135,7 @@ def _judge_codes(dvae: DiscreteVAE, corpus: SceneCorpus, codes: list[EncodedPair
     beside = torch.stack([originals[:16], copies[:16]], 1).flatten(0, 1)
     save_image(contact_sheet(beside, ["image", "through the dVAE"] * 16, columns=8), out / "reconstructions.png")
     counts = np.bincount(grids.flatten().numpy(), minlength=dvae.cfg.vocab_size)
-    draw_codes(counts, out / "codes.png")
+    plot_codes(counts, out / "codes.png")
     return {
         "codes_used": int((counts > 0).sum()),
         "codes": dvae.cfg.vocab_size,

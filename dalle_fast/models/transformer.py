@@ -227,7 +227,7 @@ class DALLE(nn.Module):
             branch = precision.run(resblock, norm, x, normed)
         between, norm = precision.between(len(resblocks), len(resblocks)), self.norm
         _, x = residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, *between)
-        x = torch.cat([norm(self.start).expand(b, 1, -1), x[:, :-1]], dim=1)  # what each token is predicted from
+        x = torch.cat([norm(self.start).expand(b, 1, -1), x[:, :-1]], dim=1)  # to predict each token from
         return self.to_text(x[:, :t]), self.to_image(x[:, t:])
 
     def loss(
@@ -299,7 +299,7 @@ class DALLE(nn.Module):
                 reaches the bottom-right corner; they are sampled. Leading rows are the paper's image prompts.
 
         Raises:
-            ValueError: text_tokens, n or image_prompt as above are expected, and others were given.
+            ValueError: text_tokens, n or image_prompt are not as above.
             RuntimeError: the logits of a code have NaN or no finite largest value.
         """
         self.check_text(text_tokens)
