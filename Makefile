@@ -27,7 +27,7 @@ demo: build
 test: build
 	@echo "All tests take about 6 minutes on two cores."; start=$$(date +%s); export OMP_NUM_THREADS=1; \
 	$(BIN)/python -m pytest -n 2 && DALLE_FAST_SIMD=portable $(BIN)/python -m pytest -n 2 $(OP_TESTS); \
-	status=$$?; seconds=$$(($$(date +%s) - start)); echo "$$((seconds / 60)) min $$((seconds % 60)) s"; exit $$status
+	status=$$?; seconds=$$(($$(date +%s) - start)); echo "The tests took $$((seconds / 60)) min $$((seconds % 60)) s."; exit $$status
 
 # The op tests on a build that checks every address and every undefined operation. Python is not part of that build, so
 # the checkers' libraries come first by hand, and what Python itself keeps until its end is not counted as a leak.

@@ -63,7 +63,7 @@ def corpus(tmp_path_factory) -> Path:
     rng = np.random.default_rng(0)
     for i in range(6):
         Image.fromarray(rng.integers(0, 256, (9, 8, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"picture {i}")
+        (folder / f"{i}.txt").write_text(f"image {i}")
     (folder / "5.png").write_bytes((folder / "5.png").read_bytes()[:60])
     return folder
 
@@ -91,15 +91,15 @@ def test_training_writes_one_folder(system):
 
 def test_generate(system, tmp_path):
     options = ["--model", system, "--n", 4, "--top", 2, "--guidance", 2, "--top-k", 8, "--seed", 7]
-    said = ok("generate", "picture 3", "--out", tmp_path / "a.png", *options)
+    said = ok("generate", "image 3", "--out", tmp_path / "a.png", *options)
     assert "best 2 of 4" in said
-    assert cli.main([*map(str, ["generate", "picture 3", "--out", tmp_path / "b.png", *options])]) == 0
+    assert cli.main([*map(str, ["generate", "image 3", "--out", tmp_path / "b.png", *options])]) == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     Image.open(tmp_path / "a.png").verify()
 
 
 def test_generate_from_an_image_prompt(system, corpus, tmp_path, capsys):
-    args = ["generate", "picture", "--model", system, "--n", 2, "--top", 1, "--out", tmp_path / "c.png"]
+    args = ["generate", "image", "--model", system, "--n", 2, "--top", 1, "--out", tmp_path / "c.png"]
     assert cli.main([*map(str, args), "--image-prompt", str(corpus / "0.png"), "--rows", "2"]) == 0
     assert (tmp_path / "c.png").is_file()
     assert cli.main([*map(str, args), "--rows", "2"]) == 2
@@ -119,7 +119,7 @@ def test_encoded_images_train_the_transformer(system, corpus, tmp_path, capsys, 
     assert "1 broken samples left out, named in" in result.stderr
     assert '"name": "5.png"' in (tmp_path / "codes" / "skipped.jsonl").read_text()
     encoded = EncodedPairs(tmp_path / "codes")
-    assert (len(encoded), encoded.grid, encoded[0].caption) == (5, (4, 4), "picture 0")
+    assert (len(encoded), encoded.grid, encoded[0].caption) == (5, (4, 4), "image 0")
 
     other = tmp_path / "system"
     other.mkdir()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from ..config import PRESETS
 from ..training.settings import TRAIN_PRESETS
 from .common import Preset
 
 
-def plot(out: Positional[Path]) -> None:
+def plot(out: Annotated[Positional[Path], arg(metavar="FOLDER")]) -> None:
     """Plot the losses of a system's trainings, and the gradient scales of one in 16 bits.
 
     Args:

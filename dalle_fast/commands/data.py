@@ -1,4 +1,4 @@
-"""Commands that make and prepare data."""
+"""Commands that build and clean datasets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def encode(
 
     Args:
         out: New folder for codes and captions, a source for ``train dalle --data``.
-        draws: Augmentations per image, used by one epoch of training each, in turn; 1 is the central square alone.
+        draws: Augmentations per image, one per epoch of training in turn; 1 takes the central square instead.
         seed: Seed of the augmentations.
         batch_size: Images per batch.
         workers: Worker processes that read and augment images; 0 does it in the main process.
@@ -81,7 +81,7 @@ def emoji(out: Path, size: int = 64, language: str = "en", font: Path | None = N
     make_emoji_corpus(out, size, language, font)
 
 
-def index(shards: Positional[str], workers: int | None = None) -> None:
+def index(shards: Annotated[Positional[str], arg(metavar="SHARDS")], workers: int | None = None) -> None:
     """Index tar shards ahead of training, which otherwise does it when it starts.
 
     Args:

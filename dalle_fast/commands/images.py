@@ -39,7 +39,7 @@ def demo(
 
 
 def generate(
-    caption: Positional[str],
+    caption: Annotated[Positional[str], arg(metavar="CAPTION")],
     out: Path = Path("out.png"),
     model: Model = "tiny",
     n: int = 64,
@@ -74,7 +74,11 @@ def generate(
     print(f"{out}: best {top} of {n}, scores {', '.join(f'{score:.2f}' for score in result.scores.tolist())}")
 
 
-def reconstruct(images: Positional[tuple[Path, ...]], out: Path = Path("out.png"), model: Model = "tiny") -> None:
+def reconstruct(
+    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE...")],
+    out: Path = Path("out.png"),
+    model: Model = "tiny",
+) -> None:
     """Encode images into codes and decode them again, to see how much the codes preserve.
 
     Args:
