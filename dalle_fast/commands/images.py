@@ -15,6 +15,7 @@ from .common import Model
 if TYPE_CHECKING:
     import numpy as np
 
+Images = Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE...")]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -74,11 +75,7 @@ def generate(
     print(f"{out}: best {top} of {n}, scores {', '.join(f'{score:.2f}' for score in result.scores.tolist())}")
 
 
-def reconstruct(
-    images: Annotated[Positional[tuple[Path, ...]], arg(metavar="IMAGE...")],
-    out: Path = Path("out.png"),
-    model: Model = "tiny",
-) -> None:
+def reconstruct(images: Images, out: Path = Path("out.png"), model: Model = "tiny") -> None:
     """Encode images into codes and decode them again, to see how much the codes preserve.
 
     Args:
