@@ -213,7 +213,7 @@ def test_impossible_sizes_are_refused(sizes, message):
 
 
 def test_the_command_prints_the_plan(cli, capsys):
-    command = ["plan", "--preset", "12B", "--gpus", "8", "--machines", "128"]
+    command = ["plan", "--preset", "12B", "--gpus", "8", "--nodes", "128"]
     assert cli.main([*command, "--batch", "1024"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("12B: 12,293,853,056 parameters on 128 x 8 GPUs, a batch of 1024")

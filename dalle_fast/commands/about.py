@@ -28,16 +28,16 @@ def plot(out: Annotated[Positional[Path], arg(metavar="FOLDER")]) -> None:
 def plan(
     preset: Preset = "tiny",
     gpus: int = 1,
-    machines: int = 1,
+    nodes: int = 1,
     batch: int | None = None,
     memory: float = 16.0,
     rank: int | None = None,
 ) -> None:
-    """Estimate memory, compute and traffic per GPU of training a transformer as in the paper; fail if it cannot fit.
+    """Plan the training of a transformer as in the paper: memory, FLOPs and traffic per GPU. Fails if it does not fit.
 
     Args:
-        gpus: GPUs per node, which share the parameters.
-        machines: Number of nodes, which exchange gradients; each has all parameters.
+        gpus: GPUs per node; they share the parameters.
+        nodes: Number of nodes; each has all parameters, and they exchange gradients.
         batch: Samples per step on all GPUs together; none is the preset's.
         memory: Memory per GPU in GB.
         rank: Rank of PowerSGD between nodes; none is the paper's.
@@ -46,10 +46,10 @@ def plan(
 
     cfg = PRESETS[preset].dalle
     batch = TRAIN_PRESETS[preset].dalle.batch_size if batch is None else batch
-    planned = plan_paper(cfg, batch, gpus, machines, memory * GB, rank)
+    planned = plan_paper(cfg, batch, gpus, nodes, memory * GB, rank)
     print(f"{preset}: {planned}")
     if not planned.fits:
-        ways = what_fits(cfg, batch, gpus, machines, memory * GB, rank)
+        ways = what_fits(cfg, batch, gpus, nodes, memory * GB, rank)
         got = f"{planned.total / GB:.2f} GB"
         raise ValueError(f"memory: expected a plan that fits, got one of {got}; what would fit is {ways}")
 
