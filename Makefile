@@ -1,5 +1,5 @@
 # `make demo` and `make test` do everything on a fresh machine with Python 3.10+ and a C++ compiler. Later runs rebuild
-# only after a change. TORCH=2.12.1 chooses another torch, DALLE_FAST_CUDA=0/1 leaves out or insists on CUDA kernels.
+# only after a change. TORCH=2.12.1 selects another torch; DALLE_FAST_CUDA=0 or 1 excludes or requires CUDA kernels.
 
 TORCH ?= 2.13.0
 PYTHON ?= python3
@@ -19,13 +19,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 build: $(BUILD_STAMP)
 
+# Images by the shipped model within a minute, then a system from scratch.
 demo: build
 	$(BIN)/dalle-fast demo
 
 # The op tests run once more on the kernels for any processor.
 test: build
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
-	OMP_NUM_THREADS=1 DALLE_FAST_SIMD=portable $(BIN)/python -m pytest -n 2 $(OP_TESTS)
+	@echo "All tests take about 6 minutes on two cores."; start=$$(date +%s); export OMP_NUM_THREADS=1; \
+	$(BIN)/python -m pytest -n 2 && DALLE_FAST_SIMD=portable $(BIN)/python -m pytest -n 2 $(OP_TESTS); \
+	status=$$?; seconds=$$(($$(date +%s) - start)); echo "The tests took $$((seconds / 60)) min $$((seconds % 60)) s."; exit $$status
 
 # The op tests on a build that checks every address and every undefined operation. Python is not part of that build, so
 # the checkers' libraries come first by hand, and what Python itself keeps until its end is not counted as a leak.

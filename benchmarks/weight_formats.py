@@ -1,4 +1,4 @@
-"""What 16- and 8-bit weights cost in quality: the shipped model, judged on the same captions and seeds.
+"""Cost in quality of 16- and 8-bit weights: the shipped model, judged on the same captions and seeds.
 
 Run: python benchmarks/weight_formats.py
 """
@@ -9,7 +9,7 @@ import numpy as np
 
 import dalle_fast as df
 from dalle_fast.data.sources.scenes import all_scenes
-from dalle_fast.demo.run import CANDIDATES, judge
+from dalle_fast.demo.judge import CANDIDATES, evaluate
 
 CAPTIONS = 60
 
@@ -22,8 +22,8 @@ def main() -> None:
     print(f"{'weights':<10} {'one candidate':>14} {f'best of {CANDIDATES}':>11}")
     for weights in ("float32", "bfloat16", "int8"):
         pipe.dalle.pack(weights)
-        found = judge(pipe, chosen, seed=1000)
-        print(f"{weights:<10} {found['single']:>14.1%} {found['best']:>11.1%}", flush=True)
+        shares = evaluate(pipe, chosen, seed=1000)
+        print(f"{weights:<10} {shares['single']:>14.1%} {shares['best']:>11.1%}", flush=True)
 
 
 if __name__ == "__main__":

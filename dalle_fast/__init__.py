@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from . import minifloat as minifloat
     from . import reference as reference
     from .config import PRESETS as PRESETS
+    from .config import Sampling as Sampling
     from .mask import AttentionMask as AttentionMask
     from .mask import layer_masks as layer_masks
     from .models import CLIP as CLIP
@@ -48,6 +49,7 @@ __getattr__, __dir__, __all__ = attach(
         "minifloat": "minifloat",
         "reference": "reference",
         "PRESETS": "config",
+        "Sampling": "config",
         "AttentionMask": "mask",
         "layer_masks": "mask",
         "CLIP": "models",

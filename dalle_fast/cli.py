@@ -1,7 +1,8 @@
-"""The command line: ``dalle-fast --help``. It finds the command that is asked for, and turns errors into one line."""
+"""The command line: ``dalle-fast --help``. Finds the requested command, and turns errors into one line."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from functools import reduce
@@ -13,12 +14,12 @@ from tyro.conf import subcommand
 
 from .commands.about import info, plan, plot
 from .commands.data import dedup, emoji, encode, filter_, index
-from .commands.pictures import demo, generate, reconstruct
+from .commands.images import demo, generate, reconstruct
 from .commands.train import training_commands
 from .config import PRESETS
 from .training import TrainingDiverged, TrainingStopped
 
-DOC = "DALL-E (2021): train it, and draw pictures for captions."
+DESCRIPTION = "DALL-E (2021): train it, and generate images from captions."
 
 
 def _parse(args: Sequence[str]) -> None:
@@ -26,7 +27,7 @@ def _parse(args: Sequence[str]) -> None:
     top: dict[str, Any] = {"demo": demo, "generate": generate, "reconstruct": reconstruct, "encode": encode}
     top |= {"plot": plot, "plan": plan, "info": info}
     groups: dict[str, tuple[str, dict[str, Any]]] = {
-        "data": ("Make and prepare data.", {"emoji": emoji, "index": index, "filter": filter_, "dedup": dedup}),
+        "data": ("Build and clean datasets.", {"emoji": emoji, "index": index, "filter": filter_, "dedup": dedup}),
         "train": ("Train one of the four parts of a system.", training_commands(_preset(args))),
     }
     every = top | {f"{group} {name}": f for group, (_, commands) in groups.items() for name, f in commands.items()}
@@ -35,9 +36,9 @@ def _parse(args: Sequence[str]) -> None:
         if name in every:
             tyro.cli(every[name], prog=f"dalle-fast {name}", args=args[words:])
             return
-    # Help, or a word that is no command: tyro knows what to say.
+    # Help, or an unknown command: tyro prints the right message.
     nested = (Annotated[_union(commands), subcommand(name, description=d)] for name, (d, commands) in groups.items())
-    tyro.cli(reduce(or_, nested, _union(top)), prog="dalle-fast", description=DOC, args=args)
+    tyro.cli(reduce(or_, nested, _union(top)), prog="dalle-fast", description=DESCRIPTION, args=args)
 
 
 def _union(commands: dict[str, Any]) -> Any:
@@ -46,13 +47,11 @@ def _union(commands: dict[str, Any]) -> Any:
 
 
 def _preset(args: Sequence[str]) -> str:
-    """The preset that the arguments name; needed before they are parsed, for it decides the defaults."""
-    for i, word in enumerate(args):
-        name, _, value = word.partition("=")
-        if name == "--preset":
-            value = value or (args[i + 1] if i + 1 < len(args) else "")
-            return value if value in PRESETS else "tiny"
-    return "tiny"
+    """The preset that the arguments name; needed before they are parsed, because it decides the defaults."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", nargs="?")
+    name = parser.parse_known_args(args)[0].preset
+    return name if name in PRESETS else "tiny"  # an unknown one is an error of the command that takes it
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -61,7 +60,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         _parse(args)
     except TrainingStopped as stopped:
-        print(f"dalle-fast: {stopped}; the same command goes on from there", file=sys.stderr)
+        print(f"dalle-fast: {stopped}; run the same command again to resume", file=sys.stderr)
         return 128 + stopped.signum
     except KeyboardInterrupt:
         return 130

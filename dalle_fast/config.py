@@ -1,7 +1,8 @@
-"""Sizes of every model: frozen dataclasses, and presets as data. Nothing here imports torch."""
+"""Sizes of every model, presets of them, and options of sampling: frozen dataclasses. Nothing here imports torch."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -13,9 +14,9 @@ class DVAEConfig:
     vocab_size: int = 8192  # codes
     n_hid: int = 256  # width of the first group; group g has n_hid * groups[g]
     n_init: int = 128  # width of the decoder's first convolution, the codebook
-    groups: tuple[int, ...] = (1, 2, 4, 8)  # width multiples; a factor 2 of resolution between two groups
+    groups: tuple[int, ...] = (1, 2, 4, 8)  # width multiples; the resolution changes by 2 between two groups
     n_blk_per_group: int = 2
-    gain: float | None = None  # of a resblock's branch; None: 1 / n_layers^2, which a short training cannot outgrow
+    gain: float | None = None  # factor on a resblock's branch; None: 1 / n_layers^2, too small for a short training
 
     def __post_init__(self) -> None:
         if not self.groups or self.image_size % self.downsampling:
@@ -23,7 +24,7 @@ class DVAEConfig:
 
     @property
     def branch_gain(self) -> float:
-        """What a resblock's branch is multiplied by."""
+        """Factor on a resblock's branch."""
         return (len(self.groups) * self.n_blk_per_group) ** -2.0 if self.gain is None else self.gain
 
     @property
@@ -41,16 +42,16 @@ class DVAEConfig:
 class DALLEConfig:
     """Sparse transformer over one stream of text and image tokens (section 2.2, appendix B.1)."""
 
-    text_vocab: int = 16384  # without the padding ids: position i pads with id text_vocab + i
-    text_len: int = 256
-    image_vocab: int = 8192
-    height: int = 32  # image grid, tokens
+    text_vocab: int = 16384  # text tokens, without the padding ids: position i pads with id text_vocab + i
+    text_len: int = 256  # tokens of a caption, padding included
+    image_vocab: int = 8192  # codes
+    height: int = 32  # of the image grid, in codes
     width: int = 32
     d_model: int = 3968
     n_layer: int = 64
     head_dim: int = 64
-    kernel: int = 11  # edge of the conv mask
-    guidance: float = 1.0  # what the pipeline samples with; more needs training with caption dropout
+    kernel: int = 11  # edge of the conv mask, in codes
+    guidance: float = 1.0  # default weight of the caption in sampling; above 1 needs training with caption dropout
 
     def __post_init__(self) -> None:
         if self.d_model % self.head_dim:
@@ -73,7 +74,7 @@ class CLIPConfig:
     patch_size: int = 32
     vision_width: int = 768
     vision_layers: int = 12
-    text_vocab: int = 16384  # padding ids follow, as in DALLEConfig
+    text_vocab: int = 16384  # without the padding ids, as in DALLEConfig
     text_len: int = 256
     text_width: int = 512
     text_layers: int = 12
@@ -86,8 +87,35 @@ class CLIPConfig:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """Options of sampling the codes of images; the defaults leave the model's distributions as they are.
+
+    Raises:
+        ValueError: an option that no sampling can be done with.
+    """
+
+    temperature: float = 1.0  # Divides the logits: below 1 favours likely codes, above 1 adds variety.
+    top_k: int | None = None  # Draw each code from the k likeliest; none draws from all.
+    top_p: float | None = None  # Draw each code from the likeliest that reach this probability; none draws from all.
+    guidance: float | None = None  # Weight of the caption; 1 is no guidance, none is the model's own weight.
+    seed: int = 0  # The same seed gives the same images.
+
+    def __post_init__(self) -> None:
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature: expected a finite number above 0, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k: expected 1 or more, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected a share in (0, 1], got {self.top_p}")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise ValueError(f"guidance: expected a finite number, got {self.guidance}")
+        if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed: expected an integer of 64 bits, got {self.seed!r}")
+
+
+@dataclass(frozen=True)
 class Config:
-    """Everything a text-to-image system is made of."""
+    """Sizes of the models of a text-to-image system."""
 
     dvae: DVAEConfig = field(default_factory=DVAEConfig)
     dalle: DALLEConfig = field(default_factory=DALLEConfig)

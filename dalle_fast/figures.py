@@ -23,7 +23,7 @@ STAGES = ("dvae", "clip", "dalle")
 
 
 def contact_sheet(images: torch.Tensor, labels: Sequence[str] = (), columns: int = 4) -> Image.Image:
-    """Lay out images in rows, each over its label. images: float [B, 3, S, S] in [0, 1]."""
+    """Images in rows, each above its label. images: float [B, 3, S, S] in [0, 1]."""
     edge = images.shape[-1] * max(1, round(MIN_EDGE / images.shape[-1]))
     font = ImageFont.load_default(11)
     lines = [_wrap(label, font, edge) for label in labels]
@@ -34,9 +34,9 @@ def contact_sheet(images: torch.Tensor, labels: Sequence[str] = (), columns: int
     sheet = Image.new("RGB", (columns * cell_width + GAP, rows * cell_height + GAP), "white")
     pen = ImageDraw.Draw(sheet)
     pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    for i, picture in enumerate(pixels):
+    for i, image in enumerate(pixels):
         left, top = GAP + i % columns * cell_width, GAP + i // columns * cell_height
-        sheet.paste(Image.fromarray(picture).resize((edge, edge), Image.Resampling.NEAREST), (left, top))
+        sheet.paste(Image.fromarray(image).resize((edge, edge), Image.Resampling.NEAREST), (left, top))
         for j, line in enumerate(lines[i] if i < len(lines) else ()):
             pen.text((left, top + edge + 14 * j), line, fill="black", font=font)
     return sheet
@@ -57,26 +57,29 @@ def _wrap(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width:
 
 
 def save_image(image: Image.Image, path: str | Path) -> None:
-    """Write a picture, complete or not at all; the format follows the name.
+    """Write an image, complete or not at all; the format follows the name.
 
     Raises:
-        ValueError: a name whose ending is no picture format.
+        ValueError: a name that does not end in an image format.
     """
     path = Path(path)
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind not in Image.SAVE:
-        raise ValueError(f"picture: expected a name such as out.png, got {path.name!r}")
-    write_atomically(path, lambda file: image.save(file, kind), durable=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        image.save(temporary)
+    except ValueError as error:
+        raise ValueError(f"image: expected a name such as out.png, got {path.name!r}") from error
+    os.replace(temporary, path)
 
 
 # ---------------------------------------------------------------------------------------------- plots
 
 
-def draw_logs(out: Path) -> list[Path]:
-    """Draw what the logs of a system say, as far as it is trained: losses.png and, after 16 bits, scales.png.
+def plot_logs(out: Path) -> list[Path]:
+    """Plot the logs of a system, as far as it is trained: losses.png and, after 16 bits, scales.png.
 
     Args:
-        out: the folder of the system, where the pictures go, too.
+        out: folder of the system; the plots go there too.
 
     Raises:
         FileNotFoundError: no log.
@@ -84,16 +87,16 @@ def draw_logs(out: Path) -> list[Path]:
     logs = {stage: _records(out / stage / "log.jsonl") for stage in STAGES if (out / stage / "log.jsonl").is_file()}
     if not logs:
         raise FileNotFoundError(f"out: expected the log of a training in {out}, got none")
-    drawn = [_draw_losses(logs, out / "losses.png")]
+    plots = [_plot_losses(logs, out / "losses.png")]
     scales = [record for record in logs.get("dalle", []) if "log2_scales" in record]
-    return [*drawn, _draw_scales(scales, out / "scales.png")] if scales else drawn
+    return [*plots, _plot_scales(scales, out / "scales.png")] if scales else plots
 
 
 def _records(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
 
 
-def _draw_losses(logs: dict[str, list[dict[str, Any]]], path: Path) -> Path:
+def _plot_losses(logs: dict[str, list[dict[str, Any]]], path: Path) -> Path:
     """Training and validation loss of every stage."""
     plt = _pyplot()
     figure, axes = plt.subplots(1, len(logs), figsize=(4 * len(logs), 3.2), layout="constrained", squeeze=False)
@@ -101,25 +104,25 @@ def _draw_losses(logs: dict[str, list[dict[str, Any]]], path: Path) -> Path:
         for name, label in (("loss", "training"), ("val_loss", "held-out data")):
             points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
             axis.plot([step for step, _ in points], [loss for _, loss in points], label=label)
-        axis.set(title=stage, xlabel="update", ylabel="loss (nats)")
+        axis.set(title=stage, xlabel="step", ylabel="loss (nats)")
         axis.legend()
     return _save(figure, path)
 
 
-def _draw_scales(records: list[dict[str, Any]], path: Path) -> Path:
-    """The gradient scale of every resblock, from the first, dark, to the last, bright: the paper's figure 12."""
+def _plot_scales(records: list[dict[str, Any]], path: Path) -> Path:
+    """Gradient scale of every resblock, from the first (dark) to the last (bright): the paper's figure 12."""
     plt = _pyplot()
     steps = [record["step"] for record in records]
     resblocks = list(zip(*(record["log2_scales"] for record in records), strict=True))
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for i, scales in enumerate(resblocks):
         axis.plot(steps, scales, color=plt.cm.viridis(i / len(resblocks)), linewidth=0.8)
-    axis.set(title=f"gradient scales of {len(resblocks)} resblocks", xlabel="update", ylabel="log2 of the scale")
+    axis.set(title=f"gradient scales of {len(resblocks)} resblocks", xlabel="step", ylabel="log2 of the scale")
     return _save(figure, path)
 
 
-def draw_codes(counts: np.ndarray, path: Path) -> None:
-    """How often each code is used, commonest first."""
+def plot_codes(counts: np.ndarray, path: Path) -> None:
+    """Share of each code, the most frequent first."""
     figure, axis = _pyplot().subplots(figsize=(6, 3), layout="constrained")
     axis.bar(range(len(counts)), sorted(counts / counts.sum(), reverse=True), width=1.0)
     axis.set(title=f"{(counts > 0).sum()} of {len(counts)} codes in use", xlabel="code, by use", ylabel="share")

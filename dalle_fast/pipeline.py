@@ -1,25 +1,32 @@
-"""The whole path: a caption in, the best of many pictures out (section 2.6)."""
+"""The whole path: a caption in, the best of many images out (section 2.6)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from .config import Sampling
 from .data.augment import center_crop_resize
+from .data.batches import collate
 from .figures import contact_sheet, save_image
 from .files import sha256_of
 from .models import CLIP, DALLE, DiscreteVAE, load_model
+from .sampling import ImagePrompt, leading
 from .tokenizer import Tokenizer
 
-BUILT_IN = Path(__file__).parent / "pretrained"  # one folder for each model that ships with the package
-BATCH = 64  # candidates drawn together
+BUILT_IN = Path(__file__).parent / "pretrained"  # one folder per model that ships with the package
+BATCH = 64  # candidates sampled together
 
 
 def find_system(folder_or_name: str | Path) -> Path:
-    """The folder of a system that training wrote, or of a built-in one by its name; FileNotFoundError for neither."""
+    """The folder of a system that training wrote, or of a built-in one by its name.
+
+    Raises:
+        FileNotFoundError: neither a folder nor a name.
+    """
     folder = Path(folder_or_name)
     if not folder.is_dir() and len(folder.parts) == 1:
         folder = BUILT_IN / folder_or_name
@@ -45,7 +52,7 @@ def load_clip(system: Path) -> CLIP:
 
 
 def fingerprint(system: Path, model: str) -> str:
-    """Which ``dvae``, ``clip`` or ``dalle`` a system has: the hash of its file."""
+    """Hash of the file of a system's ``dvae``, ``clip`` or ``dalle``."""
     return sha256_of(_part(system, model, f"{model}.safetensors"))
 
 
@@ -58,14 +65,14 @@ def _part(system: Path, name: str, file: str) -> Path:
 
 @dataclass(frozen=True)
 class Result:
-    """The best pictures for one caption, best first."""
+    """The best images for one caption, best first."""
 
     caption: str
     images: torch.Tensor  # float [top, 3, S, S] in [0, 1]
-    scores: torch.Tensor  # [top], scaled cosine of picture and caption
+    scores: torch.Tensor  # [top], scaled cosine of image and caption
 
     def save(self, path: str | Path) -> None:
-        """Write the pictures as one sheet with their scores."""
+        """Write the images as one sheet with their scores."""
         save_image(contact_sheet(self.images, [f"{score:.2f}" for score in self.scores.tolist()]), path)
 
 
@@ -83,7 +90,8 @@ class TextToImage:
         """Open a folder that training wrote, or a built-in model by its name.
 
         Args:
-            weights: what sampling reads on a CPU, as in ``DALLE.pack``: ``float32``, ``bfloat16`` or ``int8``.
+            weights: format of the weights that sampling reads on a CPU, as in ``DALLE.pack``: ``float32``, ``bfloat16``
+                or ``int8``.
             device: where the models run, such as "cuda".
 
         Raises:
@@ -111,47 +119,41 @@ class TextToImage:
         caption: str,
         n: int = 64,
         top: int = 8,
-        seed: int = 0,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance: float | None = None,
+        sampling: Sampling = Sampling(),
         image_prompt: np.ndarray | None = None,
         keep_rows: int = 0,
         keep_columns: int = 0,
     ) -> Result:
-        """Draw n candidates for a caption and return the ``top`` that CLIP likes best.
+        """Sample n candidates for a caption and return the ``top`` that CLIP scores highest.
 
         Args:
-            seed: the same seed draws the same pictures again.
-            temperature, top_k, top_p, guidance: as in ``DALLE.generate``; None is the guidance of the model's sizes.
-            image_prompt: a picture, uint8 [H, W, 3], of which the first ``keep_rows`` rows and ``keep_columns``
-                columns of codes stay; the rectangle below and right of them is drawn anew.
+            sampling: temperature, top_k, top_p, guidance and seed.
+            image_prompt: image, uint8 [H, W, 3], of which the first ``keep_rows`` rows and ``keep_columns`` columns of
+                codes are kept; the rectangle below and right of them is sampled.
+
+        Raises:
+            ValueError: n and top, or the image prompt and the rows and columns to keep of it, do not fit each other.
         """
         if not 1 <= top <= n:
             raise ValueError(f"top: expected 1 to n = {n}, got {top}")
-        text = self.tokenizer.encode([caption]).to(self.dalle.start.device)
+        text = self.tokenizer.encode([caption]).to(self.dalle.device)
         prompt = None if image_prompt is None else self._prompt(image_prompt, keep_rows, keep_columns)
         if prompt is None and (keep_rows or keep_columns):
-            raise ValueError("keep_rows, keep_columns: expected an image_prompt to keep them of")
-        guidance = self.dalle.cfg.guidance if guidance is None else guidance
-        generator = torch.Generator().manual_seed(seed)
+            raise ValueError("keep_rows, keep_columns: expected an image_prompt to keep them of, got none")
+        seeds = torch.Generator().manual_seed(sampling.seed)
         images, scores = [], []
         for start in range(0, n, BATCH):
+            seed = int(torch.randint(2**63 - 1, (), generator=seeds))
             codes = self.dalle.generate(
-                text, min(BATCH, n - start), generator, temperature, top_k, top_p, guidance, prompt
+                text, n=min(BATCH, n - start), sampling=replace(sampling, seed=seed), image_prompt=prompt
             )
             images.append(self.dvae.decode(codes))
             scores.append(self.clip.score(images[-1], text))
         best = torch.cat(scores).topk(top)
         return Result(caption, torch.cat(images)[best.indices], best.values)
 
-    def _prompt(self, image: np.ndarray, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The codes of a picture and which of them stay."""
-        size, grid = self.dvae.cfg.image_size, self.dvae.cfg.grid
-        for name, value in (("keep_rows", rows), ("keep_columns", columns)):
-            if not 0 <= value < grid:
-                raise ValueError(f"{name}: expected 0 to {grid - 1}, got {value}")
-        pixels = torch.from_numpy(center_crop_resize(image, size)).permute(2, 0, 1)[None] / 255
-        pixels, place = pixels.to(self.dalle.start.device), torch.arange(grid)
-        return self.dvae.encode(pixels)[0], (place[:, None] < rows) | (place[None, :] < columns)
+    def _prompt(self, image: np.ndarray, rows: int, columns: int) -> ImagePrompt:
+        """The codes of an image, and which of them to keep."""
+        keep = leading(self.dvae.cfg.grid, self.dvae.cfg.grid, rows, columns)
+        pixels = collate([{"image": center_crop_resize(image, self.dvae.cfg.image_size)}])["image"]
+        return self.dvae.encode(pixels.to(self.dalle.device))[0], keep

@@ -1,4 +1,4 @@
-"""Every command as a process of its own: what it writes, what it says, and how it fails."""
+"""Every command as a process of its own: its files, its output and its errors."""
 
 import json
 import os
@@ -58,12 +58,12 @@ def ok(*args: object) -> str:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """A folder of six pictures, one of which is torn."""
+    """A folder of six images, one of which is torn."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
     for i in range(6):
         Image.fromarray(rng.integers(0, 256, (9, 8, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"picture {i}")
+        (folder / f"{i}.txt").write_text(f"image {i}")
     (folder / "5.png").write_bytes((folder / "5.png").read_bytes()[:60])
     return folder
 
@@ -91,15 +91,15 @@ def test_training_writes_one_folder(system):
 
 def test_generate(system, tmp_path):
     options = ["--model", system, "--n", 4, "--top", 2, "--guidance", 2, "--top-k", 8, "--seed", 7]
-    said = ok("generate", "picture 3", "--out", tmp_path / "a.png", *options)
+    said = ok("generate", "image 3", "--out", tmp_path / "a.png", *options)
     assert "best 2 of 4" in said
-    assert cli.main([*map(str, ["generate", "picture 3", "--out", tmp_path / "b.png", *options])]) == 0
+    assert cli.main([*map(str, ["generate", "image 3", "--out", tmp_path / "b.png", *options])]) == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     Image.open(tmp_path / "a.png").verify()
 
 
 def test_generate_from_an_image_prompt(system, corpus, tmp_path, capsys):
-    args = ["generate", "picture", "--model", system, "--n", 2, "--top", 1, "--out", tmp_path / "c.png"]
+    args = ["generate", "image", "--model", system, "--n", 2, "--top", 1, "--out", tmp_path / "c.png"]
     assert cli.main([*map(str, args), "--image-prompt", str(corpus / "0.png"), "--rows", "2"]) == 0
     assert (tmp_path / "c.png").is_file()
     assert cli.main([*map(str, args), "--rows", "2"]) == 2
@@ -119,7 +119,7 @@ def test_encoded_images_train_the_transformer(system, corpus, tmp_path, capsys, 
     assert "1 broken samples left out, named in" in result.stderr
     assert '"name": "5.png"' in (tmp_path / "codes" / "skipped.jsonl").read_text()
     encoded = EncodedPairs(tmp_path / "codes")
-    assert (len(encoded), encoded.grid, encoded[0].caption) == (5, (4, 4), "picture 0")
+    assert (len(encoded), encoded.grid, encoded[0].caption) == (5, (4, 4), "image 0")
 
     other = tmp_path / "system"
     other.mkdir()
@@ -152,7 +152,13 @@ def test_demo_fills_its_folder(tmp_path):
     said = ok("demo", "--out", tmp_path, "--pairs", 150, "--captions", 1, "--steps", 2, 2, 1)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert said.endswith(json.dumps(metrics, indent=2) + "\n")
-    for name in ("reconstructions", "sheet", "losses", "codes"):
+    assert f"{tmp_path / 'shipped.png'}: the best of 16 images for each" in said
+    assert [line.partition(":")[0] for line in said.splitlines() if line.startswith("[")] == [
+        "[1/6] scenes and tokenizer", "[2/6] dvae", "[3/6] codes of all scenes", "[4/6] dalle", "[5/6] clip",
+        "[6/6] images and verdicts",
+    ]  # fmt: skip
+    assert said.index("shipped.png") < said.index("[1/6]")
+    for name in ("shipped", "reconstructions", "sheet", "losses", "codes"):
         assert min(Image.open(tmp_path / f"{name}.png").size) > 100
     assert metrics["codes"] == 128 and 1 <= metrics["codes_used"] <= 128
     for side in ("seen", "held_out"):
@@ -212,7 +218,9 @@ def test_ctrl_c_saves(corpus, tmp_path):
         (["generate", "a", "--out", "x.txt"], "out: expected a name that ends in"),
         (["generate", "a", "--model", "no-such-model"], "model: expected a folder or a built-in name"),
         (["generate", "a", "--image-prompt", "none.png"], "none.png"),
-        (["reconstruct"], "images: expected at least one picture"),
+        (["generate", "a", "--temperature", "0"], "temperature: expected a finite number above 0, got 0.0"),
+        (["generate", "a", "--top-p", "1.5"], "top_p: expected a share in (0, 1], got 1.5"),
+        (["reconstruct"], "images: expected at least one, got none"),
         (["encode", "--data", "scenes", "--out", "x", "--batch-size", "0"], "batch_size: expected 1 or more"),
         (["train", "dvae", "--data", "nowhere", "--out", "x"], "source: expected a folder"),
         (["train", "clip", "--data", "scenes", "--out", "x"], "dalle-fast train tokenizer"),
@@ -241,10 +249,10 @@ def test_bad_input_is_one_clear_line(args, message, tmp_path, monkeypatch, capsy
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_a_picture_that_is_none(tmp_path, capsys):
-    (tmp_path / "torn.png").write_bytes(b"no picture")
+def test_a_file_that_is_no_image(tmp_path, capsys):
+    (tmp_path / "torn.png").write_bytes(b"no image")
     assert cli.main(["reconstruct", str(tmp_path / "torn.png"), "--out", str(tmp_path / "out.png")]) == 2
-    assert "picture: expected an image file" in capsys.readouterr().err
+    assert "image: expected an image file" in capsys.readouterr().err
 
 
 def test_bad_input_of_a_process():

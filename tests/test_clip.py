@@ -26,7 +26,7 @@ def batch(b: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(b, 3, 16, 16, generator=generator), text
 
 
-def test_parameter_names_and_shapes_are_the_field_s():
+def test_parameter_names_and_shapes_are_those_of_openai_clip():
     with torch.device("meta"):
         names = {name: tuple(p.shape) for name, p in CLIP(CLIPConfig()).named_parameters()}
     expected = {
@@ -91,10 +91,10 @@ def test_equal_captions_are_no_mistake():
     text = text[:1].repeat(2, 1)
     loss, metrics = model.loss(images, text)
     assert metrics["accuracy"] == 1.0
-    assert loss.item() >= math.log(2) - 1e-5  # what is left is to tell two pictures of one caption apart
+    assert loss.item() >= math.log(2) - 1e-5  # the two images of one caption cannot be told apart
 
 
-def test_a_few_steps_match_pictures_to_captions():
+def test_a_few_steps_match_images_to_captions():
     model, (images, text) = small_model().train(), batch(4)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     for _ in range(40):

@@ -1,4 +1,4 @@
-"""Stage 1: the release's shape, the likelihood, the bound."""
+"""Stage 1: shapes and names of the release, the likelihood, the bound."""
 
 import math
 from dataclasses import replace
@@ -8,6 +8,7 @@ import torch
 
 from dalle_fast.config import PRESETS, DVAEConfig
 from dalle_fast.models import DiscreteVAE
+from dalle_fast.models.codebook_init import init_codes
 from dalle_fast.models.dvae import logit_laplace_nll, map_pixels, unmap_pixels
 from dalle_fast.training.dvae import with_grain
 
@@ -23,7 +24,7 @@ def small_model() -> DiscreteVAE:
     return DiscreteVAE(SMALL)
 
 
-def test_default_sizes_are_the_release_s():
+def test_default_sizes_are_those_of_the_release():
     with torch.device("meta"):
         model = DiscreteVAE(DVAEConfig())
     assert sum(p.numel() for p in model.encoder.parameters()) == 53_786_240
@@ -31,7 +32,7 @@ def test_default_sizes_are_the_release_s():
     assert model.cfg.grid == 32
 
 
-def test_parameter_names_are_the_release_s():
+def test_parameter_names_are_those_of_the_release():
     with torch.device("meta"):
         model = DiscreteVAE(DVAEConfig())
     names = dict(model.encoder.named_parameters())
@@ -102,25 +103,25 @@ def test_same_seed_same_loss():
 
 def test_codebook_spreads_over_the_images_when_started_from_them():
     model = small_model()
-    pictures = images(8)
-    before = model.encode(pictures).unique().numel()
-    model.init_codes(pictures)
-    assert before < 12 and model.encode(pictures).unique().numel() == 12
+    batch = images(8)
+    before = model.encode(batch).unique().numel()
+    init_codes(model, batch)
+    assert before < 12 and model.encode(batch).unique().numel() == 12
 
 
-def test_a_short_training_learns_the_colours_of_plain_pictures():
+def test_a_short_training_learns_the_colours_of_plain_images():
     torch.manual_seed(0)
     model = DiscreteVAE(replace(SMALL, n_hid=16, gain=1.0))
-    pictures = torch.rand(8, 3, 1, 1, generator=torch.Generator().manual_seed(0)).expand(8, 3, 16, 16).contiguous()
-    model.init_codes(pictures)
+    plain = torch.rand(8, 3, 1, 1, generator=torch.Generator().manual_seed(0)).expand(8, 3, 16, 16).contiguous()
+    init_codes(model, plain)
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
     for step in range(100):
-        loss, _ = model.loss(with_grain(pictures, 0.1, step), 0.5, 1.0, step)
+        loss, _ = model.loss(with_grain(plain, 0.1, step), 0.5, 1.0, step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    mse = (model.decode(model.encode(pictures)) - pictures).square().mean()
-    assert mse < 0.5 * pictures.var()
+    mse = (model.decode(model.encode(plain)) - plain).square().mean()
+    assert mse < 0.5 * plain.var()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Health of a dVAE trained on real pictures: the codes in use, and the error beside that of k-means patches."""
+"""Health of a dVAE trained on real images: the codes in use, and its error against that of k-means patches."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from dalle_fast.config import PRESETS
 from dalle_fast.data import Pair, open_pairs
 from dalle_fast.data.sources.scenes import SceneCorpus
-from dalle_fast.demo.run import stack
+from dalle_fast.demo.run import stack_images
 from dalle_fast.models.codebook_init import image_patches, kmeans, nearest
 from dalle_fast.training import train_dvae
 from dalle_fast.training.dvae import with_grain
@@ -53,7 +53,7 @@ def test_patches_are_in_the_order_of_the_codes():
     assert torch.equal(patches[1, 4].reshape(3, 2, 2), images[1, :, 2:4, 2:4])
 
 
-def test_grain_is_noise_that_the_seed_decides():
+def test_grain_is_noise_from_the_seed():
     images = torch.full((2, 3, 64, 64), 0.5)
     noisy = with_grain(images, 0.05, seed=3)
     assert torch.equal(noisy, with_grain(images, 0.05, seed=3))
@@ -64,20 +64,20 @@ def test_grain_is_noise_that_the_seed_decides():
 
 
 def check_health(train: list[Pair], val: list[Pair], codes: int, steps: int, out: Path) -> tuple[float, float, float]:
-    """Train with so many codes; the share of them in use on held-out pictures, and its error and that of k-means."""
+    """Train with so many codes: the share of them in use on held-out images, its error, and the error of k-means."""
     cfg = replace(PRESETS["tiny"].dvae, vocab_size=codes)
     settings = replace(TRAIN_PRESETS["tiny"].dvae, steps=steps, lr_steps=steps, tau_steps=steps, warmup_steps=30)
     dvae, _ = train_dvae(train, None, cfg, settings, out)
-    pictures = stack(val)
-    found = dvae.encode(pictures)
-    centroids = kmeans(image_patches(stack(train), cfg.downsampling).flatten(0, 1), codes)
-    patches = image_patches(pictures, cfg.downsampling).flatten(0, 1)
+    images = stack_images(val)
+    found = dvae.encode(images)
+    centroids = kmeans(image_patches(stack_images(train), cfg.downsampling).flatten(0, 1), codes)
+    patches = image_patches(images, cfg.downsampling).flatten(0, 1)
     plain = (centroids[nearest(patches, centroids)] - patches).square().mean()
-    return len(found.unique()) / codes, (dvae.decode(found) - pictures).square().mean().item(), plain.item()
+    return len(found.unique()) / codes, (dvae.decode(found) - images).square().mean().item(), plain.item()
 
 
 def test_health_on_emoji(tmp_path: Path) -> None:
-    """Ahead of k-means patches at 5 bits a code. At 7 bits that takes longer: benchmarks/dvae_health.py."""
+    """Better than k-means patches at 5 bits per code. At 7 bits it takes longer: benchmarks/dvae_health.py."""
     emoji = pytest.importorskip("dalle_fast.data.emoji", exc_type=ImportError)
     try:
         emoji.find_font()

@@ -112,7 +112,7 @@ def test_the_reader_sees_imports():
     assert imported(FILES["ops.sparse_attention"]) >= {"mask", "ops._library"}
     assert imported(FILES["ops._library"]) >= {"_C", "reference"}
     assert imported(FILES["reference"]) == {"mask", "minifloat"}
-    assert "pipeline" in imported(FILES["commands.pictures"])  # inside a function
+    assert "pipeline" in imported(FILES["commands.images"])  # inside a function
 
 
 @pytest.mark.parametrize("module", ["config", "data.filters", "training.settings", "cli"])

@@ -1,11 +1,11 @@
-"""A folder of models, from a caption to reranked pictures."""
+"""A folder of models, from a caption to reranked images."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dalle_fast.config import CLIPConfig, DALLEConfig, DVAEConfig
+from dalle_fast.config import CLIPConfig, DALLEConfig, DVAEConfig, Sampling
 from dalle_fast.figures import contact_sheet, save_image
 from dalle_fast.models import CLIP, DALLE, DiscreteVAE, load_model, save_model
 from dalle_fast.pipeline import TextToImage
@@ -37,29 +37,29 @@ def copy_of(folder, tmp_path):
     return tmp_path
 
 
-def test_best_come_first_and_the_seed_decides(folder):
+def test_best_come_first_and_the_seed_decides_the_images(folder):
     pipe = TextToImage.load(folder)
-    result = pipe("a red circle", n=6, top=3, seed=4)
+    result = pipe("a red circle", n=6, top=3, sampling=Sampling(seed=4))
     assert result.images.shape == (3, 3, 16, 16) and 0 <= result.images.min() <= result.images.max() <= 1
     assert result.scores.tolist() == sorted(result.scores.tolist(), reverse=True)
-    everything = pipe("a red circle", n=6, top=6, seed=4)
+    everything = pipe("a red circle", n=6, top=6, sampling=Sampling(seed=4))
     assert torch.equal(everything.images[:3], result.images)
-    assert not torch.equal(pipe("a red circle", n=6, top=6, seed=5).images, everything.images)
+    assert not torch.equal(pipe("a red circle", n=6, top=6, sampling=Sampling(seed=5)).images, everything.images)
 
 
-def test_many_candidates_are_drawn_in_batches(folder):
+def test_many_candidates_are_sampled_in_batches(folder):
     pipe = TextToImage.load(folder)
     assert pipe("a red circle", n=70, top=70).images.shape[0] == 70
 
 
 def test_image_prompt_keeps_leading_rows_and_columns(folder):
     pipe = TextToImage.load(folder)
-    picture = np.random.default_rng(0).integers(0, 256, (20, 16, 3), dtype=np.uint8)
-    codes, keep = pipe._prompt(picture, 1, 2)
+    image = np.random.default_rng(0).integers(0, 256, (20, 16, 3), dtype=np.uint8)
+    codes, keep = pipe._prompt(image, 1, 2)
     assert keep.tolist() == [[True] * 4, *[[True, True, False, False]] * 3]
     drawn = pipe.dalle.generate(pipe.tokenizer.encode(["a red circle"]), 5, image_prompt=(codes, keep))
     assert (drawn[:, keep] == codes[keep]).all()
-    assert pipe("a red circle", n=2, top=1, image_prompt=picture, keep_rows=2).images.shape == (1, 3, 16, 16)
+    assert pipe("a red circle", n=2, top=1, image_prompt=image, keep_rows=2).images.shape == (1, 3, 16, 16)
 
 
 def test_models_survive_the_file(folder, tmp_path):
@@ -113,5 +113,5 @@ def test_contact_sheet_and_its_file(tmp_path):
     assert sheet.width == 3 * (128 + 6) + 6 and sheet.height > 2 * (128 + 14)
     save_image(sheet, tmp_path / "new" / "sheet.png")
     assert Image.open(tmp_path / "new" / "sheet.png").size == sheet.size
-    with pytest.raises(ValueError, match=r"picture: expected a name such as out\.png, got 'sheet\.xyz'"):
+    with pytest.raises(ValueError, match=r"image: expected a name such as out\.png, got 'sheet\.xyz'"):
         save_image(sheet, tmp_path / "sheet.xyz")

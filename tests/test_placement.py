@@ -1,6 +1,6 @@
-"""Everything that a user runs on a GPU, on a device that pretends to be one, and on a real one where there is one.
+"""Everything that a user runs on a GPU, on a pretended CUDA device, and on a real one if there is one.
 
-The numbers are tested elsewhere: here, that tensors are where they must be, and that nothing waits where it must not.
+The numbers are tested elsewhere: here, that tensors are on the right device, and that nothing waits where it must not.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dalle_fast as df
 from dalle_fast.data.dedup import ExactNeighbours
+from dalle_fast.models.codebook_init import init_codes
 from dalle_fast.models.precision import Precision
 from dalle_fast.ops import _library
 from dalle_fast.pipeline import TextToImage
@@ -32,7 +33,7 @@ ALL_KERNELS = _library.Backend(("cpu", "cuda"), {}, cuda_ops=OPS_ON_CUDA)
 
 @pytest.fixture(params=["pretended", *DEVICES[1:]])
 def cuda(request, monkeypatch):
-    """A CUDA device; whether it is a real one."""
+    """A CUDA device; True if it is a real one."""
     if request.param == "cuda":
         yield True
         return
@@ -43,7 +44,7 @@ def cuda(request, monkeypatch):
 
 @pytest.fixture(params=["kernels", "references"])
 def ops(request, cuda, monkeypatch):
-    """Which of the two run on CUDA tensors. As long as a kernel was never run on a GPU, its reference does."""
+    """Kernels or references on CUDA tensors: references, as long as a kernel was never run on a GPU."""
     if request.param == "references":
         monkeypatch.setattr(_library, "_BACKEND", _library.Backend(("cpu", "cuda"), {}))
     return request.param
@@ -60,7 +61,7 @@ def on_cuda(*results) -> bool:
 # ---------------------------------------------------------------------------------------------- the device itself
 
 
-def test_the_pretended_device_notices_what_a_gpu_would(monkeypatch):
+def test_the_pretended_device_raises_as_a_gpu_would(monkeypatch):
     with pretended_cuda(monkeypatch):
         x, y = torch.ones(3, device="cuda"), torch.ones(3)
         assert (x * 2).tolist() == (x + torch.tensor(1)).tolist() == (x.cpu() + y).tolist() == [2, 2, 2]
@@ -75,7 +76,7 @@ def test_the_pretended_device_notices_what_a_gpu_would(monkeypatch):
                 wait()
 
 
-def test_the_pretended_device_replays_ops_and_not_python(monkeypatch):
+def test_the_pretended_device_replays_ops_but_not_python(monkeypatch):
     with pretended_cuda(monkeypatch):
         x, calls = torch.zeros(2, device="cuda"), []
 
@@ -143,11 +144,11 @@ def linear():
     return [df.packed_linear(normal(3, 8), weight, normal(20))], []
 
 
-def draw():
+def sample():
     return [df.sample(normal(3, 16), torch.tensor(1, device="cuda"), 0.9, 5, 0.9, first=torch.tensor(3))], []
 
 
-OPS = [attention, decode, softmax, quantize, layer_norm, scales, optimizer, linear, draw]
+OPS = [attention, decode, softmax, quantize, layer_norm, scales, optimizer, linear, sample]
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
@@ -159,7 +160,7 @@ def test_results_and_gradients_of_ops_are_on_the_device(op, ops):
         assert on_cuda(*(x.grad for x in inputs)) and all(x.grad.dtype == x.dtype for x in inputs)
 
 
-@pytest.mark.parametrize("op", [attention, decode, softmax, quantize, optimizer, draw], ids=lambda op: op.__name__)
+@pytest.mark.parametrize("op", [attention, decode, softmax, quantize, optimizer, sample], ids=lambda op: op.__name__)
 def test_fakes_are_on_the_device(op, monkeypatch):
     monkeypatch.setattr(_library, "_BACKEND", ALL_KERNELS)
     with FakeTensorMode(), torch.no_grad():
@@ -170,7 +171,7 @@ def test_fakes_are_on_the_device(op, monkeypatch):
 # ---------------------------------------------------------------------------------------------- models
 
 
-def pictures(n: int = 4) -> torch.Tensor:
+def images(n: int = 4) -> torch.Tensor:
     return torch.rand(n, 3, 8, 8).to("cuda", memory_format=torch.channels_last)
 
 
@@ -185,11 +186,11 @@ def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
 @pytest.mark.parametrize("dtype", [None, *HALF], ids=str)
 def test_dvae(ops, dtype):
     dvae = df.DiscreteVAE(DVAE_CFG).to("cuda", memory_format=torch.channels_last)
-    dvae.init_codes(pictures(32))
-    loss, metrics = dvae.loss(pictures(), 0.5, 1.0, 7, dtype)
+    init_codes(dvae, images(32))
+    loss, metrics = dvae.loss(images(), 0.5, 1.0, 7, dtype)
     loss.backward()
     assert on_cuda(loss, *metrics.values(), *gradients(dvae))
-    codes = dvae.encode(pictures())
+    codes = dvae.encode(images())
     assert on_cuda(codes, dvae.decode(codes))
 
 
@@ -198,31 +199,31 @@ def test_dvae(ops, dtype):
 def test_dalle(ops, dtype, recompute):
     model = df.DALLE(DALLE_CFG).to("cuda")
     scales = GradientScales([resblock for _, resblock in model.resblocks()], device="cuda") if dtype else None
-    loss = model.loss(captions(), torch.randint(16, (4, 4, 4)).to("cuda"), Precision(dtype, recompute, scales))
+    loss, parts = model.loss(captions(), torch.randint(16, (4, 4, 4)).to("cuda"), Precision(dtype, recompute, scales))
     loss.backward()
-    assert on_cuda(loss, *gradients(model))
+    assert on_cuda(loss, *parts.values(), *gradients(model))
 
 
 def test_clip(cuda):
     model = df.CLIP(CLIP_CFG).to("cuda")
-    loss, metrics = model.loss(pictures(), captions())
+    loss, metrics = model.loss(images(), captions())
     loss.backward()
-    assert on_cuda(loss, *metrics.values(), *gradients(model), model.eval().score(pictures(), captions(1)))
+    assert on_cuda(loss, *metrics.values(), *gradients(model), model.eval().score(images(), captions(1)))
 
 
-@pytest.mark.parametrize("options", [{}, {"guidance": 2.0, "keep": True}, {"top_k": 5, "top_p": 0.9}], ids=str)
-def test_sampling_is_one_recorded_step(cuda, monkeypatch, options):
-    """The pretended device records it, draws what the CPU draws, and refuses a step that waits."""
+@pytest.mark.parametrize("prompted", [False, True])
+@pytest.mark.parametrize("options", [{}, {"guidance": 2.0}, {"top_k": 5, "top_p": 0.9}], ids=str)
+def test_sampling_is_one_recorded_step(cuda, monkeypatch, options, prompted):
+    """The pretended device records it, draws the codes that the CPU draws, and refuses a step that waits."""
     torch.manual_seed(0)
     model, text, codes = df.DALLE(DALLE_CFG).eval(), captions(2).cpu(), torch.randint(16, (4, 4))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)  # so that every code depends on those before
-    if options.pop("keep", False):
-        options["image_prompt"] = codes, torch.arange(16).view(4, 4) < 4
-    expected = model.generate(text, 3, torch.Generator().manual_seed(1), **options)
+    sampling, prompt = df.Sampling(**options, seed=1), (codes, torch.arange(16).view(4, 4) < 4) if prompted else None
+    expected = model.generate(text, 3, sampling, prompt)
     replays = []
     monkeypatch.setattr(Graph, "replay", lambda graph, replay=Graph.replay: (replays.append(graph), replay(graph)))
-    drawn = model.to("cuda").generate(text.to("cuda"), 3, torch.Generator().manual_seed(1), **options)
+    drawn = model.to("cuda").generate(text.to("cuda"), 3, sampling, prompt)
     assert on_cuda(drawn) and drawn.shape == expected.shape
     if not cuda:
         assert torch.equal(drawn.cpu(), expected)
@@ -233,7 +234,7 @@ def test_sampling_is_one_recorded_step(cuda, monkeypatch, options):
 def test_references_sample_too(ops, dtype):
     model = df.DALLE(DALLE_CFG).to("cuda", dtype)
     prompt = torch.randint(16, (4, 4)).to("cuda"), (torch.arange(16).view(4, 4) < 4).to("cuda")
-    assert on_cuda(model.generate(captions(2), 3, torch.Generator("cuda"), guidance=2.0, image_prompt=prompt))
+    assert on_cuda(model.generate(captions(2), 3, df.Sampling(guidance=2.0), prompt))
 
 
 @pytest.mark.parametrize("format", ["float32", "bfloat16", "int8"])
@@ -245,8 +246,8 @@ def test_packed_weights(cuda, format):
 
 def test_text_to_image(cuda):
     pipe = TextToImage.load("tiny", device="cuda")
-    picture = np.zeros((32, 32, 3), np.uint8)
-    result = pipe("a red circle", n=2, top=1, image_prompt=picture, keep_rows=2)
+    image = np.zeros((32, 32, 3), np.uint8)
+    result = pipe("a red circle", n=2, top=1, image_prompt=image, keep_rows=2)
     assert on_cuda(result.images, result.scores)
 
 
@@ -255,7 +256,7 @@ def test_text_to_image(cuda):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training(kind, cuda, tmp_path):
-    """In 16 bits where that is the default, from a checkpoint, with validation and all else between updates."""
+    """In 16 bits where that is the default, from a checkpoint, with validation and all else between steps."""
     for steps in (2, 3):
         config = settings(kind, steps=steps, save_every=2, device="cuda")
         model, metrics = fit(task(kind, config), config, tmp_path)
@@ -275,7 +276,7 @@ def test_training_in_float32_is_that_of_the_cpu(kind, cuda, tmp_path):
     assert same(*({name: values[name] for name in values if "/" in name} for values in (expected, got)))
 
 
-def test_nearest_pictures(cuda):
+def test_nearest_images(cuda):
     vectors = torch.nn.functional.normalize(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
     kept = ExactNeighbours(6, "cuda")
     kept.add(np.arange(6), vectors)

@@ -65,7 +65,7 @@ def test_flops_are_those_that_torch_counts():
     cfg = replace(DALLE_CFG, n_layer=1)
     model = DALLE(cfg)
     with FlopCounterMode(display=False) as counter:  # knows matrix products, not the op of attention
-        model.loss(torch.zeros(1, 6, dtype=torch.int64), torch.zeros(1, 4, 4, dtype=torch.int64)).backward()
+        model.loss(torch.zeros(1, 6, dtype=torch.int64), torch.zeros(1, 4, 4, dtype=torch.int64))[0].backward()
     attention = 3 * 4 * cfg.d_model * attention_pairs(model.layers[0].attn.mask)
     assert dalle_flops(cfg, recompute=False) == counter.get_total_flops() + attention
 
@@ -124,7 +124,7 @@ def transformer(n_layer: int, dtype: torch.dtype, recompute: bool) -> tuple[int,
         codes = torch.zeros(4, cfg.height, cfg.width, dtype=torch.int64)
         scales = GradientScales([resblock for _, resblock in model.resblocks()])
     model.check_text = model.check_codes = lambda tokens: None  # there are none
-    kept, peak = measured(model, lambda model: model.loss(text, codes, Precision(dtype, recompute, scales)))
+    kept, peak = measured(model, lambda model: model.loss(text, codes, Precision(dtype, recompute, scales))[0])
     return kept, peak, 4 * plan.dalle_activations(cfg, recompute, dtype.itemsize), 4 * sum(dalle_parameters(cfg))
 
 
@@ -213,7 +213,7 @@ def test_impossible_sizes_are_refused(sizes, message):
 
 
 def test_the_command_prints_the_plan(cli, capsys):
-    command = ["plan", "--preset", "12B", "--gpus", "8", "--machines", "128"]
+    command = ["plan", "--preset", "12B", "--gpus", "8", "--nodes", "128"]
     assert cli.main([*command, "--batch", "1024"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("12B: 12,293,853,056 parameters on 128 x 8 GPUs, a batch of 1024")

@@ -12,7 +12,7 @@ from torch import nn
 
 import dalle_fast as df
 from dalle_fast.config import DALLEConfig
-from dalle_fast.figures import draw_logs
+from dalle_fast.figures import plot_logs
 from dalle_fast.models import DALLE
 from dalle_fast.models.precision import Precision, dtype_of, rounded_linear
 from dalle_fast.models.transformer import Linear
@@ -45,7 +45,7 @@ def new_scales(model: DALLE, **options) -> GradientScales:
 def gradients(model: DALLE, precision: Precision) -> list[torch.Tensor]:
     """Of the loss of the small batch, true to size."""
     model.zero_grad()
-    model.loss(*small_batch(), precision).backward()
+    model.loss(*small_batch(), precision)[0].backward()
     factors = precision.scales.factors() if precision.scales else torch.ones(len(list(model.parameters())))
     return [p.grad * factor for p, factor in zip(model.parameters(), factors, strict=True)]
 
@@ -215,7 +215,7 @@ def one_update(skipping: str, block: int, planted: float | None) -> tuple[DALLE,
 
     if planted is not None:
         resblock.register_forward_hook(lambda module, inputs, output: output.register_hook(plant) and None)
-    model.loss(*small_batch(), Precision(torch.float16, scales=scales)).backward()
+    model.loss(*small_batch(), Precision(torch.float16, scales=scales))[0].backward()
     factors = scales.factors()
     _, nonfinite = df.gradient_norm([p.grad for p in model.parameters()], factors)
     optimizer.step(unscale=factors, skip=scales.skip(nonfinite))
@@ -334,7 +334,7 @@ def test_the_log_has_the_scales(tmp_path):
         (3, [13.003] * 4), (6, [13.006] * 4), (7, [13.007] * 4),
     ]  # fmt: skip
     assert not any("overflows" in line for line in lines)
-    assert [path.name for path in draw_logs(tmp_path)] == ["losses.png", "scales.png"]
+    assert [path.name for path in plot_logs(tmp_path)] == ["losses.png", "scales.png"]
     assert Image.open(tmp_path / "scales.png").size == (630, 360)
     trained.scales.nonfinite[2] = 1
     trained.scales.update()

@@ -1,31 +1,32 @@
-"""The model that ships: small enough, and what it draws is what it is told."""
-
-import json
+"""The model that ships: small, its codes all in use, and its images show their captions."""
 
 import numpy as np
 import pytest
 
-from dalle_fast.data.sources.scenes import all_scenes
-from dalle_fast.demo.judge import detect, verdict
-from dalle_fast.demo.run import CANDIDATES
+from dalle_fast.data.sources.scenes import SceneCorpus, all_scenes
+from dalle_fast.demo.judge import evaluate
+from dalle_fast.demo.run import stack_images
 from dalle_fast.pipeline import BUILT_IN, TextToImage
+
+
+@pytest.fixture(scope="module")
+def pipe() -> TextToImage:
+    return TextToImage.load("tiny")
 
 
 def test_shipped_model_is_small():
     assert sum(path.stat().st_size for path in (BUILT_IN / "tiny").iterdir()) <= 12 * 2**20
 
 
-@pytest.mark.parametrize("held_out,least", [(False, 0.75), (True, 0.6)])
-def test_shipped_model_draws_what_it_is_told(held_out, least):
-    """A sample of what metrics.json beside the weights says of many more captions, with room for its small size."""
-    pipe = TextToImage.load("tiny")
+def test_shipped_model_uses_its_codes(pipe):
+    used = pipe.dvae.encode(stack_images(SceneCorpus(64, seed=5))).unique()
+    assert len(used) >= 0.5 * pipe.dvae.cfg.vocab_size
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_shipped_model_shows_what_captions_say(pipe, held_out):
+    """On 200 captions per side, 99 % of the best of 16 images and 94 % of all are right; held out, 97.5 and 91 %."""
     scenes = all_scenes(held_out)
-    chosen = np.random.default_rng(5).choice(len(scenes), 20, replace=False)
-    right = []
-    for i in chosen:
-        found = detect(pipe(scenes[i].caption, n=CANDIDATES, top=1, seed=int(i)).images)[0]
-        right.append(all(verdict(scenes[i], found)))
-    assert np.mean(right) >= least
-    measured = json.loads((BUILT_IN / "tiny" / "metrics.json").read_text())
-    assert measured["held_out" if held_out else "seen"]["best"] >= (0.75 if held_out else 0.9)
-    assert measured["codes_used"] >= measured["codes"] / 4
+    chosen = [scenes[i] for i in np.random.default_rng(5).choice(len(scenes), 20, replace=False)]
+    shares = evaluate(pipe, chosen, seed=0)
+    assert shares["best"] >= 0.85 and shares["single"] >= 0.8

@@ -1,6 +1,8 @@
-"""The prior: what it may see, what it costs, and that sampling with caches is the same model."""
+"""The prior: what each token may see, sizes, and sampling with caches as the same model."""
 
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +10,11 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import dalle_fast as df
-from dalle_fast.config import PRESETS, DALLEConfig
-from dalle_fast.models import DALLE, transformer
-from dalle_fast.models.transformer import Layer, guide
-from dalle_fast.sampling import repeat
+from dalle_fast import sampling
+from dalle_fast.config import PRESETS, DALLEConfig, Sampling
+from dalle_fast.models import DALLE
+from dalle_fast.models.transformer import Layer
+from dalle_fast.sampling import Repeat, draw_codes, guide, leading
 
 SMALL = DALLEConfig(
     text_vocab=20, text_len=5, image_vocab=13, height=4, width=4, d_model=32, n_layer=4, head_dim=16, kernel=3
@@ -119,7 +122,7 @@ def test_caches_keep_only_what_a_mask_sees():
 def test_greedy_sampling_equals_the_argmax_of_the_uncached_model():
     model = small_model()
     text, _ = small_batch(2)
-    drawn = model.generate(text, 2, torch.Generator().manual_seed(0), top_k=1)
+    drawn = model.generate(text, 2, Sampling(top_k=1))
     with torch.no_grad():
         logits = model(text.repeat_interleave(2, 0), drawn)[1]
     assert torch.equal(logits.argmax(-1).view_as(drawn), drawn)
@@ -128,7 +131,7 @@ def test_greedy_sampling_equals_the_argmax_of_the_uncached_model():
 def test_a_candidate_does_not_depend_on_how_many_there_are():
     model = small_model()
     text, _ = small_batch(1)
-    many, few = (model.generate(text, n, torch.Generator().manual_seed(3)) for n in (7, 2))
+    many, few = (model.generate(text, n, Sampling(seed=3)) for n in (7, 2))
     assert torch.equal(many[:2], few)
 
 
@@ -158,9 +161,9 @@ def test_packed_weights_are_ignored_once_the_weights_change():
     with torch.no_grad():
         assert torch.equal(model.prefill(text, 1)[0], other.prefill(text, 1)[0])
     fresh = small_model().pack("int8")
-    assert fresh.layers[0].attn.qkv.packed[1].format == "int8"
+    assert fresh.layers[0].attn.qkv.packed.weight.format == "int8"
     fresh.generate(text, 1)
-    assert fresh.layers[0].attn.qkv.packed[1].format == "int8"  # generate packs anew in the format that was asked for
+    assert fresh.layers[0].attn.qkv.packed.weight.format == "int8"  # generate packs again in the requested format
 
 
 def test_training_goes_on_from_packed_weights():
@@ -168,7 +171,7 @@ def test_training_goes_on_from_packed_weights():
     model.pack()
     batch = small_batch(2)
     for m in (model, other):
-        m.loss(*batch).backward()
+        m.loss(*batch)[0].backward()
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
 
@@ -180,35 +183,36 @@ def test_guide():
     torch.testing.assert_close(guide(both, 3.0), without + 3 * (with_caption - without))
 
 
-def test_same_generator_state_same_codes_and_inputs_stay_untouched():
+def test_same_seed_same_codes_and_inputs_stay_untouched():
     model = small_model()
     text, codes = small_batch(2)
     text_before, codes_before = text.clone(), codes.clone()
     keep = torch.zeros(4, 4, dtype=torch.bool)
     keep[:2] = True
-    for options in ({}, {"guidance": 3.0}, {"image_prompt": (codes[0], keep)}, {"top_k": 5, "top_p": 0.9}):
-        a, b = (model.generate(text, 3, torch.Generator().manual_seed(7), **options) for _ in range(2))
-        assert torch.equal(a, b)
+    for options in ({}, {"guidance": 3.0}, {"top_k": 5, "top_p": 0.9}):
+        for prompt in (None, (codes[0], keep)):
+            a, b, c = (model.generate(text, 3, Sampling(**options, seed=seed), prompt) for seed in (7, 7, 8))
+            assert torch.equal(a, b) and not torch.equal(a, c)
     assert torch.equal(text, text_before) and torch.equal(codes, codes_before)
 
 
-@pytest.mark.parametrize("options", [{}, {"guidance": 3.0, "image_prompt": True}, {"top_k": 5, "top_p": 0.9}], ids=str)
-def test_a_step_of_sampling_never_waits_for_the_device(monkeypatch, options):
-    """Which is what a CUDA graph needs: here its tensors have no values, and to read one is an error."""
+@pytest.mark.parametrize("prompted", [False, True])
+@pytest.mark.parametrize("options", [{}, {"guidance": 3.0}, {"top_k": 5, "top_p": 0.9}], ids=str)
+def test_a_step_of_sampling_never_waits_for_the_device(monkeypatch, options, prompted):
+    """As a CUDA graph needs it: here its tensors have no values, and to read one is an error."""
     ran = []
 
-    def without_values(step, times, **_):
+    def without_values(repeat, times):
         with FakeTensorMode(allow_non_fake_inputs=True):
-            step()
+            repeat._step()
             ran.append(times)
             with pytest.raises(DataDependentOutputException):
                 codes[0, 0, 0].item()
 
     text, codes = small_batch(2)
-    if "image_prompt" in options:
-        options = options | {"image_prompt": (codes[0], torch.arange(16).view(4, 4) < 4)}
-    monkeypatch.setattr(transformer, "repeat", without_values)
-    small_model().generate(text, 3, **options)
+    prompt = (codes[0], torch.arange(16).view(4, 4) < 4) if prompted else None
+    monkeypatch.setattr(Repeat, "run", without_values)
+    small_model().generate(text, 3, Sampling(**options), prompt)
     assert ran == [SMALL.image_len - 1]
 
 
@@ -218,12 +222,24 @@ def test_the_codes_are_the_same_step_by_step(monkeypatch, options, dtype, device
     """On CUDA, those of a recorded step and of a called one."""
     model = small_model().to(device, dtype)
     text = small_batch(2)[0].to(device)
-    drawn = model.generate(text, 3, torch.Generator().manual_seed(5), **options)
-    monkeypatch.setattr(transformer, "repeat", lambda step, times, graph_on: repeat(step, times))
-    assert torch.equal(model.generate(text, 3, torch.Generator().manual_seed(5), **options), drawn)
+    drawn = model.generate(text, 3, Sampling(**options, seed=5))
+    monkeypatch.setattr(sampling, "Repeat", lambda step, graph_on: Repeat(step))
+    assert torch.equal(model.generate(text, 3, Sampling(**options, seed=5)), drawn)
 
 
-@pytest.mark.parametrize("times", [0, 1, 2, 5])
+def test_codes_are_yielded_as_they_grow():
+    model = small_model()
+    text, _ = small_batch(1)
+    with torch.no_grad():
+        logits, caches = model.prefill(text, 1)
+        decode = partial(model.decode, caches=caches)
+        rows = [row.clone() for row in draw_codes(decode, logits, 16, Sampling(seed=3), 1.0, None, every=4)]
+    whole = model.generate(text, 1, Sampling(seed=3)).flatten(1)
+    assert [row.shape[1] for row in rows] == [4, 8, 12, 16]
+    assert all(torch.equal(row, whole[:, : row.shape[1]]) for row in rows)
+
+
+@pytest.mark.parametrize("times", [(0,), (1,), (2,), (5,), (0, 1, 2), (2, 0, 3)], ids=str)
 def test_a_recorded_step_runs_as_often_as_a_called_one(monkeypatch, times):
     ran, recording = [], []
 
@@ -243,16 +259,21 @@ def test_a_recorded_step_runs_as_often_as_a_called_one(monkeypatch, times):
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    repeat(lambda: None if recording else ran.append("step"), times, graph_on=torch.device("cuda"))
-    assert ran == ["step"] * times + ["synchronized"]
+    repeat = Repeat(lambda: None if recording else ran.append("step"), graph_on=torch.device("cuda"))
+    for count in times:
+        repeat.run(count)
+        assert ran == ["step"] * count + ["synchronized"]
+        ran.clear()
 
 
 def test_guidance_of_one_is_no_guidance_and_more_of_it_moves_the_logits():
     model = small_model()
     text, _ = small_batch(1)
-    plain = model.generate(text, 4, torch.Generator().manual_seed(0))
-    assert torch.equal(plain, model.generate(text, 4, torch.Generator().manual_seed(0), guidance=1.0))
-    guided = model.generate(text, 4, torch.Generator().manual_seed(0), guidance=4.0, top_k=1)
+    plain = model.generate(text, 4)
+    assert torch.equal(plain, model.generate(text, 4, Sampling(guidance=1.0)))
+    guided = model.generate(text, 4, Sampling(guidance=4.0, top_k=1))
+    own = small_model(replace(SMALL, guidance=4.0))
+    assert torch.equal(guided, own.generate(text, 4, Sampling(top_k=1)))  # None is the model's own
     empty = torch.arange(SMALL.text_len) + SMALL.text_vocab
     with torch.no_grad():
         with_caption = model(text.repeat(4, 1), guided)[1]
@@ -264,11 +285,27 @@ def test_guidance_of_one_is_no_guidance_and_more_of_it_moves_the_logits():
 def test_image_prompt_redraws_exactly_the_rectangle(rows, columns):
     model = small_model()
     text, codes = small_batch(1)
-    place = torch.arange(4)
-    keep = (place[:, None] < rows) | (place[None, :] < columns)
-    drawn = model.generate(text, 8, torch.Generator().manual_seed(0), image_prompt=(codes[0], keep))
+    keep = leading(4, 4, rows, columns)
+    drawn = model.generate(text, 8, image_prompt=(codes[0], keep))
     assert (drawn[:, keep] == codes[0][keep]).all()
     assert (drawn[:, ~keep] != codes[0][~keep]).any()
+
+
+@pytest.mark.parametrize(
+    "codes,keep,message",
+    [
+        (torch.zeros(4, 3, dtype=torch.int64), None, r"expected int64 codes \[4, 4\], got torch.int64 \[4, 3\]"),
+        (torch.zeros(4, 4), None, r"expected int64 codes \[4, 4\], got torch.float32 \[4, 4\]"),
+        (torch.full((4, 4), 13), None, r"expected codes in \[0, 13\), got 13 to 13"),
+        (None, torch.zeros(4, 3, dtype=torch.bool), r"expected a bool map \[4, 4\], got torch.bool \[4, 3\]"),
+        (None, torch.zeros(4, 4), "expected a bool map"),
+    ],
+)
+def test_bad_image_prompts(codes, keep, message):
+    codes = torch.zeros(4, 4, dtype=torch.int64) if codes is None else codes
+    keep = leading(4, 4, 1, 0) if keep is None else keep
+    with pytest.raises(ValueError, match=f"image_prompt: {message}"):
+        small_model().generate(small_batch(1)[0], 1, image_prompt=(codes, keep))
 
 
 def test_image_prompt_that_misses_the_corner_is_refused():
@@ -284,17 +321,23 @@ def test_image_prompt_that_misses_the_corner_is_refused():
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"n": 0}, "n: expected 1 or more, got 0"),
         ({"temperature": float("nan")}, "temperature: expected .* got nan"),
         ({"temperature": 0.0}, "temperature"),
         ({"top_k": 0}, "top_k: expected 1 or more, got 0"),
         ({"top_p": 1.5}, "top_p: expected a share"),
         ({"guidance": float("inf")}, "guidance"),
+        ({"seed": 2**63}, "seed: expected an integer of 64 bits, got 9223372036854775808"),
+        ({"seed": 0.5}, "seed: expected an integer of 64 bits, got 0.5"),
     ],
 )
 def test_bad_sampling_options(options, message):
     with pytest.raises(ValueError, match=message):
-        small_model().generate(small_batch(1)[0], **{"n": 1, **options})
+        Sampling(**options)
+
+
+def test_no_candidates():
+    with pytest.raises(ValueError, match="n: expected 1 or more, got 0"):
+        small_model().generate(small_batch(1)[0], 0)
 
 
 def test_bad_batches():
@@ -320,7 +363,9 @@ def test_loss_weights_text_one_eighth():
     logits_text, logits_image = model(text, codes)
     log_text = logits_text.log_softmax(-1).gather(-1, text[..., None])
     log_image = logits_image.log_softmax(-1).gather(-1, codes.flatten(1)[..., None])
-    torch.testing.assert_close(model.loss(text, codes), -(log_text.mean() / 8 + log_image.mean() * 7 / 8))
+    loss, parts = model.loss(text, codes)
+    torch.testing.assert_close(loss, -(log_text.mean() / 8 + log_image.mean() * 7 / 8))
+    torch.testing.assert_close(parts, {"text_loss": -log_text.mean(), "image_loss": -log_image.mean()})
 
 
 def test_layer_reads_its_own_norms():

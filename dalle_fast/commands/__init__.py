@@ -1,1 +1,1 @@
-"""The commands of ``dalle-fast``, each a function. What needs torch is imported inside it, so that help is quick."""
+"""The commands of ``dalle-fast``, each a function that imports torch only when it runs, so that help is quick."""

@@ -1,60 +1,61 @@
-"""Commands that tell: of this install, of a training before it and after it."""
+"""Commands that report: about this install, and about a training before and after it."""
 
 from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from ..config import PRESETS
 from ..training.settings import TRAIN_PRESETS
 from .common import Preset
 
 
-def plot(out: Positional[Path]) -> None:
-    """Draw the losses of a system's trainings, and the gradient scales of one in 16 bits.
+def plot(out: Annotated[Positional[Path], arg(metavar="FOLDER")]) -> None:
+    """Plot the losses of a system's trainings, and the gradient scales of one in 16 bits.
 
     Args:
-        out: Folder that training writes.
+        out: Folder of the system; the plots go there too.
     """
-    from ..figures import draw_logs
+    from ..figures import plot_logs
 
-    print(*draw_logs(out), sep="\n")
+    print(*plot_logs(out), sep="\n")
 
 
 def plan(
     preset: Preset = "tiny",
     gpus: int = 1,
-    machines: int = 1,
+    nodes: int = 1,
     batch: int | None = None,
     memory: float = 16.0,
     rank: int | None = None,
 ) -> None:
-    """Reckon what training a transformer as the paper did takes of each GPU, without taking it; fail if it cannot fit.
+    """Plan the training of a transformer as in the paper: memory, FLOPs and traffic per GPU. Fails if it does not fit.
 
     Args:
-        gpus: Of a machine; they share the parameters.
-        machines: Each has all parameters; they exchange gradients.
-        batch: Samples of an update, all GPUs together; none is the preset's.
-        memory: GB of a GPU.
-        rank: Of PowerSGD between machines; none is the paper's.
+        gpus: GPUs per node; they share the parameters.
+        nodes: Number of nodes; each has all parameters, and they exchange gradients.
+        batch: Samples per step on all GPUs together; none is the preset's.
+        memory: Memory per GPU in GB.
+        rank: Rank of PowerSGD between nodes; none is the paper's.
     """
     from ..training.plan import GB, plan_paper, what_fits
 
     cfg = PRESETS[preset].dalle
     batch = TRAIN_PRESETS[preset].dalle.batch_size if batch is None else batch
-    reckoned = plan_paper(cfg, batch, gpus, machines, memory * GB, rank)
-    print(f"{preset}: {reckoned}")
-    if not reckoned.fits:
-        ways = what_fits(cfg, batch, gpus, machines, memory * GB, rank)
-        got = f"{reckoned.total / GB:.2f} GB"
+    planned = plan_paper(cfg, batch, gpus, nodes, memory * GB, rank)
+    print(f"{preset}: {planned}")
+    if not planned.fits:
+        ways = what_fits(cfg, batch, gpus, nodes, memory * GB, rank)
+        got = f"{planned.total / GB:.2f} GB"
         raise ValueError(f"memory: expected a plan that fits, got one of {got}; what would fit is {ways}")
 
 
 def info() -> None:
-    """Print versions, the kernels of this install, and the sizes of the presets."""
+    """Print versions, available kernels, and the number of parameters of each preset."""
     import torch
 
     from ..models import CLIP, DALLE, DiscreteVAE

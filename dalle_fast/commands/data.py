@@ -1,4 +1,4 @@
-"""Commands that make and prepare data."""
+"""Commands that build and clean datasets."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def encode(
     workers: int = 0,
     device: str = "cpu",
 ) -> None:
-    """Encode the images of a source once, so that training the transformer need not encode them every epoch.
+    """Encode the images of a source into codes once, ahead of training the transformer.
 
-    A run that was stopped goes on when started again. Under torchrun the processes share the work.
+    An interrupted run resumes when started again. Under torchrun the processes share the work.
 
     Args:
-        out: New folder for codes and captions; ``train dalle --data`` takes it.
-        draws: Random augmentations of each image, which training takes in turn, one per epoch; 1 is the central square.
-        seed: Of the augmentations.
-        batch_size: Images encoded together.
-        workers: Processes that read and augment images; 0 does it in this one.
-        device: Of the dVAE.
+        out: New folder for codes and captions, a source for ``train dalle --data``.
+        draws: Augmentations per image, one per epoch of training in turn; 1 takes the central square instead.
+        seed: Seed of the augmentations.
+        batch_size: Images per batch.
+        workers: Worker processes that read and augment images; 0 does it in the main process.
+        device: Device for the dVAE.
     """
     from ..data import Encoding, JobOptions, encode_pairs
     from ..distributed.world import device_of_process, this_process
@@ -58,7 +58,7 @@ def encode(
         JobOptions(batch_size=batch_size, workers=workers, rank=rank, ranks=ranks),
     )
     if encoded is None:
-        print(f"{out}: this process has done its part; others have not")
+        print(f"{out}: this process has done its part; others have not yet")
         return
     if broken := encoded.skipped_count - len(pairs.skipped):
         print(f"{broken} broken samples left out, named in {out / 'skipped.jsonl'}", file=sys.stderr)
@@ -67,25 +67,25 @@ def encode(
 
 
 def emoji(out: Path, size: int = 64, language: str = "en", font: Path | None = None) -> None:
-    """Make a corpus: the emoji of Noto Color Emoji with their names, in folders train and val.
+    """Build a dataset of emoji from Noto Color Emoji, captioned with their names, in folders train and val.
 
     Args:
         out: New folder.
         size: Edge of the images in pixels.
-        language: Of the captions, such as en, de, ja.
-        font: File of the font; none searches for it.
+        language: Language of the captions, such as en, de, ja.
+        font: Font file; none searches for it.
     """
     from ..data.emoji import make_emoji_corpus
 
     make_emoji_corpus(out, size, language, font)
 
 
-def index(shards: Positional[str], workers: int | None = None) -> None:
-    """Index tar shards in advance: the place of each image and caption. Training does it itself if it is missing.
+def index(shards: Annotated[Positional[str], arg(metavar="SHARDS")], workers: int | None = None) -> None:
+    """Index tar shards ahead of training, which otherwise does it when it starts.
 
     Args:
-        shards: A .tar, a folder of them, or a glob such as "shards/*.tar".
-        workers: Processes; none is one per processor.
+        shards: A .tar file, a folder of them, or a glob such as "shards/*.tar".
+        workers: Worker processes; none is one per processor.
     """
     from ..data.open import find_shards
     from ..data.sources.tar import ShardPairs
@@ -99,13 +99,13 @@ def index(shards: Positional[str], workers: int | None = None) -> None:
 
 
 def filter_(data: Source, out: Path, filters: Annotated[Filters, arg(name="")] = FILTERS, workers: int = 0) -> None:
-    """Leave out pairs as the paper did: by length, language and boilerplate of captions, by aspect ratio of images.
+    """Filter pairs as the paper did: by length, language and boilerplate of captions, and aspect ratio of images.
 
-    No image is copied or decoded. The folder's dropped.jsonl names each pair left out, and the reason.
+    No image is copied or decoded. The file dropped.jsonl names each pair that was left out, and the reason.
 
     Args:
-        out: New folder, a source of the pairs kept.
-        workers: Processes that share the work; 0 does it in this one.
+        out: New folder, a source of the pairs that are kept.
+        workers: Worker processes; 0 does it in the main process.
     """
     from ..data import filter_pairs
 
@@ -124,19 +124,19 @@ def dedup(
     workers: int = 0,
     device: str = "cpu",
 ) -> None:
-    """Leave out near-duplicate images, by the embeddings of a CLIP: of images that are alike, the first is kept.
+    """Remove near-duplicate images, found by their CLIP embeddings; the first of each group is kept.
 
-    No image is copied. The folder's dropped.jsonl names each image left out, and the one kept in its place. A run that
-    was stopped goes on when started again; under torchrun the processes share the embedding.
+    No image is copied. The file dropped.jsonl names each duplicate, and the image kept in its place. An interrupted run
+    resumes when started again; under torchrun the processes share the embedding.
 
     Args:
-        out: New folder, a source of the pairs kept.
-        threshold: Least cosine of near-duplicates. Depends on the CLIP.
+        out: New folder, a source of the pairs that are kept.
+        threshold: Least cosine similarity of near-duplicates; depends on the CLIP.
         embeddings: Folder for the embeddings; none is OUT.embeddings.
-        exact_up_to: Number of pairs up to which all are compared; beyond, an approximate index is used (usearch).
-        batch_size: Images embedded together.
-        workers: Processes that read images; 0 does it in this one.
-        device: Of CLIP.
+        exact_up_to: Most pairs for an exhaustive comparison; for more, an approximate index is used (usearch).
+        batch_size: Images per batch.
+        workers: Worker processes that read images; 0 does it in the main process.
+        device: Device for CLIP.
     """
     from ..data import Embedding, JobOptions, drop_duplicates, embed_pairs
     from ..distributed.world import device_of_process, this_process
@@ -157,7 +157,7 @@ def dedup(
     if complete and rank == 0:
         _print_view(out, len(pairs), drop_duplicates(out, data, pairs, folder, threshold, exact_up_to, str(where)))
     else:
-        print(f"{folder}: this process has done its part; when all have, the same command goes on")
+        print(f"{folder}: this process has done its part; when all have, run the same command again")
 
 
 def _print_view(out: Path, pairs: int, dropped: dict[str, int]) -> None:

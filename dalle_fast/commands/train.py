@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,87 +12,78 @@ from ..training.settings import TRAIN_PRESETS, TrainCLIP, TrainDALLE, TrainDVAE
 from .common import HeldOut, Preset, Source, System, open_source
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..data import EncodedPairs, Pairs
 
 
 def training_commands(preset: str) -> dict[str, Any]:
     """The commands of ``train``, with the values of a preset as defaults."""
     sizes, settings = PRESETS[preset], TRAIN_PRESETS[preset]
-
-    def tokenizer(
-        data: Source,
-        out: System,
-        preset: Preset = "tiny",
-        vocab_size: int = sizes.dalle.text_vocab,
-        text_len: int = sizes.dalle.text_len,
-    ) -> None:
-        """Learn the text vocabulary from captions. The first of the four to train.
-
-        Args:
-            vocab_size: Text tokens, the 256 bytes included.
-            text_len: Tokens of a caption, padding included.
-        """
-        from ..training import train_tokenizer
-
-        pairs = open_source(data)
-        train_tokenizer(pairs.captions(), out, vocab_size, text_len)
-        print(f"{out / 'tokenizer.json'}: {vocab_size} tokens from {len(pairs)} captions")
-
-    def dvae(
-        data: Source,
-        out: System,
-        val: HeldOut = None,
-        preset: Preset = "tiny",
-        model: DVAEConfig = sizes.dvae,
-        train: TrainDVAE = settings.dvae,
-    ) -> None:
-        """Learn image codes (stage 1)."""
-        from ..training import train_dvae
-
-        _, metrics = train_dvae(open_source(data), val and open_source(val), model, train, out)
-        _print_metrics(out / "dvae.safetensors", metrics)
-
-    def clip(
-        data: Source,
-        out: System,
-        val: HeldOut = None,
-        preset: Preset = "tiny",
-        model: CLIPConfig = sizes.clip,
-        train: TrainCLIP = settings.clip,
-    ) -> None:
-        """Learn which caption fits which image, to choose among candidates. Needs the tokenizer."""
-        from ..pipeline import load_tokenizer
-        from ..training import train_clip
-
-        _, metrics = train_clip(open_source(data), val and open_source(val), load_tokenizer(out), model, train, out)
-        _print_metrics(out / "clip.safetensors", metrics)
-
-    def dalle(
-        data: Source,
-        out: System,
-        val: HeldOut = None,
-        preset: Preset = "tiny",
-        model: DALLEConfig = sizes.dalle,
-        train: TrainDALLE = settings.dalle,
-    ) -> None:
-        """Learn to continue captions with image codes (stage 2). Needs the tokenizer and the dVAE.
-
-        The sources may also be folders that ``encode`` wrote.
-        """
-        from ..pipeline import load_dvae, load_tokenizer
-        from ..training import train_dalle
-
-        tokenizer, vae = load_tokenizer(out), load_dvae(out)
-        sources = {source: _open_or_encoded(source) for source in (data, val) if source}
-        _check_codes(sources, out)
-        _, metrics = train_dalle(sources[data], val and sources[val], tokenizer, model, train, out, vae)
-        _print_metrics(out / "dalle.safetensors", metrics)
-
-    return {"tokenizer": tokenizer, "dvae": dvae, "clip": clip, "dalle": dalle}
+    return {
+        "tokenizer": partial(tokenizer, vocab_size=sizes.dalle.text_vocab, text_len=sizes.dalle.text_len),
+        "dvae": partial(dvae, model=sizes.dvae, train=settings.dvae),
+        "clip": partial(clip, model=sizes.clip, train=settings.clip),
+        "dalle": partial(dalle, model=sizes.dalle, train=settings.dalle),
+    }
 
 
-def _open_or_encoded(source: str) -> Pairs | EncodedPairs:
-    """A source of images, or of codes."""
+def tokenizer(data: Source, out: System, vocab_size: int, text_len: int, preset: Preset = "tiny") -> None:
+    """Learn the text vocabulary from captions: the first of the four parts.
+
+    Args:
+        vocab_size: Text tokens, including the 256 bytes.
+        text_len: Tokens per caption, including padding.
+    """
+    from ..training import train_tokenizer
+
+    pairs = open_source(data)
+    train_tokenizer(pairs.captions(), out, vocab_size, text_len)
+    print(f"{out / 'tokenizer.json'}: {vocab_size} tokens from {len(pairs)} captions")
+
+
+def dvae(
+    data: Source, out: System, model: DVAEConfig, train: TrainDVAE, val: HeldOut = None, preset: Preset = "tiny"
+) -> None:
+    """Train the discrete VAE, which turns images into codes and back (stage 1)."""
+    from ..training import train_dvae
+
+    _report(out / "dvae.safetensors", train_dvae(*_open(data, val), model, train, out))
+
+
+def clip(
+    data: Source, out: System, model: CLIPConfig, train: TrainCLIP, val: HeldOut = None, preset: Preset = "tiny"
+) -> None:
+    """Train CLIP, which ranks generated images by how well they match a caption. Needs the tokenizer."""
+    from ..pipeline import load_tokenizer
+    from ..training import train_clip
+
+    tokenizer = load_tokenizer(out)
+    _report(out / "clip.safetensors", train_clip(*_open(data, val), tokenizer, model, train, out))
+
+
+def dalle(
+    data: Source, out: System, model: DALLEConfig, train: TrainDALLE, val: HeldOut = None, preset: Preset = "tiny"
+) -> None:
+    """Train the transformer, which continues a caption with image codes (stage 2). Needs the tokenizer and the dVAE.
+
+    The sources may also be folders written by ``encode``.
+    """
+    from ..pipeline import load_dvae, load_tokenizer
+    from ..training import train_dalle
+
+    tokenizer, dvae = load_tokenizer(out), load_dvae(out)
+    sources = {source: _open_images_or_codes(source) for source in (data, val) if source}
+    _check_codes(sources, out)
+    trained = train_dalle(sources[data], val and sources[val], tokenizer, model, train, out, dvae)
+    _report(out / "dalle.safetensors", trained)
+
+
+def _open(data: str, val: str | None) -> tuple[Pairs, Pairs | None]:
+    return open_source(data), open_source(val) if val else None
+
+
+def _open_images_or_codes(source: str) -> Pairs | EncodedPairs:
     from ..data import EncodedPairs
 
     encoded = any((Path(source) / name).is_file() for name in ("meta.json", "settings.json"))
@@ -99,7 +91,7 @@ def _open_or_encoded(source: str) -> Pairs | EncodedPairs:
 
 
 def _check_codes(sources: Mapping[str, Pairs | EncodedPairs], system: Path) -> None:
-    """Raise ValueError where there are codes that the dVAE of this system has not made."""
+    """Raise ValueError if any codes were made by another dVAE than that of the system."""
     from ..data import EncodedPairs
     from ..pipeline import fingerprint
 
@@ -110,9 +102,11 @@ def _check_codes(sources: Mapping[str, Pairs | EncodedPairs], system: Path) -> N
             raise ValueError(f"data: expected codes of the dVAE in {system}, got another dVAE's in {source}")
 
 
-def _print_metrics(path: Path, metrics: dict[str, float]) -> None:
+def _report(path: Path, trained: tuple[nn.Module, dict[str, float]]) -> None:
+    """Print the metrics of a training, once if there are many processes."""
     from ..distributed.world import this_process
 
+    _, metrics = trained
     rank, _ = this_process()
     if rank == 0:
         print(f"{path}: " + ", ".join(f"{name} {value:.5g}" for name, value in metrics.items()))

@@ -1,4 +1,4 @@
-"""The whole system on drawn scenes, from nothing: train all four models, draw pictures, and judge them.
+"""The whole system on synthetic scenes, from scratch: train its four parts, generate images, and judge them.
 
 ``python -m dalle_fast.demo.run --pretrained`` trains longer, by the same recipe, and writes the model that ships.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +17,11 @@ import numpy as np
 import torch
 
 from ..config import PRESETS
+from ..data.batches import collate
 from ..data.codes import EncodedPair
 from ..data.pairs import Pair
-from ..data.sources.scenes import Scene, SceneCorpus, all_scenes
-from ..figures import contact_sheet, draw_codes, draw_logs, save_image
+from ..data.sources.scenes import SceneCorpus, all_scenes
+from ..figures import contact_sheet, plot_codes, plot_logs, save_image
 from ..models import DiscreteVAE, load_model, save_model
 from ..pipeline import BUILT_IN, TextToImage
 from ..tokenizer import Tokenizer
@@ -27,144 +29,150 @@ from ..training import train_clip, train_dalle, train_dvae
 from ..training.metrics import perplexity
 from ..training.settings import TRAIN_PRESETS
 from . import DEMO_STEPS
-from .judge import detect, verdict
+from .judge import CANDIDATES, evaluate, share_right
 
-CANDIDATES = 16  # drawn for each caption that is judged
-
-
-# ---------------------------------------------------------------------------------------------- judging
-
-
-def judge(pipe: TextToImage, scenes: list[Scene], seed: int) -> dict[str, float]:
-    """How often pictures show what their captions say, in shares; one draw of ``CANDIDATES`` for each scene.
-
-    ``single``: a candidate taken at random; ``best``: the one that CLIP likes best; ``any``: at least one of them.
-    ``items`` and ``relation`` split the best one's verdict: the right shapes in the right colours; and, of those
-    that have them, in the right relation.
-    """
-    single: list[float] = []
-    best, any_of_them, items, relations = [], [], [], []
-    for i, scene in enumerate(scenes):
-        drawn = pipe(scene.caption, n=CANDIDATES, top=CANDIDATES, seed=seed + i)
-        hits = [verdict(scene, found) for found in detect(drawn.images)]
-        right = [all(hit) for hit in hits]
-        single.append(float(np.mean(right)))
-        best.append(right[0])
-        any_of_them.append(any(right))
-        items.append(hits[0][0])
-        if hits[0][0] and scene.second is not None:
-            relations.append(hits[0][1])
-    shares = {"single": single, "best": best, "any": any_of_them, "items": items, "relation": relations}
-    return {name: round(float(np.mean(np.array(values, float))), 4) for name, values in shares.items() if values}
+# The parts of a run: a description, and the share of the time in percent, measured on two cores.
+PARTS = {
+    "scenes and tokenizer": ("render the training images, learn a vocabulary from their captions", 2),
+    "dvae": ("learn to turn images into codes and back", 19),
+    "codes of all scenes": ("encode the training images", 2),
+    "dalle": ("learn to continue captions with codes", 49),
+    "clip": ("learn to rank images by how well they match a caption", 23),
+    "images and verdicts": ("generate images for captions, judge them", 5),
+}
 
 
-def stack(pairs: Iterable[Pair]) -> torch.Tensor:
-    """Pictures as the models take them: float [B, 3, S, S] in [0, 1]."""
-    return torch.from_numpy(np.stack([pair.image for pair in pairs])).permute(0, 3, 1, 2) / 255
-
-
-def read_right(corpus: SceneCorpus, pictures: torch.Tensor) -> float:
-    """The share of pictures, the i-th of scene i, in which the judge finds exactly that scene."""
-    return round(float(np.mean([all(verdict(corpus.scene(i), found)) for i, found in enumerate(detect(pictures))])), 4)
-
-
-# ---------------------------------------------------------------------------------------------- the run
-
-
-@torch.no_grad()
-def encode_all(dvae: DiscreteVAE, pairs: list[Pair], batch: int = 256) -> list[EncodedPair]:
-    """Every picture as its codes."""
-    encoded: list[EncodedPair] = []
-    for start in range(0, len(pairs), batch):
-        some = pairs[start : start + batch]
-        codes = dvae.encode(stack(some)).numpy()
-        encoded += [EncodedPair(grid, pair.caption) for grid, pair in zip(codes, some, strict=True)]
-    return encoded
+def show_shipped(out: Path) -> None:
+    """Generate eight captions with the model that ships, into ``out/shipped.png``."""
+    start = time.monotonic()
+    print("Eight captions with the model that ships:", flush=True)
+    _save_sheet(TextToImage.load("tiny"), out / "shipped.png", top=1)
+    seconds = time.monotonic() - start
+    print(f"{out / 'shipped.png'}: the best of {CANDIDATES} images for each, {seconds:.0f} s", flush=True)
 
 
 def run(
     out: Path, pairs: int = 20_000, captions: int = 40, steps: tuple[int, int, int] = DEMO_STEPS
 ) -> dict[str, object]:
-    """Train, draw and judge; fill the folder ``out`` and return what metrics.json holds.
+    """Train, generate and judge; fill the folder ``out`` and return the content of its metrics.json.
 
-    A run that was stopped goes on from its last save when started again on the same folder.
+    An interrupted run resumes from its last checkpoint when started again on the same folder.
 
     Args:
-        pairs: scenes drawn for training.
-        captions: how many are judged, on each side of the split.
-        steps: updates of the dVAE, of the transformer, of CLIP; all else is the preset "tiny".
+        pairs: scenes rendered for training.
+        captions: captions judged, on each side of the split.
+        steps: training steps of the dVAE, the transformer and CLIP; all else is the preset "tiny".
     """
-    dvae_steps, dalle_steps, clip_steps = steps
-    mark = time.monotonic()
-    seconds: dict[str, float] = {}
-
-    def lap(stage: str, trained: dict[str, float] | None = None) -> None:
-        """Note how long a stage took; of a training, which may have gone on from a save, over all its runs."""
-        nonlocal mark
-        seconds[stage] = round(trained["seconds"] if trained else time.monotonic() - mark, 1)
-        mark = time.monotonic()
-        print(f"{stage}: {seconds[stage]:.0f} s", flush=True)
-
     out.mkdir(parents=True, exist_ok=True)
-    cfg, tiny = PRESETS["tiny"], TRAIN_PRESETS["tiny"]
-    val_corpus = SceneCorpus(512, seed=1)
-    train, val = list(SceneCorpus(pairs)), list(val_corpus)
-    tokenizer = Tokenizer.train((p.caption for p in train), cfg.dalle.text_vocab, cfg.dalle.text_len)
-    tokenizer.save(out / "tokenizer.json")
-    lap("scenes and tokenizer")
-    dvae_settings = replace(tiny.dvae, steps=dvae_steps, lr_steps=dvae_steps, tau_steps=dvae_steps)
-    dvae, trained = train_dvae(train, val, cfg.dvae, dvae_settings, out)
-    lap("dvae", trained)
-    codes, val_codes = encode_all(dvae, train), encode_all(dvae, val)
-    lap("codes of all scenes")
-    _, trained = train_dalle(codes, val_codes, tokenizer, cfg.dalle, replace(tiny.dalle, steps=dalle_steps), out)
-    lap("dalle", trained)
-    _, trained = train_clip(train, val, tokenizer, cfg.clip, replace(tiny.clip, steps=clip_steps), out)
-    lap("clip", trained)
-
-    originals = stack(val)
-    grids = torch.from_numpy(np.stack([pair.codes for pair in val_codes]))
-    copies = dvae.decode(grids)
-    both = torch.stack([originals[:16], copies[:16]], 1).flatten(0, 1)
-    save_image(contact_sheet(both, ["picture", "through the dVAE"] * 16, columns=8), out / "reconstructions.png")
-    counts = np.bincount(grids.flatten().numpy(), minlength=cfg.dvae.vocab_size)
-    draw_codes(counts, out / "codes.png")
-    draw_logs(out)
-
-    pipe = TextToImage.load(out)
-    rng = np.random.default_rng(0)
-    metrics: dict[str, object] = {
-        "codes_used": int((counts > 0).sum()),
-        "codes": cfg.dvae.vocab_size,
-        "code_perplexity": round(perplexity(torch.from_numpy(counts)), 2),
-        "reconstruction_mse": round((copies - originals).square().mean().item(), 5),
-        "reconstruction_read_right": read_right(val_corpus, copies),
-    }
-    for side, held_out in (("seen", False), ("held_out", True)):
-        scenes = all_scenes(held_out)
-        chosen = [scenes[i] for i in rng.choice(len(scenes), min(captions, len(scenes)), replace=False)]
-        metrics[side] = {"captions": len(chosen), **judge(pipe, chosen, seed=1000)}
-        drawn = SceneCorpus(500, seed=99, held_out=held_out)
-        metrics[f"detector_right_on_drawn_{side}"] = read_right(drawn, stack(drawn))
-    _draw_sheet(pipe, out / "sheet.png")
-    lap("pictures and verdicts")
+    cfg, settings, seconds = PRESETS["tiny"], TRAIN_PRESETS["tiny"], dict[str, float]()
+    dvae_steps, dalle_steps, clip_steps = steps
+    with _part("scenes and tokenizer", seconds):
+        val_corpus = SceneCorpus(512, seed=1)
+        train, val = list(SceneCorpus(pairs)), list(val_corpus)
+        tokenizer = Tokenizer.train((pair.caption for pair in train), cfg.dalle.text_vocab, cfg.dalle.text_len)
+        tokenizer.save(out / "tokenizer.json")
+    with _part("dvae", seconds):
+        short_dvae = replace(settings.dvae, steps=dvae_steps, lr_steps=dvae_steps, tau_steps=dvae_steps)
+        dvae, trained = train_dvae(train, val, cfg.dvae, short_dvae, out)
+        seconds["dvae"] = trained["seconds"]
+    with _part("codes of all scenes", seconds):
+        codes, val_codes = encode_all(dvae, train), encode_all(dvae, val)
+    with _part("dalle", seconds):
+        short_dalle = replace(settings.dalle, steps=dalle_steps)
+        _, trained = train_dalle(codes, val_codes, tokenizer, cfg.dalle, short_dalle, out)
+        seconds["dalle"] = trained["seconds"]
+    with _part("clip", seconds):
+        short_clip = replace(settings.clip, steps=clip_steps)
+        _, trained = train_clip(train, val, tokenizer, cfg.clip, short_clip, out)
+        seconds["clip"] = trained["seconds"]
+    with _part("images and verdicts", seconds):
+        plot_logs(out)
+        pipe = TextToImage.load(out)
+        metrics = _judge_codes(dvae, val_corpus, val_codes, out) | _judge_images(pipe, captions)
+        _save_sheet(pipe, out / "sheet.png", top=4)
+    seconds = {name: round(value, 1) for name, value in seconds.items()}
     metrics["seconds"] = {**seconds, "all": round(sum(seconds.values()), 1)}
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
-def _draw_sheet(pipe: TextToImage, path: Path) -> None:
-    """sheet.png: the best four of sixteen for captions of both sides of the split."""
+@contextmanager
+def _part(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Announce a part, run it, and note its seconds, unless it notes them itself: a training counts all its runs."""
+    description, share = PARTS[name]
+    print(f"[{[*PARTS].index(name) + 1}/{len(PARTS)}] {name}: {description}, about {share} % of the time", flush=True)
+    start = time.monotonic()
+    yield
+    print(f"      {seconds.setdefault(name, time.monotonic() - start):.0f} s", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------- images and codes
+
+
+def stack_images(pairs: Iterable[Pair]) -> torch.Tensor:
+    """Images of one size as the models take them: float [B, 3, S, S] in [0, 1]."""
+    return collate([{"image": pair.image} for pair in pairs])["image"]
+
+
+@torch.no_grad()
+def encode_all(dvae: DiscreteVAE, pairs: list[Pair], batch: int = 256) -> list[EncodedPair]:
+    """All pairs with the codes of their images."""
+    encoded: list[EncodedPair] = []
+    for start in range(0, len(pairs), batch):
+        some = pairs[start : start + batch]
+        codes = dvae.encode(stack_images(some)).numpy()
+        encoded += [EncodedPair(grid, pair.caption) for grid, pair in zip(codes, some, strict=True)]
+    return encoded
+
+
+# ---------------------------------------------------------------------------------------------- judging
+
+
+def _judge_codes(dvae: DiscreteVAE, corpus: SceneCorpus, codes: list[EncodedPair], out: Path) -> dict[str, object]:
+    """Use of the codes of a corpus and quality of its reconstructions; codes.png and reconstructions.png."""
+    originals, grids = stack_images(corpus), torch.from_numpy(np.stack([pair.codes for pair in codes]))
+    copies = dvae.decode(grids)
+    beside = torch.stack([originals[:16], copies[:16]], 1).flatten(0, 1)
+    save_image(contact_sheet(beside, ["image", "through the dVAE"] * 16, columns=8), out / "reconstructions.png")
+    counts = np.bincount(grids.flatten().numpy(), minlength=dvae.cfg.vocab_size)
+    plot_codes(counts, out / "codes.png")
+    return {
+        "codes_used": int((counts > 0).sum()),
+        "codes": dvae.cfg.vocab_size,
+        "code_perplexity": round(perplexity(torch.from_numpy(counts)), 2),
+        "reconstruction_mse": round((copies - originals).square().mean().item(), 5),
+        "reconstruction_read_right": share_right(corpus, copies),
+    }
+
+
+def _judge_images(pipe: TextToImage, captions: int) -> dict[str, object]:
+    """Shares of right images for captions of both sides of the split, and of the judge itself on rendered scenes."""
+    rng = np.random.default_rng(0)
+    metrics: dict[str, object] = {}
+    for side, held_out in (("seen", False), ("held_out", True)):
+        scenes = all_scenes(held_out)
+        chosen = [scenes[i] for i in rng.choice(len(scenes), min(captions, len(scenes)), replace=False)]
+        metrics[side] = {"captions": len(chosen), **evaluate(pipe, chosen, seed=1000)}
+        rendered = SceneCorpus(500, seed=99, held_out=held_out)
+        metrics[f"detector_right_on_drawn_{side}"] = share_right(rendered, stack_images(rendered))
+    return metrics
+
+
+def _save_sheet(pipe: TextToImage, path: Path, top: int) -> None:
+    """The best images for eight captions, four of each side of the split."""
     rng = np.random.default_rng(1)
     images, labels = [], []
     for held_out in (False, True):
         scenes = [scene for scene in all_scenes(held_out) if scene.second is not None]
         for i in rng.choice(len(scenes), 4, replace=False):
-            result = pipe(scenes[i].caption, n=CANDIDATES, top=4, seed=0)
+            result = pipe(scenes[i].caption, n=CANDIDATES, top=top)
             images.append(result.images)
             side = "held out" if held_out else "seen"
             labels += [f"{result.caption} ({side})\n{score:.1f}" for score in result.scores.tolist()]
-    save_image(contact_sheet(torch.cat(images), labels, columns=8), path)
+    save_image(contact_sheet(torch.cat(images), labels, columns=4 * min(top, 2)), path)
+
+
+# ---------------------------------------------------------------------------------------------- the model that ships
 
 
 def make_pretrained(out: Path) -> dict[str, object]:

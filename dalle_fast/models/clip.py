@@ -1,8 +1,8 @@
-"""CLIP: how well a picture fits a caption (arXiv 2103.00020), to rerank samples (section 2.6).
+"""CLIP: how well an image matches a caption (arXiv 2103.00020), to rerank samples (section 2.6).
 
 Two transformer towers into one space, trained contrastively. Parameter names are those of openai/CLIP:
 ``visual.conv1``, ``transformer.resblocks.0.attn.in_proj_weight``, ``text_projection``, ``logit_scale``, ...
-Text comes from this project's tokenizer, so a caption ends at its first padding token, and that is where it is read.
+Text comes from this project's tokenizer, so a caption ends at its first padding token, where its feature is read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_LOGIT_SCALE = math.log(100.0)  # section 2.5 of the CLIP paper: clipped, or 
 
 
 class QuickGELU(nn.Module):
-    """The approximation of GELU that CLIP was trained with."""
+    """The approximation of GELU that CLIP uses."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * torch.sigmoid(1.702 * x)
@@ -60,7 +60,7 @@ class Transformer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Images [B, 3, S, S] to features [B, embed_dim], read at a class token."""
+    """Images [B, 3, S, S] to features [B, embed_dim], read at the class token."""
 
     def __init__(self, cfg: CLIPConfig) -> None:
         super().__init__()
@@ -87,12 +87,12 @@ def _normal(*shape: int, std: float) -> nn.Parameter:
     return parameter
 
 
-def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+def _identity(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
 class CLIP(nn.Module):
-    """Images [B, 3, S, S] in [0, 1] and encoded captions [B, T] in one space."""
+    """Features of images [B, 3, S, S] in [0, 1] and of encoded captions [B, T] in one space."""
 
     def __init__(self, cfg: CLIPConfig) -> None:
         super().__init__()
@@ -107,6 +107,11 @@ class CLIP(nn.Module):
         nn.init.constant_(self.logit_scale, math.log(1 / 0.07))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
+    @property
+    def scale(self) -> torch.Tensor:
+        """Factor on cosines, a scalar: the inverse of the temperature, limited."""
+        return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
         """Unit vectors, [B, embed_dim]."""
         s = self.cfg.image_size
@@ -120,7 +125,7 @@ class CLIP(nn.Module):
         if text_tokens.ndim != 2 or text_tokens.shape[1] != t:
             raise ValueError(f"text_tokens: expected [B, {t}], got {list(text_tokens.shape)}")
         x = self.token_embedding(text_tokens) + self.positional_embedding
-        causal = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)  # True: may not be seen
+        causal = torch.ones(t, t, dtype=torch.bool, device=x.device).triu(1)  # True: masked
         x = self.ln_final(self.transformer(x, causal))
         length = (text_tokens < self.cfg.text_vocab).sum(1)  # padding ids come after the vocabulary
         end = length.clamp(max=t - 1)  # the first padding token, or the last token of a full caption
@@ -128,25 +133,24 @@ class CLIP(nn.Module):
 
     def logits(self, images: torch.Tensor, text_tokens: torch.Tensor) -> torch.Tensor:
         """Scaled cosine of every image with every caption, [images, captions]."""
-        scale = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
-        return scale * self.encode_image(images) @ self.encode_text(text_tokens).T
+        return self.scale * self.encode_image(images) @ self.encode_text(text_tokens).T
 
     def loss(
         self,
         images: torch.Tensor,
         text_tokens: torch.Tensor,
-        gather: Callable[[torch.Tensor], torch.Tensor] = _as_it_is,
+        gather: Callable[[torch.Tensor], torch.Tensor] = _identity,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Symmetric contrastive cross-entropy in nats; pair i of the batch belongs together. Also ``accuracy``.
 
-        Equal captions within a batch are all counted as right, in equal shares.
+        Equal captions within a batch all count as right, in equal shares.
 
         Args:
             images, text_tokens: the pairs, [B, 3, S, S] and [B, T].
-            gather: makes tensors of a larger batch [W * B, ...], of which this is a part, from those of the part. The
-                loss is the mean over the part; each of its images and captions is told from all of the larger batch.
+            gather: from tensors of this process, [B, ...], to those of all processes, [W * B, ...]. The loss is the
+                mean over the pairs of this process, each compared with those of all.
         """
-        scale = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+        scale = self.scale
         of_images, of_texts = self.encode_image(images), self.encode_text(text_tokens)
         all_images, all_texts, all_tokens = gather(of_images), gather(of_texts), gather(text_tokens)
         logits = scale * of_images @ all_texts.T
@@ -162,5 +166,4 @@ class CLIP(nn.Module):
         """Scaled cosine of image i with caption i, or with the one caption given: [B]."""
         if len(text_tokens) not in (1, len(images)):
             raise ValueError(f"text_tokens: expected 1 or {len(images)} captions, got {len(text_tokens)}")
-        scale = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
-        return scale * (self.encode_image(images) * self.encode_text(text_tokens)).sum(-1)
+        return self.scale * (self.encode_image(images) * self.encode_text(text_tokens)).sum(-1)

@@ -1,4 +1,4 @@
-"""Discrete VAE: images to a grid of codes and back (section 2.1, appendix A).
+"""Discrete VAE: images to a grid of codes, and back (section 2.1, appendix A).
 
 Architecture and parameter names are those of the release, so that its weights fit: ``encoder.blocks.input.w``,
 ``decoder.blocks.group_1.block_1.res_path.conv_1.w``, ...
@@ -15,11 +15,9 @@ from torch import nn
 
 from ..config import DVAEConfig
 from ..ops import gumbel_quantize
-from .codebook_init import image_patches, kmeans
 from .precision import rounded_conv2d
 
-PIXEL_MARGIN = 0.1  # e of appendix A.3: keeps pixels away from 0 and 1, where the logit is infinite
-_RIDGE = 1e-3  # of the least squares in init_codes, as a share of the features' mean variance
+PIXEL_MARGIN = 0.1  # e of appendix A.3: distance of pixels to 0 and 1, where the logit is infinite
 
 
 def map_pixels(images: torch.Tensor) -> torch.Tensor:
@@ -35,14 +33,14 @@ def unmap_pixels(pixels: torch.Tensor) -> torch.Tensor:
 def logit_laplace_nll(pixels: torch.Tensor, mu: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
     """-ln f(x | mu, b) of the logit-Laplace distribution (appendix A.3), nats per value.
 
-    pixels in (0, 1), mu and log_b: tensors of one shape, which is also the result's.
+    pixels in (0, 1), mu and log_b have one shape, and so has the result.
     """
     log_jacobian = torch.log(pixels) + torch.log1p(-pixels)
     return (torch.logit(pixels) - mu).abs() * torch.exp(-log_b) + log_b + math.log(2.0) + log_jacobian
 
 
 class Conv2d(nn.Module):
-    """Same-size convolution, in the dtype of its input, whose parameters are called ``w`` and ``b`` in the release."""
+    """Convolution that keeps the size, in the dtype of its input; the release calls its parameters ``w`` and ``b``."""
 
     def __init__(self, n_in: int, n_out: int, kw: int) -> None:
         super().__init__()
@@ -58,7 +56,7 @@ class Conv2d(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Bottleneck resblock: four convolutions at a quarter of the width, the branch damped by ``gain``."""
+    """Bottleneck resblock: four convolutions at a quarter of the width, the branch scaled by ``gain``."""
 
     def __init__(self, n_in: int, n_out: int, kernels: tuple[int, int, int, int], gain: float) -> None:
         super().__init__()
@@ -79,7 +77,7 @@ class ResBlock(nn.Module):
 def _groups(
     cfg: DVAEConfig, widths: list[int], kernels: tuple[int, int, int, int], resample: tuple[str, nn.Module]
 ) -> OrderedDict[str, nn.Module]:
-    """Groups of resblocks from widths[0] through widths[1:], with a change of resolution between two groups."""
+    """Groups of resblocks of widths[1:] on an input of widths[0]; the resolution changes between two groups."""
     n_blk = cfg.n_blk_per_group
     groups: OrderedDict[str, nn.Module] = OrderedDict()
     for g in range(1, len(widths)):
@@ -111,9 +109,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Codes to the maps of the likelihood, [B, 6, S, S]: mu in maps 0-2, ln b in maps 3-5.
+    """Codes to the parameters of the likelihood, [B, 6, S, S]: mu in channels 0-2, ln b in channels 3-5.
 
-    The first convolution is 1x1 on one-hot codes, that is, a codebook: ``forward`` starts behind it.
+    The first convolution is 1x1 on one-hot codes, that is, a codebook: ``forward`` starts after it.
     """
 
     def __init__(self, cfg: DVAEConfig) -> None:
@@ -126,17 +124,17 @@ class Decoder(nn.Module):
 
     @property
     def codebook(self) -> torch.Tensor:
-        """One row for each code, [K, n_init]."""
+        """One row per code, [K, n_init]."""
         return self.blocks.input.w[:, :, 0, 0].T
 
     def forward(self, z: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """z [B, n_init, h, w]: codes times the codebook."""
+        """z [B, n_init, h, w]: the codebook rows of the codes."""
         z = z + self.blocks.input.b[:, None, None]
         return self.blocks[1:](z.to(dtype)).to(z.dtype)
 
 
 class DiscreteVAE(nn.Module):
-    """Stage 1: images [B, 3, S, S] in [0, 1] <-> codes [B, h, w] in [0, vocab_size)."""
+    """Stage 1: images [B, 3, S, S] in [0, 1] to codes [B, h, w] in [0, vocab_size), and back."""
 
     def __init__(self, cfg: DVAEConfig) -> None:
         super().__init__()
@@ -156,7 +154,7 @@ class DiscreteVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """The likeliest code at each place, no noise (section 2.2): int64 [B, h, w]."""
+        """The likeliest code at each position, without noise (section 2.2): int64 [B, h, w]."""
         return self.logits(images).argmax(1)
 
     @torch.no_grad()
@@ -168,43 +166,6 @@ class DiscreteVAE(nn.Module):
         mu = self.decoder(F.embedding(codes, self.decoder.codebook).permute(0, 3, 1, 2))[:, :3]
         return unmap_pixels(torch.sigmoid(mu))
 
-    @torch.no_grad()
-    def init_codes(self, images: torch.Tensor, margin: float = 3.0, seed: int = 0) -> None:
-        """Start as a plain quantizer of patches, so that all codes are in use and mean something from the beginning.
-
-        From a random start nearly every patch prefers the same few codes, and a short training collapses onto them.
-        The codes are k-means centroids c_k of the patches of these images. The encoder's last convolution is set to
-        s (c_k p - |c_k|^2 / 2), where p is the patch as a linear function of the features that it sees, fitted by least
-        squares: its logits are negative squared distances. The codebook holds the principal components of the
-        centroids, so that the decoder meets similar codes as similar vectors. ``margin`` is the mean distance of the
-        best logit from the second. The images should hold many more different patches than there are codes.
-        """
-        patches = image_patches(images, self.cfg.downsampling).flatten(0, 1)  # [n, D]
-        centroids = kmeans(patches, self.cfg.vocab_size, seed)  # [K, D]
-        features = F.relu(self.encoder.blocks[:-1](map_pixels(images))).permute(0, 2, 3, 1).flatten(0, 2)  # [n, C]
-        mean, patch_mean = features.mean(0), patches.mean(0)
-        centred = features - mean
-        covariance = centred.T @ centred
-        covariance.diagonal().add_(_RIDGE * covariance.diagonal().mean() + 1e-12)
-        slope = torch.linalg.solve(covariance, centred.T @ (patches - patch_mean))  # [C, D]
-
-        w = centroids @ slope.T
-        b = centroids @ (patch_mean - mean @ slope) - centroids.square().sum(1) / 2
-        logits = features @ w.T + b
-        best = logits.topk(2).values
-        spread = (best[:, 0] - logits.mean(1)).mean()
-        # With fewer distinct patches than codes some centroids are equal, and the best two logits may be too.
-        gap = torch.maximum((best[:, 0] - best[:, 1]).mean(), 0.02 * spread)
-        scale = margin / gap.clamp(min=1e-6)
-        conv = self.encoder.blocks.output.conv
-        conv.w.copy_(scale * w[:, :, None, None])
-        conv.b.copy_(scale * b)
-
-        u, s, _ = torch.linalg.svd(centroids - centroids.mean(0), full_matrices=False)
-        components = (u * s)[:, : self.cfg.n_init]
-        components /= components.std().clamp(min=1e-6)
-        self.decoder.blocks.input.w[:, :, 0, 0].T[:, : components.shape[1]].copy_(components)
-
     def loss(
         self, images: torch.Tensor, tau: float, beta: float, seed: int | torch.Tensor, dtype: torch.dtype | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -214,12 +175,12 @@ class DiscreteVAE(nn.Module):
             images: [B, 3, S, S] in [0, 1].
             tau: temperature of the relaxation.
             beta: weight of the KL to the uniform prior, which is summed over an image and averaged over the batch.
-            seed: of the Gumbel noise.
-            dtype: of the convolutions, see ``precision.py``; None is that of the images.
+            seed: seed of the Gumbel noise.
+            dtype: dtype of the convolutions, see ``precision.py``; None is that of the images.
 
         Returns:
             The loss, and its parts: ``nll`` (nats per value), ``kl`` (nats per image), ``mse`` of the
-            reconstruction, and ``code_counts`` [K], how often each code was the sampled one.
+            reconstruction, and ``code_counts`` [K], the number of times each code was sampled.
         """
         logits = self.logits(images, dtype)
         z, kl, codes = gumbel_quantize(logits, self.decoder.codebook, tau, seed)

@@ -1,21 +1,21 @@
-"""Which numbers of a training have 16 bits: the policy in one place (section 2.4, appendices A and D).
+"""Mixed precision: which numbers of a training have 16 bits, in one place (section 2.4, appendices A and D).
 
 The transformer:
 
 float32: the residual stream and its gradient, LayerNorms, embeddings, unembeddings and logits; all gains and biases;
     the gradients and moments of all these.
-16 bits: what happens inside a resblock, which is the attention or the MLP of a layer: activations, their gradients, and
-    those of its matrices. The matrices are stored in float32, so that small updates are not lost, and rounded whenever
-    the resblock runs.
+16 bits: the inside of a resblock, which is the attention or the MLP of a layer: activations, their gradients, and the
+    gradients of its matrices. The matrices are stored in float32, so that small updates are not lost, and rounded
+    whenever the resblock runs.
 
-Gradients inside a resblock are times a scale of its own, for the range of float16 is too small for all depths at once.
+Gradients are scaled per resblock, because one scale cannot fit all depths into float16.
 
 The dVAE:
 
 float32: the encoder's last convolution and the logits, the relaxed sample and the codebook, the KL, the likelihood.
-16 bits: all other convolutions and what is between them; their filters are stored in float32 as well.
+16 bits: all other convolutions and the activations between them; their filters are stored in float32 as well.
 
-All its gradients are times one scale: that of the loss.
+All its gradients have one scale, that of the loss.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 
 def dtype_of(setting: Literal["auto", "float16", "bfloat16", "float32"], device: torch.device | str) -> torch.dtype:
-    """The dtype that a setting means: "auto" is float16 on CUDA, as in the paper, and float32 elsewhere.
+    """The dtype of a setting: "auto" is float16 on CUDA, as in the paper, and float32 elsewhere.
 
-    On a CPU 16 bits save nothing: they are there to see what they do to a training.
+    On a CPU 16 bits save nothing; they serve to see their effect on a training.
     """
     if setting == "auto":
         return torch.float16 if torch.device(device).type == "cuda" else torch.float32
@@ -44,7 +44,7 @@ def dtype_of(setting: Literal["auto", "float16", "bfloat16", "float32"], device:
 
 
 class ResblockScales(Protocol):
-    """Gradient scales, one for each resblock, such as ``training.scales.GradientScales``; tensors [n_resblocks]."""
+    """Gradient scales, one per resblock, such as ``training.scales.GradientScales``; tensors [n_resblocks]."""
 
     scale: torch.Tensor
     nonfinite: torch.Tensor
@@ -55,9 +55,9 @@ class Precision:
     """How a transformer computes its resblocks.
 
     Args:
-        dtype: of what happens inside; None is that of the residual stream.
-        recompute: keep nothing of them for the backward but the stream in front of each, and run them once more then.
-        scales: of the gradients inside; None leaves them as they are.
+        dtype: dtype inside them; None is that of the residual stream.
+        recompute: keep only the stream in front of each resblock, and run it again in the backward.
+        scales: scales of the gradients inside; None leaves them as they are.
     """
 
     dtype: torch.dtype | None = None
@@ -65,14 +65,14 @@ class Precision:
     scales: ResblockScales | None = None
 
     def run(self, resblock: nn.Module, norm: nn.LayerNorm, stream: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-        """What a resblock makes of its input ``normed``, which is the normalised stream."""
+        """Output of a resblock on its input ``normed``, which is the normalised stream."""
         if not (self.recompute and torch.is_grad_enabled()):
             return resblock(normed)
         dtype, trains, at_first = normed.dtype, normed.requires_grad, [normed]
 
         def run_or_rerun(stream: torch.Tensor) -> torch.Tensor:
             if at_first:
-                return resblock(at_first.pop())  # and nobody keeps it
+                return resblock(at_first.pop())  # popped, so that its memory is freed
             with torch.no_grad():
                 _, again = residual_layer_norm(stream, None, norm.weight, norm.bias, norm.eps, dtype)
             return resblock(again.requires_grad_(trains))
@@ -80,8 +80,8 @@ class Precision:
         return checkpoint(run_or_rerun, stream, use_reentrant=False, preserve_rng_state=False)  # nothing is random
 
     def between(self, i: int, n: int) -> Between:
-        """What ``residual_layer_norm`` must know where resblock i - 1 of n ends and resblock i starts; 0 <= i <= n."""
-        dtype = self.dtype if i < n else None  # the logits are computed in that of the stream
+        """Arguments of ``residual_layer_norm`` where resblock i - 1 of n ends and resblock i starts; 0 <= i <= n."""
+        dtype = self.dtype if i < n else None  # the logits have that of the stream
         if self.scales is None:
             return Between(dtype)
         scale, nonfinite = self.scales.scale, self.scales.nonfinite
@@ -110,7 +110,7 @@ def rounded_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) ->
 
     The weight, and on CUDA the bias, is rounded to the dtype of x, and so are the gradients of x and of the weight;
     that of the bias stays in float32. On a CPU the rounded matrices are multiplied in float32: without instructions
-    for 16 bits, which many have not, torch takes about ten times as long for them.
+    for 16 bits, which many CPUs lack, torch takes about ten times as long.
     """
     return _RoundedLinear.apply(x, weight, bias)
 

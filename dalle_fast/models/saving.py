@@ -1,4 +1,4 @@
-"""Models in files: safetensors, with kind and sizes in the header."""
+"""Models in safetensors files, with kind and sizes in the header."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ KINDS: dict[str, tuple[type[nn.Module], type]] = {
 
 
 def kind_of(model: nn.Module) -> str:
-    """The name of a model's kind: "dvae", "dalle" or "clip"."""
+    """Kind of a model: "dvae", "dalle" or "clip"."""
     return next(kind for kind, (cls, _) in KINDS.items() if isinstance(model, cls))
 
 
 def save_model(model: nn.Module, path: str | Path, half: bool = False) -> None:
-    """Write a model to a safetensors file, with its kind and sizes in the header; complete or not at all.
+    """Write a model to a safetensors file, complete or not at all.
 
-    ``half`` stores the parameters in fp16; loading turns them back into fp32.
+    ``half`` stores the parameters in float16; loading converts them to float32.
     """
     dtype = torch.float16 if half else torch.float32
     # Untied and contiguous: safetensors refuses shared memory.
@@ -43,11 +43,11 @@ def save_model(model: nn.Module, path: str | Path, half: bool = False) -> None:
 
 
 def load_model(path: str | Path, kind: str | None = None) -> Any:
-    """Read a model written by ``save_model``, in eval mode and fp32, on the CPU.
+    """Read a model written by ``save_model``, in eval mode and float32, on the CPU.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such a file, or a model of another kind than the one expected.
+        ValueError: another kind of file, or a model of another kind than expected.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"model: expected a file, found none at {path}")

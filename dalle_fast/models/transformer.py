@@ -2,18 +2,20 @@
 
 Text tokens get a position embedding, image tokens a row and a column embedding. Every token predicts the next one; the
 first text token is predicted from a learned ``start`` vector. Names in shapes: B batch, T text_len, h x w image grid,
-N = T + h * w stream, D d_model, H heads, E head_dim.
+N = T + h * w stream, D d_model, H heads, E head_dim; in sampling, P prompts with n candidates each, C = P * n.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import DALLEConfig
+from ..config import DALLEConfig, Sampling
 from ..mask import AttentionMask, layer_masks
 from ..ops import (
     PackedWeight,
@@ -21,50 +23,55 @@ from ..ops import (
     pack_linear,
     packed_linear,
     residual_layer_norm,
-    sample,
     sparse_attention,
 )
-from ..ops._library import reference_op
-from ..ops.sample import check_options
-from ..sampling import repeat
+from ..sampling import ImagePrompt, check_image_prompt, draw_codes
 from .precision import Precision, rounded_linear
 
 TEXT_WEIGHT = 1 / 8  # of the loss; the image has the rest
 MOST_PACKED_ROWS = 128  # beyond, an ordinary matrix product is as fast
-# Of one layer while sampling: keys and values of the prompts [P, H, T, E], and of the images [C, H, cache_len, E].
-Caches = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 Resblock = tuple[nn.LayerNorm, nn.Module]  # with the norm in front of it
 PLAIN = Precision()  # everything in the dtype of the parameters
 
 
-def guide(logits: torch.Tensor, guidance: float) -> torch.Tensor:
-    """Classifier-free guidance: [2 C, K], with the caption and then without it -> [C, K]."""
-    with_caption, without = logits.chunk(2)
-    return without + guidance * (with_caption - without)
+class Caches(NamedTuple):
+    """Keys and values of one layer during sampling, in the order of ``decode_attention``."""
+
+    text_k: torch.Tensor  # [P, H, T, E], shared by the candidates of a prompt
+    text_v: torch.Tensor
+    image_k: torch.Tensor  # [C, H, cache_len, E], room for what the layer's mask can still see
+    image_v: torch.Tensor
+
+
+class PackedCopy(NamedTuple):
+    """A weight in the layout of ``packed_linear``, and the state of the weight that it was made from."""
+
+    state: tuple[int, int]  # address and version
+    weight: PackedWeight
 
 
 class Linear(nn.Linear):
     """A linear layer that can keep a second copy of its weight, in a layout that multiplies few rows fast.
 
-    The copy serves steps of sampling: few rows and no gradients. It is ignored once the weight has changed. Rows in 16
-    bits meet the weight rounded to them.
+    The copy serves steps of sampling: few rows and no gradients. It is ignored once the weight has changed. For inputs
+    in 16 bits the weight is rounded to their dtype.
     """
 
-    packed: tuple[tuple[int, int], PackedWeight] | None = None  # the weight's state, and its copy
+    packed: PackedCopy | None = None
 
     def _state(self) -> tuple[int, int]:
         return self.weight.data_ptr(), self.weight._version
 
     def pack(self, format: str) -> None:
-        if self.packed is None or self.packed[0] != self._state() or self.packed[1].format != format:
-            self.packed = self._state(), pack_linear(self.weight.detach(), format)
+        if self.packed is None or self.packed.state != self._state() or self.packed.weight.format != format:
+            self.packed = PackedCopy(self._state(), pack_linear(self.weight.detach(), format))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype != self.weight.dtype:
             return rounded_linear(x, self.weight, self.bias)
         few = x.numel() <= MOST_PACKED_ROWS * self.in_features
-        if few and self.packed is not None and not torch.is_grad_enabled() and self.packed[0] == self._state():
-            return packed_linear(x, self.packed[1], self.bias)
+        if few and self.packed is not None and not torch.is_grad_enabled() and self.packed.state == self._state():
+            return packed_linear(x, self.packed.weight, self.bias)
         return super().forward(x)
 
 
@@ -133,7 +140,7 @@ class DALLE(nn.Module):
     Text position i pads with its own token, text_vocab + i; padding is attended to like any token.
     """
 
-    packed_format = "float32"  # of the weights that sampling reads
+    packed_format = "float32"  # of the weights that sampling reads on a CPU
 
     def __init__(self, cfg: DALLEConfig) -> None:
         super().__init__()
@@ -162,6 +169,10 @@ class DALLE(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
+
+    @property
+    def device(self) -> torch.device:
+        return self.start.device
 
     # ------------------------------------------------------------------------------------------ checks
 
@@ -216,29 +227,30 @@ class DALLE(nn.Module):
             branch = precision.run(resblock, norm, x, normed)
         between, norm = precision.between(len(resblocks), len(resblocks)), self.norm
         _, x = residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, *between)
-        x = torch.cat([norm(self.start).expand(b, 1, -1), x[:, :-1]], dim=1)  # what each token is predicted from
+        x = torch.cat([norm(self.start).expand(b, 1, -1), x[:, :-1]], dim=1)  # to predict each token from
         return self.to_text(x[:, :t]), self.to_image(x[:, t:])
 
-    def losses(
+    def loss(
         self, text_tokens: torch.Tensor, codes: torch.Tensor, precision: Precision = PLAIN
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy of the text and of the image, each averaged over its own tokens, in nats."""
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Cross-entropy in nats, weighted 1/8 text and 7/8 image (section 2.2).
+
+        Returns:
+            The loss, and its parts ``text_loss`` and ``image_loss``, each averaged over its own tokens.
+        """
         logits_text, logits_image = self(text_tokens, codes, precision)
         text = F.cross_entropy(logits_text.flatten(0, 1), text_tokens.flatten())
-        return text, F.cross_entropy(logits_image.flatten(0, 1), codes.flatten())
+        image = F.cross_entropy(logits_image.flatten(0, 1), codes.flatten())
+        parts = {"text_loss": text.detach(), "image_loss": image.detach()}
+        return TEXT_WEIGHT * text + (1 - TEXT_WEIGHT) * image, parts
 
-    def loss(self, text_tokens: torch.Tensor, codes: torch.Tensor, precision: Precision = PLAIN) -> torch.Tensor:
-        """The training loss: 1/8 text, 7/8 image (section 2.2)."""
-        text, image = self.losses(text_tokens, codes, precision)
-        return TEXT_WEIGHT * text + (1 - TEXT_WEIGHT) * image
-
-    # ------------------------------------------------------------------------------------------ one token at a time
+    # ------------------------------------------------------------------------------------------ sampling
 
     def pack(self, format: str | None = None) -> DALLE:
         """Copy the weights that sampling reads into the layout of its kernels, unless that was done; returns self.
 
         Args:
-            format: ``float32``, ``bfloat16`` or ``int8`` (one scale an output channel); None is that of the last call,
+            format: ``float32``, ``bfloat16`` or ``int8`` (one scale per output channel); None is that of the last call,
                 float32 at first. Training and whole streams go on using the weights as they are.
         """
         self.packed_format = format or self.packed_format
@@ -248,11 +260,7 @@ class DALLE(nn.Module):
         return self
 
     def prefill(self, text_tokens: torch.Tensor, candidates: int) -> tuple[torch.Tensor, list[Caches]]:
-        """Read P prompts once: [P, T] -> logits of the first code [P, image_vocab] and the caches of every layer.
-
-        A layer's caches are the prompt's keys and values, [P, H, T, E], shared by its candidates, and room for
-        what its mask can still see of each of the P * candidates images, [P * candidates, H, cache_len, E].
-        """
+        """Read each prompt once: [P, T] -> logits of the first code [P, image_vocab], and the caches of every layer."""
         self.check_text(text_tokens)
         x = self.embed_text(text_tokens)
         caches = []
@@ -260,11 +268,11 @@ class DALLE(nn.Module):
             x, k, v = layer.prefill(x)
             k, v = k.contiguous(), v.contiguous()  # once here, or in every step
             room = (len(x) * candidates, k.shape[1], layer.attn.mask.cache_len, k.shape[3])
-            caches.append((k, v, k.new_zeros(room), v.new_zeros(room)))
+            caches.append(Caches(k, v, k.new_zeros(room), v.new_zeros(room)))
         return self.to_image(self.norm(x[:, -1])), caches
 
     def decode(self, codes: torch.Tensor, position: torch.Tensor, caches: list[Caches]) -> torch.Tensor:
-        """Feed each candidate's code [C] at raster index ``position``; logits of the next one, [C, image_vocab]."""
+        """Feed the codes [C] of all candidates at raster index ``position``; logits of the next, [C, image_vocab]."""
         x = self.embed_image(codes[:, None], position[None])
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer.decode(x, cache, position)
@@ -275,77 +283,39 @@ class DALLE(nn.Module):
         self,
         text_tokens: torch.Tensor,
         n: int,
-        generator: torch.Generator | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance: float = 1.0,
-        image_prompt: tuple[torch.Tensor, torch.Tensor] | None = None,
+        sampling: Sampling = Sampling(),
+        image_prompt: ImagePrompt | None = None,
     ) -> torch.Tensor:
-        """Sample n images for each caption (section 2.6): [P, T] -> codes [P * n, h, w], a prompt's n together.
+        """Sample n images for each caption (section 2.6): [P, T] -> codes [P * n, h, w], a caption's n together.
+
+        On a CPU, a float32 model first packs its weights, unless they are packed: see ``pack``. The copies stay, for
+        the next call.
 
         Args:
             text_tokens: encoded captions, int64 [P, T].
             n: candidates for each caption.
-            generator: source of randomness; the same state gives the same codes.
-            temperature, top_k, top_p: shape the distribution of each code; 1 and None leave it as it is.
-            guidance: weight of the caption against the empty caption; 1 is no guidance and costs nothing.
+            sampling: temperature, top_k, top_p, guidance and seed.
             image_prompt: codes [h, w] and a bool map [h, w] of those to keep. The others must be a rectangle that
-                reaches the bottom-right corner; they are drawn anew. Leading rows are the paper's image prompts.
+                reaches the bottom-right corner; they are sampled. Leading rows are the paper's image prompts.
+
+        Raises:
+            ValueError: text_tokens, n or image_prompt are not as above.
+            RuntimeError: the logits of a code have NaN or no finite largest value.
         """
         self.check_text(text_tokens)
-        check_options(temperature, top_k, top_p)
-        if not math.isfinite(guidance):
-            raise ValueError(f"guidance: expected a finite number, got {guidance}")
         if n < 1:
             raise ValueError(f"n: expected 1 or more, got {n}")
-        given, keep = self._check_prompt(image_prompt)
-
-        guided = guidance != 1.0
-        if guided:
-            empty = torch.arange(self.cfg.text_len, device=text_tokens.device) + self.cfg.text_vocab
+        h, w, image_len = self.cfg.height, self.cfg.width, self.cfg.image_len
+        if image_prompt is not None:
+            check_image_prompt(image_prompt, h, w, self.cfg.image_vocab)
+        guidance = self.cfg.guidance if sampling.guidance is None else sampling.guidance
+        if guidance != 1.0:
+            empty = torch.arange(self.cfg.text_len, device=self.device) + self.cfg.text_vocab
             text_tokens = torch.cat([text_tokens, empty.expand_as(text_tokens)])
-        if text_tokens.device.type == "cpu" and self.start.dtype == torch.float32:
+        if self.device.type == "cpu" and self.start.dtype == torch.float32:
             self.pack()
         logits, caches = self.prefill(text_tokens, n)
-        device, steps, vocab = logits.device, self.cfg.image_len, self.cfg.image_vocab
-        seed = torch.randint(2**63 - 1, (), generator=generator, device=generator.device if generator else None)
-        seed, given, keep = seed.to(device), given.to(device), keep.to(device)
-        # What one step leaves to the next, besides the caches.
-        codes = torch.zeros(len(logits) * n // (1 + guided), steps, dtype=torch.int64, device=device)
-        position = torch.zeros(1, dtype=torch.int64, device=device)  # of the newest codes
-
-        def choose(logits: torch.Tensor) -> None:
-            """Write the codes at ``position``."""
-            # A candidate's noise depends on its place and the step, not on how many candidates there are.
-            shaped = guide(logits, guidance) if guided else logits
-            drawn = sample(shaped, seed, temperature, top_k, top_p, first=position * vocab, pitch=steps * vocab)
-            codes.index_copy_(1, position, torch.where(keep[position], given[position], drawn)[:, None])
-
-        def step() -> None:
-            """Feed the newest codes and choose the next ones; the host learns nothing of either."""
-            newest = codes.index_select(1, position)[:, 0].clamp(min=0)  # -1 marks a row that nothing can be drawn from
-            logits = self.decode(newest.repeat(2) if guided else newest, position[0], caches)
-            position.add_(1)
-            choose(logits)
-
-        choose(logits.repeat_interleave(n, 0))
-        waits = any(reference_op(op, device) for op in ("decode_attention", "sample"))  # references read on the host
-        repeat(step, steps - 1, graph_on=device if device.type == "cuda" and not waits else None)
-        if bool((codes < 0).any()):  # waits for the device, once
-            raise RuntimeError("logits: expected no NaN and a finite largest value in every row of every step")
-        return codes.view(-1, self.cfg.height, self.cfg.width)
-
-    def _check_prompt(self, prompt: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The codes and a bool map of those that stay, both [h * w]."""
-        h, w = self.cfg.height, self.cfg.width
-        if prompt is None:
-            return torch.zeros(h * w, dtype=torch.int64), torch.zeros(h * w, dtype=torch.bool)
-        codes, keep = prompt
-        self.check_codes(codes[None])
-        if keep.shape != (h, w) or keep.dtype != torch.bool:
-            raise ValueError(f"image_prompt: expected a bool map [{h}, {w}], got {keep.dtype} {list(keep.shape)}")
-        fresh = (~keep).nonzero()
-        if len(fresh) == 0 or not bool((~keep[fresh[:, 0].min() :, fresh[:, 1].min() :]).all()):
-            raise ValueError("image_prompt: expected what is drawn anew to be a rectangle with the bottom-right corner")
-        return codes.flatten(), keep.flatten()
+        decode = partial(self.decode, caches=caches)
+        first = logits.repeat_interleave(n, 0)
+        *_, codes = draw_codes(decode, first, image_len, sampling, guidance, image_prompt, every=image_len)
+        return codes.view(-1, h, w)

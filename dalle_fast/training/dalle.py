@@ -14,7 +14,6 @@ from ..distributed.start import new_model
 from ..distributed.world import ALONE, World, join_world
 from ..models import DALLE, DiscreteVAE
 from ..models.precision import Precision, dtype_of
-from ..models.transformer import TEXT_WEIGHT
 from ..tokenizer import Tokenizer
 from .loop import fit
 from .metrics import Metrics
@@ -100,6 +99,4 @@ class DALLETask(CorpusTask):
         return {"loss": loss, **metrics}
 
     def _loss(self, model: DALLE, batch: Batch, precision: Precision) -> tuple[torch.Tensor, Metrics]:
-        text_loss, image_loss = model.losses(batch["text"], self._codes(batch), precision)
-        loss = TEXT_WEIGHT * text_loss + (1 - TEXT_WEIGHT) * image_loss
-        return loss, {"text_loss": text_loss, "image_loss": image_loss}
+        return model.loss(batch["text"], self._codes(batch), precision)

@@ -15,6 +15,7 @@ from ..data.pairs import Pair
 from ..distributed.start import new_model
 from ..distributed.world import ALONE, World, join_world
 from ..models import DiscreteVAE
+from ..models.codebook_init import init_codes
 from ..models.dvae import PIXEL_MARGIN
 from ..models.precision import dtype_of
 from .loop import fit
@@ -78,7 +79,7 @@ class DVAETask(CorpusTask):
             steps = range(-(-INIT_IMAGES // train_cfg.batch_size))
             whole = Batches(pairs, train_cfg.batch_size, sample, train_cfg.seed)  # every process must start alike
             images = torch.cat([whole.batch_at(step)["image"] for step in steps])
-            self.model.init_codes(images, seed=train_cfg.seed)
+            init_codes(self.model, images, seed=train_cfg.seed)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # twice as fast on a CPU
         self._loss_scale: LossScale | None = None
         self._dtype = dtype_of(train_cfg.conv_dtype, train_cfg.device)

@@ -84,7 +84,7 @@ class TrainDVAE(TrainConfig):
     beta: float = 0.0  # weight of the KL
     beta_end: float = 6.6
     beta_steps: int = 5_000
-    init_codes: bool = False  # start the codes at patches of the data, see DiscreteVAE.init_codes
+    init_codes: bool = False  # start the codes at patches of the data, see models/codebook_init.py
     grain: float = 0.0  # standard deviation of noise on the pixels: flat areas have no end of likelihood without
     encoder_lr: float = 1.0  # step size of the encoder, as a share of lr
     conv_dtype: DType = "auto"  # of the convolutions; in float16 the loss has a scale

@@ -229,7 +229,7 @@ def training(rank: int) -> dict:
     losses, sent, draw = [], [0, 0], torch.Generator().manual_seed(1)
     for step in range(STEPS):
         chosen = torch.randperm(len(CODES), generator=draw)[: 2 * BATCH].view(2, BATCH)[machine]
-        loss = model.loss(chosen[:, None].expand(-1, SMALL.text_len), CODES[chosen])
+        loss = model.loss(chosen[:, None].expand(-1, SMALL.text_len), CODES[chosen])[0]
         model.zero_grad()
         (loss / 2).backward()
         gradients = {name: parameters[name].grad for name in matrices}

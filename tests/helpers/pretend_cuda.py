@@ -1,8 +1,8 @@
-"""A CUDA device that is none: tensors that say they are on it, in the memory of the host and computed there.
+"""A pretended CUDA device: its tensors report that device, and are stored and computed on the host.
 
-It finds what would fail on a GPU though all numbers are right: tensors of two devices in one op, a generator of the
-wrong one, ``.numpy()``, and in a step that is recorded as a CUDA graph whatever waits for the device or leaves its
-state anywhere but in tensors. It knows nothing of kernels, streams that run at once, or memory.
+It finds errors of a GPU that leave all numbers right: tensors of two devices in one op, a generator of another device,
+``.numpy()``, and in a step that is recorded as a CUDA graph, an op that waits for the device, or state outside of
+tensors. It does not model kernels, concurrent streams or memory.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch.utils._pytree import tree_iter, tree_map_only
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 aten = torch.ops.aten
 COPIES = {aten.copy_.default, aten._to_copy.default}  # between devices
-# Indices may be on the CPU; what is read or written there may not.
+# Indices may be on the CPU; the values that are read or written may not.
 INDEXED = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default, aten.index_put.default}
 HOST_READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default}
 
 
 class OnCuda(torch.Tensor):
-    """A tensor that shares its memory with one of the CPU, ``host``."""
+    """A tensor that shares its memory with ``host``, a tensor of the CPU."""
 
     device, is_cuda, is_cpu = CUDA, True, False
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -49,7 +49,7 @@ class OnCuda(torch.Tensor):
 
 
 class Generator(torch.Generator):
-    """A random number generator of the device that it was made for."""
+    """A random number generator that remembers its device."""
 
     def __new__(cls, device: Any = "cpu") -> Generator:
         made = super().__new__(cls)
@@ -62,7 +62,7 @@ class Generator(torch.Generator):
 
 
 class Graph:
-    """The ops of a step. They ran once while they were recorded, which stands for the first replay."""
+    """The ops of a step. They run once while they are recorded, in place of the first replay."""
 
     recording: Graph | None = None
 
@@ -94,9 +94,9 @@ def _on_cuda(x: Any) -> Any:
 
 
 class Ops(TorchDispatchMode):
-    """Below autograd: computes on the host, and its results are where a GPU would have them."""
+    """Below autograd: computes on the host; results are on the device that they would be on with a GPU."""
 
-    on_cuda = False  # whether what C++ makes of nothing, in the call at hand, is made on the device
+    on_cuda = False  # tensors that C++ creates without inputs, in the current call, are created on the device
 
     @contextmanager
     def making_on(self, place: torch.device) -> Iterator[None]:
@@ -123,7 +123,7 @@ class Ops(TorchDispatchMode):
 
 
 def _check(func: Any, args: Any, others: list[torch.Tensor]) -> None:
-    """Raise what a GPU would; ``others`` are the tensors that are not on it."""
+    """Raise the error of a GPU; ``others`` are the tensors that are not on it."""
     waits = func in HOST_READS or (func in COPIES and bool(others))
     if func in INDEXED:
         waits = any(x is not None and (x.dtype == torch.bool or not isinstance(x, OnCuda)) for x in args[1])
@@ -135,14 +135,14 @@ def _check(func: Any, args: Any, others: list[torch.Tensor]) -> None:
 
 
 def _again(func: Any, args: Any, kwargs: Any, result: Any) -> None:
-    """The op once more, into the memory of its result; a view is there already."""
+    """Run the op again, into the memory of its result; a view needs nothing."""
     for old, new in zip(tree_iter(result), tree_iter(func(*args, **kwargs)), strict=True):
         if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
             old.copy_(new)
 
 
 class Calls(TorchFunctionMode):
-    """Above autograd: takes the device out of the calls from Python, or torch would look for a real one."""
+    """Above autograd: removes the device from calls from Python, or torch would look for a real one."""
 
     def __init__(self, ops: Ops) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class Calls(TorchFunctionMode):
         if explicit:
             kwargs["device"] = CPU
         if kwargs.pop("pin_memory", False) and place.type != "cpu":
-            raise RuntimeError(f"{func}: expected only memory of the host to be pinned")
+            raise RuntimeError(f"{func}: expected pinned memory on the host")
         if func is torch.tensor and place.type == "cuda" and Graph.recording:
             raise RuntimeError("torch.tensor: expected a step that does not wait for the device")
         if func in (torch.Tensor.tolist, torch.Tensor.new_tensor) or (on_cuda and place.type == "cpu"):
@@ -178,13 +178,13 @@ class Calls(TorchFunctionMode):
         return _on_cuda(made) if place.type == "cuda" and (explicit or func is torch.Tensor.new_tensor) else made
 
     def _backward(self, loss: torch.Tensor) -> None:
-        """``Tensor.backward``, whose hooks and recomputations are calls from Python, too."""
+        """``Tensor.backward``, with its hooks and recomputations, which are calls from Python too."""
         with self, self.ops.making_on(loss.device):
             start = (loss,), (torch.ones_like(loss),)
             _engine_run_backward(*start, False, False, (), allow_unreachable=True, accumulate_grad=True)
 
     def _to(self, args: Any, kwargs: Any, place: torch.device, on_cuda: bool) -> torch.Tensor:
-        """``Tensor.to``, whose first argument may be a device, and another memory is another copy."""
+        """``Tensor.to``: the first argument may be a device; a change of device copies."""
         rest = [CPU if isinstance(x, (str, torch.device)) else x for x in args[1:]]
         kwargs = {**kwargs, **({"device": CPU} if kwargs.get("device") is not None else {})}
         if on_cuda == (place.type == "cuda"):
@@ -202,7 +202,7 @@ def _check_generator(func: Any, generator: Any, place: torch.device) -> None:
 
 @contextmanager
 def pretended_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Within, "cuda" is a device."""
+    """Inside, "cuda" is a device."""
     stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
     event = SimpleNamespace(record=lambda stream: None, wait=lambda stream: None, synchronize=lambda: None)
     cuda = {
