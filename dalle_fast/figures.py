@@ -63,13 +63,10 @@ def save_image(image: Image.Image, path: str | Path) -> None:
         ValueError: a name that does not end in an image format.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    try:
-        image.save(temporary)
-    except ValueError as error:
-        raise ValueError(f"image: expected a name such as out.png, got {path.name!r}") from error
-    os.replace(temporary, path)
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"image: expected a name such as out.png, got {path.name!r}")
+    write_atomically(path, lambda file: image.save(file, kind), durable=False)
 
 
 # ---------------------------------------------------------------------------------------------- plots
