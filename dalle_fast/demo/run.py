@@ -22,6 +22,7 @@ from ..data.codes import EncodedPair
 from ..data.pairs import Pair
 from ..data.sources.scenes import SceneCorpus, all_scenes
 from ..figures import contact_sheet, plot_codes, plot_logs, save_image
+from ..files import write_atomically
 from ..models import DiscreteVAE, load_model, save_model
 from ..pipeline import BUILT_IN, TextToImage
 from ..tokenizer import Tokenizer
@@ -92,7 +93,7 @@ def run(
         _save_sheet(pipe, out / "sheet.png", top=4)
     seconds = {name: round(value, 1) for name, value in seconds.items()}
     metrics["seconds"] = {**seconds, "all": round(sum(seconds.values()), 1)}
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_atomically(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
