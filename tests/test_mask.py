@@ -1,10 +1,13 @@
-"""The masks as pictures, their sizes, the layer schedule, and what decoding must keep."""
+"""The masks as pictures and as the kernels see them, their sizes, the layer schedule, and the caches of decoding."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import dalle_fast as df
 from dalle_fast import AttentionMask, layer_masks
 from dalle_fast.mask import KINDS
 
@@ -116,6 +119,38 @@ def test_picture(kind, picture):
     drawn = [[cell == "x" for cell in line.replace(" ", "")] for line in picture.split("\n") if line]
     mask = AttentionMask(kind, text_len=6, height=4, width=4, kernel=3)
     assert mask.dense().tolist() == drawn
+
+
+masks = st.builds(
+    AttentionMask,
+    st.sampled_from(KINDS),
+    text_len=st.integers(0, 9),
+    height=st.integers(1, 7),
+    width=st.integers(1, 7),
+    kernel=st.integers(0, 5).map(lambda radius: 2 * radius + 1),
+)
+
+
+@settings(max_examples=100)
+@given(mask=masks)
+def test_kernels_have_the_same_mask(mask, device):
+    """All scores are equal and value i is unit vector i: a query's result is positive at the keys that it sees."""
+    n = mask.seq_len
+    zeros, units = torch.zeros(1, 1, n, n, device=device), torch.eye(n, device=device)[None, None]
+    assert torch.equal(df.sparse_attention(zeros, zeros, units, mask)[0, 0] > 0, mask.dense(device))
+
+
+@settings(max_examples=50)
+@given(mask=masks)
+def test_decoding_has_the_same_mask(mask, device):
+    n, text_len = mask.seq_len, mask.text_len
+    zeros, units = torch.zeros(1, 1, n, n, device=device), torch.eye(n, device=device)[None, None]
+    caches = [zeros.new_full((1, 1, mask.cache_len, n), torch.nan) for _ in range(2)]
+    for i in range(mask.image_len):
+        new = (x[:, :, text_len + i] for x in (zeros, zeros, units))
+        text = (x[:, :, :text_len] for x in (zeros, units))
+        out = df.decode_attention(*new, *text, *caches, torch.tensor(i, device=device), mask)
+        assert torch.equal(out[0, 0] > 0, mask.dense(device)[text_len + i])
 
 
 def test_conv_wraps_in_raster_order():
