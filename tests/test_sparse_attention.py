@@ -245,5 +245,6 @@ def test_the_op_itself_guards_memory():
         torch.ops.dalle_fast.sparse_attention(*[GOOD[:, :, 1:]] * 3, *mask_args(MASK), 1.0)
     with pytest.raises(RuntimeError, match="mask: impossible sizes"):
         torch.ops.dalle_fast.sparse_attention(GOOD, GOOD, GOOD, 3, 5, 4, 3, 2**31 - 1, 1.0)
-    with pytest.raises(RuntimeError, match="mask kind: expected 0 to 3, got 4"):
-        torch.ops.dalle_fast.sparse_attention(GOOD, GOOD, GOOD, 4, 5, 4, 3, 3, 1.0)
+    kinds = len(KINDS)
+    with pytest.raises(RuntimeError, match=f"mask kind: expected 0 to {kinds - 1}, got {kinds}"):
+        torch.ops.dalle_fast.sparse_attention(GOOD, GOOD, GOOD, kinds, 5, 4, 3, 3, 1.0)
