@@ -45,7 +45,7 @@ def sample(
         RuntimeError: on the CPU a row with NaN or without a finite largest value, or a negative tensor ``first``; this
             install has no kernel for the device.
     """
-    check_options(temperature, top_k, top_p)
+    _check_options(temperature, top_k, top_p)
     check_tensor("logits", logits, (torch.float32, *HALVES), ("C", "K"))
     codes = logits.shape[1]
     pitch = codes if pitch is None else pitch
@@ -67,7 +67,7 @@ def _sample_fake(
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
 
-def check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raise ValueError for an option of :func:`sample` that is out of range."""
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
