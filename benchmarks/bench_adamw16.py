@@ -1,6 +1,6 @@
 """AdamW with 16-bit moments against torch's fused AdamW, whose moments are float32, in place.
 
-On a CPU one large parameter; on a GPU as many as a model has, with the norm of their gradients clipped.
+On a CPU, one large parameter; on a GPU, as many as a model has, with the norm of their gradients clipped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def make_tensors(tensors, n, device):
 
 
 def check(tensors):
-    """Two updates of the beginning of each tensor."""
+    """Two steps of the first elements of each tensor."""
     theirs, mine = ([[x[:100_000].clone() for x in group] for group in tensors] for _ in range(2))
     for step in (1, 2):
         reference.adamw16(*theirs, step, **ADAMW)
@@ -33,7 +33,7 @@ def check(tensors):
 
 
 def make_peer(params, grads, **options):
-    """torch's optimizer, and copies of the parameters that it updates."""
+    """Copies of the parameters, and torch's optimizer for them."""
     twins = [param.clone().requires_grad_() for param in params]
     for twin, grad in zip(twins, grads, strict=True):
         twin.grad = grad.clone()

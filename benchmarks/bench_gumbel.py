@@ -1,5 +1,5 @@
-"""Gumbel-softmax with the KL over 8192 codes on a 32 x 32 grid, and its product with a codebook, against torch's ops as
-written and compiled. The peers draw torch's own random numbers.
+"""Gumbel-softmax with the KL over 8192 codes on a 32 x 32 grid, and its product with a codebook, against torch's ops,
+eager and compiled. The peers draw torch's own random numbers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def random_tensors(backward, batch=1, device="cpu"):
 
 
 def make_step(tensors, channels):
-    """A function that calls an op on the tensors: its sample and KL, or gradients where tensors have any."""
+    """A function that calls an op on the tensors: its sample and KL, or the gradients if tensors require them."""
     batch, device = len(tensors[0]), tensors[0].device
     generator = torch.Generator(device).manual_seed(1)
     upstream = (
@@ -93,7 +93,7 @@ def test_quantize(race, memory, backward):
 
 
 def check_cuda(make, op, reference, backward):
-    """At one picture, which float64 has room for; the race is at BATCH_CUDA."""
+    """At one image, for which float64 has room; the race is at BATCH_CUDA."""
     step = make(random_tensors(backward, 1, "cuda"))
     torch.testing.assert_close(
         step(op), step(reference, torch.float64), rtol=1e-4, atol=ATOL[backward], check_dtype=False

@@ -1,6 +1,6 @@
-"""Residual sum, LayerNorm and casts in one pass, against the same from torch's ops.
+"""Residual sum, LayerNorm and casts in one pass, against torch's ops.
 
-So, too, the backward of scaled resblocks: filter, unscale, LayerNorm, sum, scale and cast.
+Likewise the backward of scaled resblocks: filter, unscale, LayerNorm, sum, scale and cast.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def test_forward_and_backward(race, memory):
 
 
 def scaled_inputs(width=WIDTH, device="cpu"):
-    """Gradients of the sum and, times its scale, of normed in float16; the sum, weight, mean, rstd; scales; flag."""
+    """Gradients of the sum and, scaled and in float16, of normed; the sum, weight, mean, rstd; scales; flag."""
     x, branch, weight, bias = inputs(width, device)
     scales = torch.tensor([2.0**13, 2.0**12], device=device)
     total, normed = df.residual_layer_norm(x, branch, weight, bias, dtype=torch.float16)

@@ -1,4 +1,4 @@
-"""Draws of 32 candidates from 8192 codes, against what one writes with torch: mask, softmax, multinomial."""
+"""Draws of 32 candidates from 8192 codes, against the usual torch code: mask, softmax, multinomial."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sparse attention against torch's: dense causal, with the mask as a tensor, and FlexAttention with its block mask.
+"""Sparse attention against torch's: dense causal, with the mask as a tensor, and FlexAttention with a block mask.
 
 FlexAttention has no backward on the CPU, so only the forward races it.
 """
@@ -41,25 +41,13 @@ def inputs(size, dtype, backward, device="cpu"):
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     qkv = [normal().requires_grad_(backward) for _ in range(3)]
-    # As a transformer merges heads: those of a token side by side.
+    # The heads of a token side by side, as a transformer merges them.
     return qkv, normal().transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def mask_mod(mask):
-    """The mask in the form that FlexAttention compiles."""
-    text_len, width, radius = mask.text_len, mask.width, mask.kernel // 2
-
-    def keep(b, h, q, k):
-        back = q - k
-        if mask.kind == "row":
-            seen = back <= width
-        elif mask.kind == "column":
-            seen = back % width == 0
-        else:
-            seen = ((back + radius) // width <= radius) & ((back + radius) % width <= 2 * radius)
-        return (q >= k) & ((k < text_len) | seen)
-
-    return keep
+def block_mask(mask, device):
+    """The mask as FlexAttention takes it."""
+    return create_block_mask(lambda b, h, q, k: mask.keep(q, k), None, None, mask.seq_len, mask.seq_len, device)
 
 
 def compare(race, name, mask, qkv, upstream, peers, targets, backward, **options):
@@ -100,7 +88,7 @@ def test_float32(race, size, kind, backward):
         DENSE: lambda: F.scaled_dot_product_attention(*qkv, attn_mask=dense),
     }
     if not backward:
-        blocks = create_block_mask(mask_mod(mask), None, None, mask.seq_len, mask.seq_len, "cpu")
+        blocks = block_mask(mask, "cpu")
         flex = torch.compile(flex_attention, dynamic=False)
         peers[FLEX] = lambda: flex(*qkv, block_mask=blocks)
     targets = TARGETS[kind] if size == "release" else {}
@@ -139,7 +127,7 @@ def test_cuda(race, kind, dtype, backward):
     _, _, text_len, edge = SIZES_CUDA["12B"]
     mask = df.AttentionMask(kind, text_len, edge, edge)
     qkv, upstream = inputs("12B", dtype, backward, "cuda")
-    blocks = create_block_mask(mask_mod(mask), None, None, mask.seq_len, mask.seq_len, "cuda")
+    blocks = block_mask(mask, "cuda")
     flex = torch.compile(flex_attention, dynamic=False)
     compare(
         race,

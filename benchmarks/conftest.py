@@ -1,7 +1,7 @@
 """The `race` fixture: a kernel against its peers in one process, round by round, and the table of all races.
 
-Times are the best of all rounds. Ratios are what counts; milliseconds say something about this machine alone. Cases
-whose name begins with test_cuda run with `--device cuda`, the others without it.
+Times are the best of all rounds. Only ratios can be compared between machines, milliseconds cannot. Cases whose name
+begins with test_cuda run with `--device cuda`, the others without it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import torch
 from dalle_fast.training.loop import keep_freed_memory
 
 RESULTS: list[dict[str, Any]] = []
-CEILINGS = ("GFLOP/s", "GB/s")  # units that the machine has a best value of
+CEILINGS = ("GFLOP/s", "GB/s")  # units whose best value on this machine is measured
 
 
 def pytest_addoption(parser):
     parser.addoption(
         "--results",
         type=Path,
-        help="folder of a JSON file for each machine; takes the place of its earlier results of the same cases",
+        help="folder with a JSON file per machine; new results replace earlier ones of the same cases",
     )
     parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where the kernels race")
 
@@ -76,8 +76,8 @@ def race(request, benchmark, ceilings):  # the ceilings are for the table
 
     ours, peers: functions without arguments. expected: what ours returns, or a function that computes it.
     flops, bytes, samples: work of one call, for GFLOP/s, GB/s, samples/s. targets: ratios to peers to reach.
-    iterations: calls in a round, for work of microseconds. warm: whether one unmeasured round comes first.
-    expected None: the test has asserted the result in its own way. capture: whether a GPU replays a graph of the calls.
+    iterations: calls in a round, for work of microseconds. warm: run one unmeasured round first.
+    expected None: the test has asserted the result in its own way. capture: replay a CUDA graph of the calls on a GPU.
     """
     gpu = on_gpu(request.config)
 
@@ -144,7 +144,7 @@ def race(request, benchmark, ceilings):  # the ceilings are for the table
 
 @pytest.fixture
 def record(ceilings):
-    """Add to the table what a test has measured in its own way: seconds, and any numbers by their units."""
+    """Add a test's own measurement to the table: seconds, and any numbers by their units."""
 
     def add(name: str, seconds: float, **numbers: float) -> None:
         RESULTS.append({"case": name, "ms": seconds * 1e3, **numbers, "peers": {}})
@@ -157,7 +157,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 @pytest.fixture
 def kept_memory():
-    """Freed memory is kept for the next call, as training does."""
+    """Freed memory is kept for the next call, as in training."""
     keep_freed_memory()
     yield
     give_back_memory()
@@ -165,7 +165,7 @@ def kept_memory():
 
 @pytest.fixture(params=["fresh", "reused"])
 def memory(request):
-    """Runs a case twice. "reused": freed memory is kept for the next call, as training does. "fresh": large tensors are
+    """Runs a case twice. "reused": freed memory is kept for the next call, as in training. "fresh": large tensors are
     mapped anew, and touching their pages is part of the time."""
     if request.param == "reused":
         keep_freed_memory()
@@ -183,7 +183,7 @@ def give_back_memory() -> None:
 
 @pytest.fixture(scope="session")
 def ceilings(request, tmp_path_factory) -> None:
-    """Notes GFLOP/s and GB/s of this machine, with as many threads as torch uses or on its GPU, for the table."""
+    """Measures GFLOP/s and GB/s of this machine for the table, on as many threads as torch uses, or on its GPU."""
     if on_gpu(request.config):
         MACHINE.update(gpu_machine())
         return
@@ -244,7 +244,7 @@ MACHINE: dict[str, Any] = {
 
 
 def table() -> list[str]:
-    """One line a peer."""
+    """One line per peer."""
     lines = [f"{'case':<44} {'ours ms':>9} {'rate':>20} {'peer':<28} {'peer ms':>9} {'ratio':>7} {'target':>7}"]
     for row in RESULTS:
         rates = [f"{row[unit]:,.{digits}f} {unit}" for unit, digits in (("samples/s", 0), ("MB", 1)) if unit in row]

@@ -23,27 +23,27 @@ if TYPE_CHECKING:
     from .models import DiscreteVAE as DiscreteVAE
     from .models import load_model as load_model
     from .models import save_model as save_model
-    from .ops import PackedWeight as PackedWeight
-    from .ops import adamw16 as adamw16
     from .ops import backend as backend
-    from .ops import decode_attention as decode_attention
-    from .ops import gradient_norm as gradient_norm
-    from .ops import gumbel_quantize as gumbel_quantize
-    from .ops import gumbel_softmax as gumbel_softmax
-    from .ops import initial_scales as initial_scales
-    from .ops import pack_linear as pack_linear
-    from .ops import packed_linear as packed_linear
-    from .ops import residual_layer_norm as residual_layer_norm
-    from .ops import sample as sample
-    from .ops import scale_gradient as scale_gradient
-    from .ops import sparse_attention as sparse_attention
-    from .ops import unscale_gradient as unscale_gradient
-    from .ops import update_scales as update_scales
+    from .ops.adamw16 import adamw16 as adamw16
+    from .ops.adamw16 import gradient_norm as gradient_norm
+    from .ops.decode_attention import decode_attention as decode_attention
+    from .ops.gumbel import gumbel_quantize as gumbel_quantize
+    from .ops.gumbel import gumbel_softmax as gumbel_softmax
+    from .ops.packed_linear import PackedWeight as PackedWeight
+    from .ops.packed_linear import pack_linear as pack_linear
+    from .ops.packed_linear import packed_linear as packed_linear
+    from .ops.resblock import initial_scales as initial_scales
+    from .ops.resblock import residual_layer_norm as residual_layer_norm
+    from .ops.resblock import scale_gradient as scale_gradient
+    from .ops.resblock import unscale_gradient as unscale_gradient
+    from .ops.resblock import update_scales as update_scales
+    from .ops.sample import sample as sample
+    from .ops.sparse_attention import sparse_attention as sparse_attention
     from .pipeline import TextToImage as TextToImage
     from .tokenizer import Tokenizer as Tokenizer
     from .training import AdamW16 as AdamW16
 
-__getattr__, __dir__, __all__ = attach(
+attach(
     __name__,
     {
         "minifloat": "minifloat",

@@ -1,7 +1,7 @@
-"""Which token may attend to which: the paper's attention masks (section 2.2, appendix B.1).
+"""The paper's attention masks: the tokens that each token may attend to (section 2.2, appendix B.1).
 
 A stream holds ``text_len`` text tokens followed by ``height * width`` image tokens in raster order.
-Text sees earlier text; every image token sees all text; the kind decides what it sees of the image:
+Text sees earlier text and itself; every image token sees all text; the kind decides what it sees of the image:
 
 =======  =========================================================================================
 full     every earlier image token, and itself
@@ -54,7 +54,7 @@ class AttentionMask:
 
     @property
     def kind_id(self) -> int:
-        """The kind as the number that ``csrc/common/mask.h`` knows it by."""
+        """Number of the kind in ``csrc/common/mask.h``."""
         return KINDS.index(self.kind)
 
     @property
@@ -69,7 +69,7 @@ class AttentionMask:
 
     @property
     def cache_len(self) -> int:
-        """Image tokens that decoding must keep: the newest one and all that a later token may still see.
+        """Number of image tokens that decoding must keep: the newest one and all that a later token may still see.
 
         ``row`` and ``conv`` only look back a bounded distance, so a ring of that many slots is enough.
         """
@@ -82,31 +82,30 @@ class AttentionMask:
         return self.image_len
 
     def keep(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """Whether ``query`` sees ``key`` (appendix B.1); stream positions, int64, broadcast against each other."""
-        q, k = query - self.text_len, key - self.text_len  # negative: text
+        """True where ``query`` sees ``key`` (appendix B.1); stream positions, int64, broadcast against each other."""
+        back = query - key
         if self.kind == "full":
-            image = k <= q
+            window = back >= 0
         elif self.kind == "row":
-            image = (k <= q) & (k >= q - self.width)
+            window = back <= self.width
         elif self.kind == "column":
-            image = (k <= q) & (k % self.width == q % self.width)
+            window = back % self.width == 0
         else:
             radius = self.kernel // 2
-            shifted = q - k + radius
-            near = (shifted // self.width <= radius) & (shifted % self.width <= 2 * radius)
-            image = (k <= q) & near
-        return torch.where(key < self.text_len, key <= query, (k >= 0) & image)
+            shifted = back + radius
+            window = (shifted // self.width <= radius) & (shifted % self.width <= 2 * radius)
+        return (back >= 0) & ((key < self.text_len) | window)
 
     def dense(self, device: torch.device | str | None = None) -> torch.Tensor:
         """The mask as a bool matrix [seq_len, seq_len], ``True`` where query (row) sees key (column).
 
-        For tests and pictures: no op builds it.
+        For tests, pictures and counts: no op builds it.
         """
         position = torch.arange(self.seq_len, device=device)
         return self.keep(position[:, None], position[None, :])
 
     def cache_slot(self, image_position: torch.Tensor) -> torch.Tensor:
-        """Where the cache of decoding keeps the image token at ``image_position`` (raster index, int64).
+        """Slot of the image token at ``image_position`` (raster index, int64) in the cache of decoding.
 
         Rings for ``row`` and ``conv``; column-major for ``column``, so that one column is contiguous; raster for
         ``full``.

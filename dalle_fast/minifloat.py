@@ -1,7 +1,7 @@
 """The 16-bit number formats of Adam's moments (section 2.4, appendix D), named sign-exponent-significand.
 
 "1-6-9" stores running means, "0-6-10" running variances. Both have 6 bits of exponent: float16 reaches down to 6e-8,
-these to 1e-18. The kernels of :func:`dalle_fast.adamw16` have their own codec in ``csrc/minifloat.h``.
+these to 1e-18. The kernels of :func:`dalle_fast.adamw16` have their own codec in ``csrc/common/minifloat.h``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ EXPONENT_BITS, EXPONENT_BIAS = 6, 60
 def encode(x: torch.Tensor, format: str) -> torch.Tensor:
     """The nearest 16-bit codes of numbers; halfway between two, the one farther from zero.
 
-    There are no denormals: what rounds to 2^-60 or less becomes zero, because the code of 2^-60 is that of zero. There
-    is no infinity: what is beyond the largest value, 15.984375 or 15.9921875, becomes that. So does NaN: an update with
-    one is to be skipped before it gets here. Negative numbers become zero in 0-6-10, which has no sign.
+    There are no denormals: a number that rounds to 2^-60 or less becomes zero, because the code of 2^-60 is that of
+    zero. There is no infinity: a number beyond the largest value, 15.984375 or 15.9921875, becomes that value. So does
+    NaN: the step of a parameter with one is skipped before. Negative numbers become zero in 0-6-10, which has no sign.
 
     Args:
         x: any shape, float.
@@ -33,7 +33,7 @@ def encode(x: torch.Tensor, format: str) -> torch.Tensor:
     sign_bits, significand_bits = _bits(format)
     if not x.is_floating_point():
         raise TypeError(f"x: expected a float dtype, got {x.dtype}")
-    # What is below works on the bits of a float: sign, exponent, significand. In float32 wherever that is exact.
+    # Works on the bits of a float: sign, exponent, significand. In float32 unless x is float64.
     x = (x if x.dtype == torch.float64 else x.float()).contiguous()
     integer, bias, stored = (torch.int64, 1023, 52) if x.dtype == torch.float64 else (torch.int32, 127, 23)
     shift = stored - significand_bits
@@ -47,10 +47,10 @@ def encode(x: torch.Tensor, format: str) -> torch.Tensor:
 
 
 def decode(codes: torch.Tensor, format: str) -> torch.Tensor:
-    """The numbers that codes stand for; code 0 is zero, and in 1-6-9 code 0x8000 is -0.
+    """The numbers of codes; code 0 is zero, and in 1-6-9 code 0x8000 is -0.
 
     Args:
-        codes: any shape, uint16, or the same bits as int16, in which torch can do more.
+        codes: any shape, uint16, or the same bits as int16, which more ops of torch support.
         format: ``1-6-9`` or ``0-6-10``.
 
     Returns:

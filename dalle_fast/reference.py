@@ -50,7 +50,7 @@ def decode_attention(
     cache_k[:, :, mask.cache_slot(position)] = k
     cache_v[:, :, mask.cache_slot(position)] = v
     past = torch.arange(mask.image_len, device=q.device)
-    seen = past[(past <= position) & mask.keep(mask.text_len + position, mask.text_len + past)]
+    seen = past[mask.keep(mask.text_len + position, mask.text_len + past)]
     slots = mask.cache_slot(seen)
     keys = torch.cat([text_k.repeat_interleave(repeat, 0), cache_k[:, :, slots]], dim=2)  # [C, H, T + seen, D]
     values = torch.cat([text_v.repeat_interleave(repeat, 0), cache_v[:, :, slots]], dim=2)
@@ -62,7 +62,7 @@ def decode_attention(
 
 
 def philox(seed: int | torch.Tensor, index: torch.Tensor, stream: int = 0) -> torch.Tensor:
-    """Philox4x32-10 (Salmon et al., 2011): one 32-bit word for each logical element, as int64 in [0, 2^32).
+    """Philox4x32-10 (Salmon et al., 2011): one 32-bit word per logical element, as int64 in [0, 2^32).
 
     The counter is (index // 4 low, index // 4 high, stream, 0), the key the two halves of the seed; lane index % 4 is
     the element's. A pure function of seed and index, so every kernel and every tiling draws the same numbers.
@@ -116,7 +116,7 @@ def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
         return logits
     ordered, order = logits.sort(descending=True, dim=-1, stable=True)
     weights = ((ordered - ordered[..., :1]).exp() * 2.0**30).round().long()
-    before = weights.cumsum(-1) - weights  # what the likelier codes add up to
+    before = weights.cumsum(-1) - weights  # sum over the likelier codes
     enough = before.double() >= p * weights.sum(-1, keepdim=True).double()
     dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, enough)
     return logits.masked_fill(dropped, -torch.inf)
@@ -131,7 +131,7 @@ def sample(
     first: int | torch.Tensor = 0,
     pitch: int | None = None,
 ) -> torch.Tensor:
-    """One draw a row: the argmax of the kept logits, over the temperature, plus Gumbel noise. [C, K] -> int64 [C].
+    """One draw per row: the argmax of the kept logits, over the temperature, plus Gumbel noise. [C, K] -> int64 [C].
 
     The noise of row c, code i is element ``first + c * pitch + i`` of the seed's stream. float64 throughout, so that no
     two codes come close enough for rounding to decide.
@@ -159,7 +159,7 @@ def kl_to_uniform(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _widen(x: torch.Tensor) -> torch.Tensor:
-    """What arithmetic is done in: float32 for 16 bits."""
+    """x in the dtype of the arithmetic: float32 for 16 bits."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -183,7 +183,7 @@ def gumbel_softmax(
 def gumbel_quantize(
     logits: torch.Tensor, codebook: torch.Tensor, tau: float, seed: int | torch.Tensor, hard: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``gumbel_softmax`` times the codebook: the decoder's first 1x1 convolution.
+    """``gumbel_softmax`` multiplied by the codebook: the decoder's first 1x1 convolution.
 
     logits [B, K, h, w], codebook [K, C] -> z [B, C, h, w], kl [B] in nats, codes [B, h, w], argmax of noisy logits.
     """
@@ -195,7 +195,7 @@ def gumbel_quantize(
 
 
 class _EnterStream(torch.autograd.Function):
-    """A resblock's output in the stream's dtype; its gradient enters the resblock times the scale (figure 4)."""
+    """A resblock's output in the stream's dtype; its gradient enters the resblock scaled (figure 4)."""
 
     @staticmethod
     def forward(ctx: Any, branch: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:
@@ -248,7 +248,7 @@ def residual_layer_norm(
 
 
 def scale_gradient(grad: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The gradient that enters a resblock on the way back: times the block's scale, cast (figure 4)."""
+    """The gradient that enters a resblock on the way back: multiplied by the block's scale, cast (figure 4)."""
     return (grad * scale).to(dtype)
 
 
@@ -261,10 +261,10 @@ def unscale_gradient(grad: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def update_scales(
     scale: torch.Tensor, since_division: torch.Tensor, nonfinite: torch.Tensor, replicas: int = 1
 ) -> None:
-    """The gradient scales after an update, in place (appendix D); all [n]. Clears ``nonfinite``.
+    """The gradient scales after a step, in place (appendix D); all [n]. Clears ``nonfinite``.
 
-    since_division counts all updates, up to 125: were skipped ones left out, a scale that is far too large would never
-    be divided a second time.
+    since_division counts all steps, up to 125: without the skipped ones, a scale that is far too large would never be
+    divided a second time.
     """
     since_division.add_(1).clamp_(max=125)
     finite = nonfinite == 0
@@ -323,7 +323,7 @@ def adamw16(
     clip: torch.Tensor | None = None,
     skip: torch.Tensor | None = None,
 ) -> None:
-    """One AdamW update in place of n parameters, moments kept in 16 bits (section 2.4, appendix D).
+    """One AdamW step of n parameters in place, moments kept in 16 bits (section 2.4, appendix D).
 
     params, grads float32; means (1-6-9) and variances (0-6-10, at most 5) as int16 bit patterns; step counts from 1;
     weight_decay one number or [n], unscale [n], clip one float32; skip [n] bool.
@@ -337,7 +337,7 @@ def adamw16(
         m = minifloat.decode(mean, "1-6-9")
         m = m + (grad - m) * (1 - beta1)
         s = minifloat.decode(variance, "0-6-10") * beta2 + grad.square() * (1 - beta2)
-        s = torch.where(s < 5.0, s, torch.full_like(s, 5.0))  # so is NaN
+        s = torch.where(s < 5.0, s, torch.full_like(s, 5.0))  # NaN becomes 5, too
         update = (m / (1 - beta1**step)) / ((s / (1 - beta2**step)).sqrt() + eps)
         keep = torch.zeros((), dtype=torch.bool, device=param.device) if skip is None else skip[i]
         for old, new in (
@@ -351,7 +351,7 @@ def adamw16(
 def gradient_norm(
     grads: Sequence[torch.Tensor], unscale: torch.Tensor | None = None, skip: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Norm of all gradients (float32) times unscale [n], [] float32, and [n] bool: skip, and what is not finite."""
+    """Norm of all gradients, each multiplied by its unscale [n]: [] float32. And [n] bool: skip, or not finite."""
     squares = torch.stack([grad.double().square().sum() for grad in grads])
     if unscale is not None:
         squares = squares * unscale.double().square()

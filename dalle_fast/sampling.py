@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from .config import Sampling
-from .ops import sample
-from .ops._library import reference_op
+from .ops import sample, waits_on_host
 
 WARM_UP = 1  # steps that load kernels and reserve workspaces, which cannot be recorded
 Decode = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -102,7 +101,7 @@ def draw_codes(
 
     choose(logits)
     # References read positions on the host, which a CUDA graph cannot record.
-    on_graph = device.type == "cuda" and not any(reference_op(op, device) for op in ("decode_attention", "sample"))
+    on_graph = device.type == "cuda" and not any(waits_on_host(op, device) for op in ("decode_attention", "sample"))
     rest = Repeat(step, device if on_graph else None)
     for end in range(every, steps + 1, every):
         rest.run(every - 1 if end == every else every)

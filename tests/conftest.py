@@ -1,8 +1,9 @@
-"""Every run draws the same examples, and the CUDA kernels are tested wherever they can run."""
+"""Fixtures of all tests. Every run draws the same examples, and the CUDA kernels are tested wherever they can run."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -27,13 +28,22 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() and "cuda" in df.backend(
 
 @pytest.fixture(params=DEVICES, scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device that has kernels here. In the emulation of tests/cuda_on_cpu the CPU's are the CUDA kernels."""
+    """Every device that has kernels here. In the emulation of tests/cuda_on_cpu the CPU runs the CUDA kernels."""
     return torch.device(request.param)
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models so small that a second thread only slows them down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def cli() -> ModuleType:
-    """The commands, whose tests are left out where tyro is missing."""
+    """The commands; their tests are skipped where tyro is missing."""
     return pytest.importorskip("dalle_fast.cli")
 
 

@@ -1,4 +1,4 @@
-"""What runs: kernels, or the references with a word about it, or an error that names the cause."""
+"""The ops that run: kernels, or the references with a warning, or an error that names the cause."""
 
 from __future__ import annotations
 
@@ -95,6 +95,8 @@ def test_a_device_without_kernels_is_an_error(monkeypatch):
     monkeypatch.setattr(_library, "_BACKEND", _library.Backend(("cpu",), {"cpu": "", "cuda": "no nvcc"}))
     with pytest.raises(RuntimeError, match="adamw16: this install has no kernel for cuda: no nvcc"):
         _library.reference_op("adamw16", torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="sample: this install has no kernel for cuda"):
+        df.ops.waits_on_host("sample", torch.device("cuda"))
     assert _library.reference_op("adamw16", torch.device("cpu")) is None
 
 
@@ -109,6 +111,7 @@ def test_a_cuda_kernel_that_never_ran_on_a_gpu_is_off(monkeypatch):
     assert _library.reference_op("adamw16", cuda) is df.reference.adamw16
     assert _library.reference_op("packed_linear", cuda) is df.reference.packed_linear  # has no CUDA kernel at all
     assert _library.reference_op("sparse_attention", cuda) is None
+    assert df.ops.waits_on_host("sample", cuda) and not df.ops.waits_on_host("sparse_attention", cuda)
     assert _library.reference_op("adamw16", cpu) is None
     lines = str(backend).splitlines()
     assert lines[1] == "cuda: yes (CUDA 13.0)"

@@ -1,15 +1,17 @@
-"""Tensors of more elements than 32 bits count, on a GPU: what the kernels do at their end, as if it were alone."""
+"""Tensors of more elements than 32 bits count, on a GPU: their last elements give the same result as alone."""
 
 from __future__ import annotations
 
 import fcntl
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import DEVICES
+from helpers.op_checks import normal as normal_on
 
 import dalle_fast as df
 from dalle_fast import AttentionMask, reference
@@ -29,19 +31,18 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _one_at_a_time() -> Iterator[None]:
-    """Processes that test side by side have one GPU."""
+    """Test processes that run side by side share one GPU."""
     with (Path(tempfile.gettempdir()) / "dalle_fast_many_elements").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
         torch.cuda.empty_cache()
 
 
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator(DEVICE).manual_seed(seed), device=DEVICE, dtype=dtype)
+normal = partial(normal_on, device=DEVICE)
 
 
 def enough(each: int) -> int:
-    """How many parts of so many elements go beyond ELEMENTS, by a little."""
+    """The number of parts, of ``each`` elements, that exceeds ELEMENTS by a little."""
     return ELEMENTS // each + 2
 
 
@@ -86,7 +87,7 @@ def test_sample():
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_gumbel(layout):
-    """The last pixel of the last image; its noise is drawn with the numbers of its elements."""
+    """The last pixel of the last image; its noise depends on the indices of its elements."""
     codes, edge, tau, seed = 8192, 32, 0.7, 5
     batch = enough(codes * edge * edge)
     logits = normal(batch, codes, edge, edge, dtype=torch.bfloat16).contiguous(memory_format=layout).requires_grad_()

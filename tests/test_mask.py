@@ -1,10 +1,13 @@
-"""The masks as pictures, their sizes, the layer schedule, and what decoding must keep."""
+"""The masks as pictures and as the kernels see them, their sizes, the layer schedule, and the caches of decoding."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import dalle_fast as df
 from dalle_fast import AttentionMask, layer_masks
 from dalle_fast.mask import KINDS
 
@@ -111,11 +114,46 @@ xxxxxx .... .... ..xx x.xx
 """
 
 
-@pytest.mark.parametrize(("kind", "picture"), [("full", FULL), ("row", ROW), ("column", COLUMN), ("conv", CONV)])
-def test_picture(kind, picture):
-    drawn = [[cell == "x" for cell in line.replace(" ", "")] for line in picture.split("\n") if line]
+PICTURES = {"full": FULL, "row": ROW, "column": COLUMN, "conv": CONV}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_picture(kind):
+    drawn = [[cell == "x" for cell in line.replace(" ", "")] for line in PICTURES[kind].split("\n") if line]
     mask = AttentionMask(kind, text_len=6, height=4, width=4, kernel=3)
     assert mask.dense().tolist() == drawn
+
+
+masks = st.builds(
+    AttentionMask,
+    st.sampled_from(KINDS),
+    text_len=st.integers(0, 9),
+    height=st.integers(1, 7),
+    width=st.integers(1, 7),
+    kernel=st.integers(0, 5).map(lambda radius: 2 * radius + 1),
+)
+
+
+@settings(max_examples=100)
+@given(mask=masks)
+def test_kernels_have_the_same_mask(mask, device):
+    """All scores are equal and value i is unit vector i: a query's result is positive at the keys that it sees."""
+    n = mask.seq_len
+    zeros, units = torch.zeros(1, 1, n, n, device=device), torch.eye(n, device=device)[None, None]
+    assert torch.equal(df.sparse_attention(zeros, zeros, units, mask)[0, 0] > 0, mask.dense(device))
+
+
+@settings(max_examples=50)
+@given(mask=masks)
+def test_decoding_has_the_same_mask(mask, device):
+    n, text_len = mask.seq_len, mask.text_len
+    zeros, units = torch.zeros(1, 1, n, n, device=device), torch.eye(n, device=device)[None, None]
+    caches = [zeros.new_full((1, 1, mask.cache_len, n), torch.nan) for _ in range(2)]
+    for i in range(mask.image_len):
+        new = (x[:, :, text_len + i] for x in (zeros, zeros, units))
+        text = (x[:, :, :text_len] for x in (zeros, units))
+        out = df.decode_attention(*new, *text, *caches, torch.tensor(i, device=device), mask)
+        assert torch.equal(out[0, 0] > 0, mask.dense(device)[text_len + i])
 
 
 def test_conv_wraps_in_raster_order():
@@ -169,14 +207,14 @@ def test_layer_schedule():
     kinds = [mask.kind for mask in layer_masks(64, text_len=256, height=32, width=32)]
     assert kinds[:8] == ["row", "column", "row", "row", "row", "column", "row", "row"]
     assert kinds[-1] == "conv"
-    assert [kinds.count(kind) for kind in KINDS] == [0, 47, 16, 1]
+    assert {kind: kinds.count(kind) for kind in set(kinds)} == {"row": 47, "column": 16, "conv": 1}
     assert [mask.kind for mask in layer_masks(1, 4, 2, 2)] == ["conv"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("diagonal", 6, 4, 4), "mask kind: expected one of full, row, column, conv, got 'diagonal'"),
+        (("square", 6, 4, 4), "mask kind: expected one of full, row, column, conv.*, got 'square'"),
         (("row", -1, 4, 4), "text_len: expected 0 or more, got -1"),
         (("row", 6, 0, 4), "height and width: expected 1 or more, got 0 and 4"),
         (("conv", 6, 4, 4, 4), "kernel: expected a positive odd number, got 4"),

@@ -17,7 +17,7 @@ every_format = pytest.mark.parametrize("format", FORMATS)
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether the bits are the same: 0 and -0 differ."""
+    """True if the bits are the same: 0 and -0 differ."""
     return a.dtype == b.dtype and torch.equal(a.view(torch.int16), b.view(torch.int16))
 
 
@@ -27,7 +27,7 @@ def sizes(format: str) -> torch.Tensor:
 
 
 def awkward_floats() -> torch.Tensor:
-    """Every value of 1-6-9, the points halfway between, their neighbours, denormals, what saturates; both signs."""
+    """Values of 1-6-9, the points halfway between, their neighbours, denormals, numbers that saturate; both signs."""
     values = sizes("1-6-9")
     halfway = (values[1:].double() + values[:-1].double()).div(2).float()
     special = torch.tensor([0.0, 2.0**-60, 2.0**-61, 1e-40, 15.99, 16.0, 1e30, INF, NAN])
@@ -82,7 +82,7 @@ def test_rounding_and_saturation(format):
         (1 + 0.5 * step, 1 + step),  # half away from zero
         (1 + 1.5 * step, 1 + 2 * step),
         (2 - 0.5 * step, 2.0),  # the carry reaches the exponent
-        (largest + step * 4, largest),  # rounds to 16, which there is not
+        (largest + step * 4, largest),  # would round to 16, which has no code
         (16.0, largest),
         (INF, largest),
         (NAN, largest),
@@ -114,7 +114,7 @@ def test_shapes_and_dtypes(format):
         assert torch.equal(decode(codes, format), x.T)
     assert encode(torch.tensor(1.0), format).shape == ()
     assert decode(encode(torch.zeros(0, 3), format), format).shape == (0, 3)
-    # A float64 is rounded once: by way of float32 this would be halfway, and go up.
+    # A float64 is rounded once: rounded to float32 first, this one would be halfway, and go up.
     just_below = torch.tensor(1 + STEP[format] / 2 - 2.0**-40, dtype=torch.float64)
     assert decode(encode(just_below, format), format) == 1.0
 
@@ -134,7 +134,7 @@ def test_bad_input():
 
 
 def updated_moments(grad, mean, variance, beta1, beta2):
-    """The moments, uint16, after one update by the kernel."""
+    """The moments, uint16, after one step of the kernel."""
     mean, variance = mean.view(torch.int16).clone(), variance.view(torch.int16).clone()
     df.adamw16([torch.zeros_like(grad)], [grad], [mean], [variance], 1, 1e-3, beta1, beta2, 1e-8, 0.0)
     return mean.view(torch.uint16), variance.view(torch.uint16)
@@ -145,7 +145,7 @@ def test_kernels_encode_exactly(device):
     x = awkward_floats().to(device)
     zeros = torch.zeros(x.shape, dtype=torch.uint16, device=device)
     mean, variance = updated_moments(x, zeros, zeros, beta1=0.0, beta2=0.0)
-    assert same(mean, encode(x + 0.0, "1-6-9"))  # the update turns -0 to 0
+    assert same(mean, encode(x + 0.0, "1-6-9"))  # the step turns -0 into 0
     squares = torch.fmin(x * x, torch.full_like(x, 5.0))  # NaN, too
     assert same(variance, encode(squares, "0-6-10"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.op_checks import normal, same_on_any_number_of_threads, surrounded
 from helpers.tolerances import FORWARD, error
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -16,8 +17,7 @@ FORMATS = ["float32", "bfloat16", "int8"]
 
 def inputs(*shape, out, seed=0):
     """x [..., in], weight [out, in], bias [out]."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(size, generator=generator) for size in (shape, (out, shape[-1]), (out,))]
+    return [normal(*size, seed=seed + i) for i, size in enumerate([shape, (out, shape[-1]), (out,)])]
 
 
 @settings(max_examples=60, deadline=None)
@@ -43,10 +43,10 @@ def test_matches_float64(rows, in_features, out, format, with_bias):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_stored_weights_are_the_rounded_ones(format):
-    """Rows of the identity read the weights back, one at a time: rounding is the reference's, to the bit."""
+    """Rows of the identity read the weights back, one at a time: the bits are those of the reference."""
     weight = inputs(37, out=50)[1]
     weight[3] = 0
-    weight[4] = torch.randn(37) * 1e-43  # denormals: a scale that is hardly one
+    weight[4] = normal(37) * 1e-43  # denormals: a scale of very few bits
     weight[5, :4] = torch.tensor([127.0, 2.5, -3.5, 0.5])  # half of a step goes to the even one
     packed = df.pack_linear(weight, format)
     stored, scales, *_ = reference.pack_linear(weight, format)
@@ -66,7 +66,7 @@ def test_int8_is_within_half_a_step(format):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("out", [16, 200])
 def test_a_row_does_not_depend_on_the_others(format, out):
-    """What is computed for a candidate is the same however many there are."""
+    """A candidate's result does not depend on the number of candidates."""
     x, weight, bias = inputs(64, 131, out=out)
     packed = df.pack_linear(weight, format)
     whole = df.packed_linear(x, packed, bias)
@@ -75,19 +75,9 @@ def test_a_row_does_not_depend_on_the_others(format, out):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_bitwise_repeatable_on_any_number_of_threads(format):
+def test_same_bits_on_any_number_of_threads(format):
     x, weight, bias = inputs(5, 512, out=1000)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for n in (1, 2, 2):
-            torch.set_num_threads(n)
-            packed = df.pack_linear(weight, format)
-            results.append(df.packed_linear(x, packed, bias))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[1], results[2])
+    same_on_any_number_of_threads(lambda: [df.packed_linear(x, df.pack_linear(weight, format), bias)])
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -105,13 +95,9 @@ def test_shapes(format):
 def test_strided_and_surrounded_by_nan(format):
     x, weight, bias = inputs(7, 21, out=35)
     expected = df.packed_linear(x, df.pack_linear(weight, format), bias)
-    views = []
-    for plain in (x, weight, bias[None]):
-        padded = torch.full((plain.shape[1] + 2, 2 * plain.shape[0] + 2), float("nan"))
-        view = padded[1:-1, 1:-1:2].t()
-        view.copy_(plain)
-        views.append(view)
-    assert torch.equal(df.packed_linear(views[0], df.pack_linear(views[1], format), views[2][0]), expected)
+    x, weight = (surrounded(plain, pad=1, step=2, order=(1, 0)) for plain in (x, weight))
+    bias = surrounded(bias, pad=1, step=2)
+    assert torch.equal(df.packed_linear(x, df.pack_linear(weight, format), bias), expected)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -146,16 +132,16 @@ def test_no_gradients():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"weight": torch.zeros(4, 8).double()}, TypeError, "weight: expected float32, got torch.float64"),
-        ({"weight": torch.zeros(8)}, ValueError, r"weight: expected a non-empty \[out, in\], got \[8\]"),
+        ({"weight": torch.zeros(4, 8).double()}, TypeError, "weight: expected torch.float32, got torch.float64"),
+        ({"weight": torch.zeros(8)}, ValueError, r"weight: expected \[out, in\], got \[8\]"),
         ({"weight": torch.zeros(0, 8)}, ValueError, r"weight: expected a non-empty \[out, in\], got \[0, 8\]"),
         ({"weight": torch.full((4, 8), float("inf"))}, ValueError, "weight: expected finite values for int8"),
         ({"format": "int4"}, ValueError, "format: expected one of float32, bfloat16, int8, got 'int4'"),
-        ({"x": torch.zeros(2, 8).half()}, TypeError, "x: expected float32, got torch.float16"),
+        ({"x": torch.zeros(2, 8).half()}, TypeError, "x: expected torch.float32, got torch.float16"),
         ({"x": torch.zeros(2, 9)}, ValueError, r"x: expected \[..., 8\], got \[2, 9\]"),
         ({"x": torch.tensor(1.0)}, ValueError, r"x: expected \[..., 8\], got \[\]"),
-        ({"x": torch.zeros(2, 8, device="meta")}, ValueError, "x: expected the device of the weights cpu, got meta"),
-        ({"bias": torch.zeros(4).double()}, TypeError, "bias: expected float32, got torch.float64"),
+        ({"x": torch.zeros(2, 8, device="meta")}, ValueError, "x: expected a tensor on cpu, got one on meta"),
+        ({"bias": torch.zeros(4).double()}, TypeError, "bias: expected torch.float32, got torch.float64"),
         ({"bias": torch.zeros(1)}, ValueError, r"bias: expected \[4\], got \[1\]"),
     ],
 )
@@ -165,8 +151,8 @@ def test_bad_input(change, error, message):
         df.packed_linear(arguments["x"], df.pack_linear(arguments["weight"], arguments["format"]), arguments["bias"])
 
 
-def test_the_op_guards_its_memory():
-    """The compiled op is public, too: a buffer of another size is an error, not a read beyond its end."""
+def test_the_op_itself_guards_memory():
+    """The compiled op can be called directly: a buffer of another size is an error, not a read beyond its end."""
     x, weight, bias = inputs(3, 21, out=18)
     panels, scales = torch.ops.dalle_fast.pack_linear(weight, torch.int8)
     op = torch.ops.dalle_fast.packed_linear

@@ -48,7 +48,7 @@ def test_uniform_ends_stay_inside():
     first=st.integers(0, 2**40) | st.integers(2**34 - 40, 2**34 + 40),  # the block's low half wraps at 2^34
     n=st.integers(0, 1200),
 )
-def test_kernel_draws_the_reference_bits(device, seed, first, n):
+def test_kernel_draws_the_bits_of_the_reference(device, seed, first, n):
     drawn = torch.ops.dalle_fast.philox_uniform(torch.tensor(seed, device=device), first, n)
     assert torch.equal(drawn, reference.uniform(seed, first + torch.arange(n, device=device)))
 

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from helpers.op_checks import (
+    HALVES,
+    assert_equal,
+    normal,
+    same_on_any_number_of_threads,
+    surrounded,
+    surrounded_in_memory,
+)
+from helpers.tolerances import FORWARD, HALF
+from helpers.tolerances import error as error_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dalle_fast as df
 from dalle_fast import reference
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, *HALVES]
+error = partial(error_of, least=1e-6)
 
 
 def inputs(*shape, dtype=torch.float32, branch_dtype=None, seed=0, device="cpu"):
     """x, branch, weight, bias; a mean well away from 0 makes a careless variance show."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*size):
-        return torch.randn(size, generator=generator).to(device, dtype)
-
-    width = shape[-1]
-    return 3 + normal(*shape), normal(*shape).to(branch_dtype or dtype), 1 + normal(width), normal(width)
+    sizes = [shape, shape, shape[-1:], shape[-1:]]
+    x, branch, weight, bias = (normal(*size, seed=seed + i, dtype=dtype, device=device) for i, size in enumerate(sizes))
+    return 3 + x, branch.to(branch_dtype or dtype), 1 + weight, bias
 
 
 def run(module, x, branch, weight, bias, dtype=None, upstream=None, **scaling):
@@ -29,17 +38,12 @@ def run(module, x, branch, weight, bias, dtype=None, upstream=None, **scaling):
     leaves = [tensor.detach().requires_grad_() for tensor in (x, branch, weight, bias)]
     total, normed = module.residual_layer_norm(*leaves, dtype=dtype, **scaling)
     if upstream is None:
-        generator = torch.Generator().manual_seed(5)
-        upstream = [torch.randn(x.shape, generator=generator).to(out) for out in (total, normed)]
+        upstream = [normal(*x.shape, seed=5 + i, device=x.device).to(out) for i, out in enumerate((total, normed))]
     return [total, normed, *torch.autograd.grad([total, normed], leaves, upstream)]
 
 
 def new_flag(device="cpu"):
     return torch.zeros((), dtype=torch.int32, device=device)
-
-
-def error(result, exact):
-    return (result.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-6)
 
 
 @settings(max_examples=40, deadline=None)
@@ -50,14 +54,14 @@ def test_matches_float64(shape, width, seed, device):
     theirs = run(reference, *tensors)
     for result, eager, wanted in zip(run(df, *tensors), theirs, exact, strict=True):
         assert result.shape == wanted.shape
-        # A row of nearly equal values has a large 1 / sigma: no worse than torch's own float32 there.
-        assert error(result, wanted) <= max(1e-5, 2 * error(eager, wanted))
+        # A row of nearly equal values has a large 1 / sigma: there, no worse than torch's own float32.
+        assert error(result, wanted) <= max(FORWARD, HALF * error(eager, wanted))
 
 
 @pytest.mark.parametrize("branch_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_half_precision(branch_dtype, dtype, device):
-    """The sum is float32 arithmetic; a half result is the float32 one, rounded: at most twice torch's own error."""
+    """The sum is computed in float32, and a half result rounded from it: at most twice torch's own error."""
     tensors = inputs(40, 96, branch_dtype=branch_dtype, device=device)
     exact = run(reference, *(tensor.double() for tensor in tensors))
     eager = run(reference, *tensors, dtype=dtype)
@@ -67,7 +71,7 @@ def test_half_precision(branch_dtype, dtype, device):
     if dtype != torch.float32:
         exact[2:] = run(reference, *(tensor.double() for tensor in tensors), dtype=dtype)[2:]
     for result, theirs, wanted in zip(results, eager, exact, strict=True):
-        assert error(result, wanted) <= max(1e-5, 2 * error(theirs, wanted))
+        assert error(result, wanted) <= max(FORWARD, HALF * error(theirs, wanted))
 
 
 def test_gradcheck(device):
@@ -97,14 +101,9 @@ def test_opcheck(dtype, device):
 def test_strided_and_surrounded_by_nan(device):
     x, branch, weight, bias = inputs(6, 33, device=device)
     expected = run(df, x, branch, weight, bias)
-    views = []
-    for plain in (x, branch, weight[None], bias[None]):
-        padded = torch.full((plain.shape[1] + 2, 2 * plain.shape[0] + 2), float("nan"), device=device)
-        view = padded[1:-1, 1:-1:2].t()
-        view.copy_(plain)
-        views.append(view)
-    for result, wanted in zip(run(df, *views[:2], views[2][0], views[3][0]), expected, strict=True):
-        assert torch.equal(result, wanted)
+    x, branch = (surrounded(plain, pad=1, step=2, order=(1, 0)) for plain in (x, branch))
+    weight, bias = (surrounded(plain, pad=1, step=2) for plain in (weight, bias))
+    assert_equal(run(df, x, branch, weight, bias), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -115,16 +114,13 @@ def test_widths(width, dtype, device):
     exact = run(reference, *(tensor.double() for tensor in tensors))
     eager = run(reference, *tensors)
     for result, theirs, wanted in zip(run(df, *tensors), eager, exact, strict=True):
-        assert error(result, wanted) <= max(1e-5, 2 * error(theirs, wanted))
+        assert error(result, wanted) <= max(FORWARD, HALF * error(theirs, wanted))
 
 
 def test_odd_addresses(device):
-    """Contiguous, but no row starts where vectors do."""
+    """Contiguous, but no row starts at a multiple of the size of a vector."""
     tensors = inputs(5, 64, device=device)
-    moved = []
-    for tensor in tensors:
-        room = torch.full((tensor.numel() + 2,), float("nan"), device=device)
-        moved.append(room[1:-1].view(tensor.shape).copy_(tensor))
+    moved = [surrounded_in_memory(tensor) for tensor in tensors]
     for result, wanted in zip(run(df, *moved), run(df, *tensors), strict=True):
         assert error(result, wanted.double()) <= 1e-6
 
@@ -138,25 +134,16 @@ def test_nan_stays_in_its_row(device):
     assert normed[[0, 1, 3, 4]].isfinite().all()
 
 
-def test_bitwise_repeatable_on_any_number_of_threads(device):
+def test_same_bits_on_any_number_of_threads(device):
     tensors = inputs(400, 200, device=device)
     scale_in, scale_out = torch.tensor([3.0, 5.0], device=device)
     scaling = {"scale_in": scale_in, "scale_out": scale_out, "nonfinite": new_flag(device)}
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for n in (1, 2, 2):
-            torch.set_num_threads(n)
-            results.append([*run(df, *tensors), *run(df, *tensors, **scaling)])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    same_on_any_number_of_threads(lambda: [*run(df, *tensors), *run(df, *tensors, **scaling)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_scaling(dtype, device):
-    grad = torch.randn(37, 251, generator=torch.Generator().manual_seed(0)).to(device)
+    grad = normal(37, 251, device=device)
     scale = torch.tensor(2.0**13 * 1.0007, device=device)
     scaled = df.scale_gradient(grad, scale, dtype)
     assert scaled.dtype == dtype
@@ -171,7 +158,7 @@ def test_gradient_scaling(dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_every_16_bit_number(dtype, device):
-    """Each is read as it is; what lies between two of them goes to the nearest, or to the even one."""
+    """Each is read exactly; a number between two of them is rounded to the nearest, halfway to the even one."""
     numbers = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
     zeros = torch.zeros(65536, device=device)
     total, _ = df.residual_layer_norm(zeros, numbers, zeros, zeros)
@@ -195,14 +182,13 @@ def test_unscaled_without_branch(device):
     x, _, weight, bias = (tensor.requires_grad_() for tensor in inputs(6, 5, 36, device=device))
     total, normed = df.residual_layer_norm(x, None, weight, bias)
     assert torch.equal(total, x)
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(x.shape, generator=generator).to(device) for _ in range(2)]
+    upstream = [normal(*x.shape, seed=i, device=device) for i in (1, 2)]
     results = [normed, *torch.autograd.grad([total, normed], [x, weight, bias], upstream)]
     leaves = [tensor.detach().double().requires_grad_() for tensor in (x, weight, bias)]
     exact = reference.residual_layer_norm(leaves[0], None, *leaves[1:])
     wanted = [exact[1], *torch.autograd.grad(exact, leaves, [grad.double() for grad in upstream])]
     for result, value in zip(results, wanted, strict=True):
-        assert error(result, value) <= 1e-5
+        assert error(result, value) <= FORWARD
 
 
 @pytest.mark.parametrize("branch_dtype", DTYPES)
@@ -211,8 +197,7 @@ def test_unscaled_without_branch(device):
 def test_scaled_backward(width, dtype, branch_dtype, device):
     """Filter, unscale, LayerNorm, sum, scale and cast at once, against the float64 composition of the steps."""
     tensors = inputs(40, width, branch_dtype=branch_dtype, device=device)
-    generator = torch.Generator().manual_seed(2)
-    upstream = [torch.randn(tensors[0].shape, generator=generator).to(device) for _ in range(2)]
+    upstream = [normal(*tensors[0].shape, seed=i, device=device) for i in (7, 8)]
     upstream[1] = (upstream[1] * 700).to(dtype)
     for place, value in zip(((3, 5), (3, 6), (39, 32)), (torch.nan, torch.inf, -torch.inf), strict=True):
         upstream[1][place] = value
@@ -231,7 +216,7 @@ def test_scaled_backward(width, dtype, branch_dtype, device):
     assert flags == [1, 1, 1]
     assert [result.dtype for result in results] == [result.dtype for result in eager]
     for result, theirs, wanted in zip(results, eager, exact, strict=True):
-        assert error(result, wanted) <= max(1e-5, 2 * error(theirs, wanted))
+        assert error(result, wanted) <= max(FORWARD, HALF * error(theirs, wanted))
     # The filter alone sets the flag, and never clears it.
     finite = [grad.nan_to_num(0, 0, 0) for grad in upstream]
     for flag, wanted in ((new_flag(device), 0), (new_flag(device) + 1, 1)):
@@ -242,11 +227,11 @@ def test_scaled_backward(width, dtype, branch_dtype, device):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": torch.zeros(2, 4).half()}, TypeError, "x: expected float32 or float64, got torch.float16"),
+        ({"x": torch.zeros(2, 4).half()}, TypeError, "x: expected torch.float32 or torch.float64, got torch.float16"),
         ({"x": torch.zeros(0, 4)}, ValueError, r"x: expected a non-empty \[..., D\], got \[0, 4\]"),
         ({"x": torch.tensor(1.0)}, ValueError, "x: expected a non-empty"),
         ({"branch": torch.zeros(4)}, ValueError, r"branch: expected \[2, 4\], got \[4\]"),
-        ({"branch": torch.zeros(2, 4).double()}, TypeError, "branch: expected torch.float32, .* got torch.float64"),
+        ({"branch": torch.zeros(2, 4).double()}, TypeError, "branch: expected torch.float32 .* got torch.float64"),
         ({"dtype": torch.int32}, TypeError, "dtype: expected torch.float32, .* got torch.int32"),
         ({"weight": torch.zeros(1)}, ValueError, r"weight: expected \[4\], got \[1\]"),
         ({"bias": torch.zeros(4).half()}, TypeError, "bias: expected torch.float32, got torch.float16"),
@@ -267,7 +252,7 @@ def test_bad_input(change, error, message):
         ({"nonfinite": None}, ValueError, "scale_in, nonfinite: expected both or neither"),
         ({"scale_in": None}, ValueError, "scale_in, nonfinite: expected both or neither"),
         ({"branch": None}, ValueError, "scale_out: expected None without a branch"),
-        ({"scale_in": torch.ones(2)}, ValueError, r"scale_in: expected one element, got \[2\]"),
+        ({"scale_in": torch.ones(2)}, ValueError, r"scale_in: expected 1 element\(s\), got \[2\]"),
         (
             {"scale_out": torch.tensor(1.0).half()},
             TypeError,
@@ -300,9 +285,9 @@ def test_bad_scale():
     grad = torch.zeros(3)
     with pytest.raises(TypeError, match=r"scale: expected torch.float32, got torch.float64"):
         df.scale_gradient(grad, torch.tensor(1.0).double(), torch.float16)
-    with pytest.raises(ValueError, match=r"scale: expected one element, got \[3\]"):
+    with pytest.raises(ValueError, match=r"scale: expected 1 element\(s\), got \[3\]"):
         df.unscale_gradient(grad, torch.ones(3))
-    with pytest.raises(TypeError, match=r"grad: expected float32, got torch.float16"):
+    with pytest.raises(TypeError, match=r"grad: expected torch.float32, got torch.float16"):
         df.scale_gradient(grad.half(), torch.tensor(1.0), torch.float16)
     with pytest.raises(TypeError, match=r"dtype: expected float32, bfloat16 or float16, got torch.int8"):
         df.scale_gradient(grad, torch.tensor(1.0), torch.int8)

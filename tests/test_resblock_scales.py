@@ -1,4 +1,4 @@
-"""Resblocks in float16 with a gradient scale each, and how the scales change from update to update."""
+"""Resblocks in float16, each with a gradient scale, and the change of the scales from step to step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dalle_fast import reference
 
 
 def resblocks(x, weights, norms, scale, nonfinite, spoil=None, cut=None):
-    """A stream through float16 resblocks, as a model would write it.
+    """A stream through float16 resblocks, as in a model.
 
     The gradient that leaves resblock ``spoil`` is infinite, that of ``cut`` does not reach the stream.
     """
@@ -29,7 +29,7 @@ def resblocks(x, weights, norms, scale, nonfinite, spoil=None, cut=None):
 
 
 def resblock_gradients(device, **faults):
-    """Gradients of the stream and of all parameters, without their scales; and which resblocks were not finite."""
+    """Gradients of the stream and of all parameters, without their scales; exact ones; and ``nonfinite``."""
     generator = torch.Generator().manual_seed(0)
 
     def leaf(*size):
@@ -54,7 +54,7 @@ def resblock_gradients(device, **faults):
 
 
 def test_resblocks(device):
-    """Gradients far below what float16 can hold come through it, each resblock with a scale of its own."""
+    """Gradients far below the range of float16 survive it, as each resblock has its own scale."""
     grads, exact, nonfinite = resblock_gradients(device)
     assert nonfinite == [0, 0, 0, 0]
     for grad, wanted in zip(grads, exact, strict=True):
@@ -69,7 +69,7 @@ def test_infinite_gradient_stays_in_its_resblock(device):
 
 
 def simulate_scales(trace, scale, replicas):
-    """Appendix D for one resblock, step by step. Yields its scale after each update, and whether it was divided."""
+    """Appendix D for one resblock, step by step. Yields its scale after each step, and whether it was divided."""
     smallest, largest = np.float32(replicas * 2**7), np.float32(replicas * 2**24)
     last_division = -(10**9)
     for step, nonfinite in enumerate(trace):

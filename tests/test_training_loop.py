@@ -20,14 +20,7 @@ from dalle_fast.training import loop as training_loop
 from dalle_fast.training.loop import new_state, parameter_groups
 from dalle_fast.training.metrics import Incidents, Log, LossSpikes, perplexity, resblock_of
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are so small that a second thread only slows them down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def records(out: Path, kind: str) -> list[dict]:

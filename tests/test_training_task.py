@@ -15,14 +15,7 @@ from dalle_fast.training import train_clip, train_dalle, train_dvae, train_token
 from dalle_fast.training.dalle import DALLETask
 from dalle_fast.training.dvae import DVAETask
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models are so small that a second thread only slows them down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("kind", KINDS)

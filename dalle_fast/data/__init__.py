@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .pairs import Skipped as Skipped
     from .shard_job import JobOptions as JobOptions
 
-__getattr__, __dir__, __all__ = attach(
+attach(
     __name__,
     {
         "augment_dalle": "augment",

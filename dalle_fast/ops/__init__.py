@@ -1,6 +1,6 @@
-"""The ops: public function, fake and gradient of each; the kernels are in ``csrc/``."""
+"""The ops: public function, fake and gradient of each. The kernels are in ``csrc/``."""
 
-from ._library import Backend, backend
+from ._library import Backend, backend, waits_on_host
 from .adamw16 import adamw16, gradient_norm
 from .decode_attention import decode_attention
 from .gumbel import gumbel_quantize, gumbel_softmax
@@ -27,4 +27,5 @@ __all__ = [
     "sparse_attention",
     "unscale_gradient",
     "update_scales",
+    "waits_on_host",
 ]

@@ -1,4 +1,4 @@
-"""Loads the compiled ops and decides between them and the references: the one place where that happens."""
+"""Loads the compiled ops and decides, for each op and device, whether they or the references run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .. import reference
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Ops whose CUDA kernels have passed the tests on a GPU: none yet. The others are compiled but off, and their references
 # run on CUDA tensors, unless DALLE_FAST_UNVERIFIED=1.
@@ -21,11 +23,11 @@ VERIFIED_ON_CUDA: frozenset[str] = frozenset()
 
 @dataclass(frozen=True)
 class Backend:
-    """What this install computes with; ``str()`` is meant for people.
+    """The kernels of this install; ``str()`` is meant for people.
 
     Args:
         devices: device types that have kernels, such as ``("cpu",)``; empty when the references run.
-        reasons: why a device type has them or not, by type.
+        reasons: by device type, why it has kernels or not.
         reference: why the references run instead of the kernels, or None.
         cuda_ops: ops whose CUDA kernels are on; for the others, references run on CUDA tensors.
         unverified: ops whose CUDA kernels have not been run on a GPU yet.
@@ -41,9 +43,9 @@ class Backend:
         lines = [
             f"{device}: {'yes' if device in self.devices else 'no'} ({why})" for device, why in self.reasons.items()
         ]
-        for switched_on, what in ((False, "off (DALLE_FAST_UNVERIFIED=1 switches them on)"), (True, "on")):
-            if names := sorted(name for name in self.unverified if (name in self.cuda_ops) == switched_on):
-                lines.append(f"cuda kernels not yet run on a GPU, {what}: {', '.join(names)}")
+        for on, state in ((False, "off (DALLE_FAST_UNVERIFIED=1 switches them on)"), (True, "on")):
+            if names := sorted(name for name in self.unverified if (name in self.cuda_ops) == on):
+                lines.append(f"cuda kernels not yet run on a GPU, {state}: {', '.join(names)}")
         return "\n".join(lines if self.reference is None else [*lines, f"reference: {self.reference}"])
 
 
@@ -58,7 +60,7 @@ def _load() -> Backend:
     """Load ``_C``, or say why the references run.
 
     Raises:
-        ImportError: the binary is there and does not load; names the cause.
+        ImportError: the binary exists and does not load; names the cause.
     """
     if os.environ.get("DALLE_FAST_REFERENCE", "0") not in ("", "0"):
         why = "forced by DALLE_FAST_REFERENCE"
@@ -89,25 +91,46 @@ _BACKEND = _load()
 
 
 def backend() -> Backend:
-    """Which kernels this install has, and why not the others."""
+    """The kernels that this install has, and why not the others."""
     return _BACKEND
 
 
-def kernels_loaded() -> bool:
-    """Whether the compiled ops exist, so that fakes and gradients can be registered on them."""
-    return _BACKEND.reference is None
+def waits_on_host(op: str, device: torch.device) -> bool:
+    """Whether the host waits for ``device`` in ``op``: its reference runs there, which reads values on the host.
+
+    Such a call cannot be recorded as a CUDA graph.
+
+    Raises:
+        RuntimeError: this install has no kernel for ``device``.
+    """
+    return reference_op(op, device) is not None
 
 
 def reference_op(name: str, device: torch.device) -> Callable[..., Any] | None:
-    """The fallback switch: the reference of op ``name`` if it must run in place of the kernel, else None.
+    """The reference of op ``name`` if it runs in place of the kernel, else None.
 
     Raises:
-        RuntimeError: the kernels are loaded, but have none for ``device``.
+        RuntimeError: the kernels are loaded, but there is none for ``device``.
     """
     off_on_cuda = device.type == "cuda" and "cuda" in _BACKEND.devices and name not in _BACKEND.cuda_ops
     if _BACKEND.reference is not None or off_on_cuda:
         return getattr(reference, name)
-    if device.type not in (*_BACKEND.devices, "meta"):
+    if device.type not in _BACKEND.devices and device.type != "meta":
         why = _BACKEND.reasons.get(device.type, "never built for it")
         raise RuntimeError(f"{name}: this install has no kernel for {device.type}: {why}")
     return None
+
+
+def register_fake(op: str) -> Callable[[Function], Function]:
+    """Decorator: ``torch.library.register_fake``, or nothing where the compiled ops are missing."""
+    return torch.library.register_fake(f"dalle_fast::{op}") if _kernels_loaded() else lambda fake: fake
+
+
+def register_autograd(op: str, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
+    """``torch.library.register_autograd``, or nothing where the compiled ops are missing."""
+    if _kernels_loaded():
+        torch.library.register_autograd(f"dalle_fast::{op}", backward, setup_context=setup_context)
+
+
+def _kernels_loaded() -> bool:
+    return _BACKEND.reference is None

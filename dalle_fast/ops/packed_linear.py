@@ -1,4 +1,4 @@
-"""Linear layers on a few rows, as sampling has them: the time goes into reading the weights, so they are packed."""
+"""Linear layers on a few rows, as in sampling: the time goes into reading the weights, so these are packed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._library import kernels_loaded, reference_op
+from ._check import check_tensor
+from ._library import reference_op, register_fake
 
 FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 PANEL = 16  # outputs that are stored together
@@ -44,10 +45,7 @@ def pack_linear(weight: Tensor, format: str = "bfloat16") -> PackedWeight:
         ValueError: no matrix, an unknown format, or for int8 a weight that is not finite.
         RuntimeError: this install has no kernel for the device.
     """
-    if weight.dtype != torch.float32:
-        raise TypeError(f"weight: expected float32, got {weight.dtype}")
-    if weight.ndim != 2 or weight.numel() == 0:
-        raise ValueError(f"weight: expected a non-empty [out, in], got {list(weight.shape)}")
+    check_tensor("weight", weight, torch.float32, ("out", "in"))
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     weight = weight.detach().contiguous()
@@ -77,44 +75,26 @@ def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -
         ValueError: shapes that do not fit, or different devices.
         RuntimeError: x or bias requires gradients; this install has no kernel for the device.
     """
+    device = packed.panels.device
+    check_tensor("x", x, torch.float32, device=device)
     if x.shape[-1:] != (packed.in_features,):
         raise ValueError(f"x: expected [..., {packed.in_features}], got {list(x.shape)}")
-    if x.device != packed.panels.device:
-        raise ValueError(f"x: expected the device of the weights {packed.panels.device}, got {x.device}")
+    if bias is not None:
+        check_tensor("bias", bias, torch.float32, (packed.out_features,), device)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         raise RuntimeError("packed_linear has no gradients: call it under torch.no_grad()")
-    if reference := reference_op("packed_linear", x.device):
-        _check_arguments(x, packed, bias)
+    if reference := reference_op("packed_linear", device):
         return reference(x, packed, bias)
-    try:
-        return torch.ops.dalle_fast.packed_linear(x, packed.panels, packed.scales, bias, packed.out_features)
-    except RuntimeError:
-        # The op has checked all that matters. A call takes microseconds, so what exactly is wrong is only looked for
-        # when something is.
-        _check_arguments(x, packed, bias)
-        raise
+    return torch.ops.dalle_fast.packed_linear(x, packed.panels, packed.scales, bias, packed.out_features)
 
 
-def _check_arguments(x: Tensor, packed: PackedWeight, bias: Tensor | None) -> None:
-    if x.dtype != torch.float32:
-        raise TypeError(f"x: expected float32, got {x.dtype}")
-    if bias is not None:
-        if bias.dtype != torch.float32:
-            raise TypeError(f"bias: expected float32, got {bias.dtype}")
-        if list(bias.shape) != [packed.out_features]:
-            raise ValueError(f"bias: expected [{packed.out_features}], got {list(bias.shape)}")
+@register_fake("pack_linear")
+def _pack_linear_fake(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    depth = LINE // dtype.itemsize
+    shape = (-(-weight.shape[0] // PANEL), -(-weight.shape[1] // depth), depth * PANEL)
+    return weight.new_empty(shape, dtype=dtype), weight.new_empty(weight.shape[0] if dtype == torch.int8 else 0)
 
 
-if kernels_loaded():
-
-    @torch.library.register_fake("dalle_fast::pack_linear")
-    def _pack_linear_fake(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        depth = LINE // dtype.itemsize
-        shape = (-(-weight.shape[0] // PANEL), -(-weight.shape[1] // depth), depth * PANEL)
-        return weight.new_empty(shape, dtype=dtype), weight.new_empty(weight.shape[0] if dtype == torch.int8 else 0)
-
-    @torch.library.register_fake("dalle_fast::packed_linear")
-    def _packed_linear_fake(
-        x: Tensor, panels: Tensor, scales: Tensor, bias: Tensor | None, out_features: int
-    ) -> Tensor:
-        return x.new_empty(*x.shape[:-1], out_features)
+@register_fake("packed_linear")
+def _packed_linear_fake(x: Tensor, panels: Tensor, scales: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)

@@ -1,16 +1,16 @@
-"""Around the 16-bit resblocks: residual sum with LayerNorm, and per-resblock gradient scaling (section 2.4).
+"""Residual sum with LayerNorm around 16-bit resblocks, and per-resblock gradient scaling (section 2.4).
 
-Each resblock has a gradient scale of its own: the factor on the gradients inside of it, so that they fit 16 bits. The
-state of n resblocks are three tensors [n] on the device of the model, which nothing in a step reads back:
+Each resblock has its own gradient scale: the factor on the gradients inside it, so that they fit 16 bits. The state of
+n resblocks is three tensors [n] on the device of the model, which nothing in a step reads back:
 
     scale            float32, from ``replicas * 2**7`` to ``replicas * 2**24``; starts at ``replicas * 2**13``
-    since_division   int32, updates since the scale was last divided
+    since_division   int32, steps since the scale was last divided
     nonfinite        int32, not 0 if a gradient of the resblock was Inf or NaN in this step
 
 A step: the backward of ``residual_layer_norm`` reads ``scale`` and sets ``nonfinite``; whoever finds Inf or NaN in the
 gradients of a resblock's parameters sets it too; replicas take the maximum of their ``nonfinite``; the optimizer skips
 what it marks; ``update_scales`` adjusts ``scale`` and clears ``nonfinite``. Gradients of parameters inside a resblock
-come out times ``scale``, those of the LayerNorm in front of it without.
+come out multiplied by ``scale``, those of the LayerNorm in front of it do not.
 """
 
 from __future__ import annotations
@@ -18,31 +18,32 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ._library import kernels_loaded, reference_op
+from ._check import HALVES, check_elements, check_tensor
+from ._library import reference_op, register_autograd, register_fake
 
-HALF = (torch.bfloat16, torch.float16)
 FIRST_SCALE = 2.0**13  # of one replica (appendix D)
-WINDOW = 125  # updates between two divisions of a scale
+WINDOW = 125  # steps between two divisions of a scale
 
 
 def residual_layer_norm(
-    x: torch.Tensor,
-    branch: torch.Tensor | None,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
     eps: float = 1e-5,
     dtype: torch.dtype | None = None,
-    scale_in: torch.Tensor | None = None,
-    scale_out: torch.Tensor | None = None,
-    nonfinite: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    scale_in: Tensor | None = None,
+    scale_out: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Add a resblock's output to the residual stream and normalise the sum for the next one (section 2.4).
 
-    With scales the backward is that of figure 4: the gradient of ``normed`` comes out of the next resblock times
-    ``scale_in``; its Inf and NaN become 0, it is divided by ``scale_in``, goes through the LayerNorm and is added to
-    the gradient of the stream. That, times ``scale_out``, is the gradient of ``branch``. Those of ``x``, ``weight`` and
-    ``bias`` have no scale. A transformer of n resblocks:
+    With scales the backward is that of figure 4: the gradient of ``normed`` comes out of the next resblock multiplied
+    by ``scale_in``; its Inf and NaN become 0, it is divided by ``scale_in``, goes through the LayerNorm and is added to
+    the gradient of the stream. That sum multiplied by ``scale_out`` is the gradient of ``branch``. Those of ``x``,
+    ``weight`` and ``bias`` have no scale. A transformer of n resblocks:
 
         total, normed = residual_layer_norm(x, None, ..., scale_in=scale[0], nonfinite=nonfinite[0])
         for i in range(1, n):
@@ -68,37 +69,27 @@ def residual_layer_norm(
 
     Raises:
         TypeError: an argument of another dtype.
-        ValueError: shapes or devices that do not match, nothing to normalise, or scales without what they belong to.
+        ValueError: shapes or devices that do not match, an empty x, one of ``scale_in`` and ``nonfinite`` alone, or
+            ``scale_out`` without a branch.
+        RuntimeError: this install has no kernel for the device.
     """
-    dtype = dtype or x.dtype
-    if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"x: expected float32 or float64, got {x.dtype}")
+    check_tensor("x", x, (torch.float32, torch.float64))
     if x.dim() == 0 or x.numel() == 0:
         raise ValueError(f"x: expected a non-empty [..., D], got {list(x.shape)}")
+    dtype = dtype or x.dtype
+    if dtype not in (x.dtype, *HALVES):
+        raise TypeError(f"dtype: expected {x.dtype}, bfloat16 or float16, got {dtype}")
     if branch is not None:
-        _check_device("branch", branch, x.device)
-        if branch.shape != x.shape:
-            raise ValueError(f"branch: expected {list(x.shape)}, got {list(branch.shape)}")
-    for name, value in (("branch", x.dtype if branch is None else branch.dtype), ("dtype", dtype)):
-        if value not in (x.dtype, *HALF):
-            raise TypeError(f"{name}: expected {x.dtype}, bfloat16 or float16, got {value}")
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector.shape != x.shape[-1:]:
-            raise ValueError(f"{name}: expected {list(x.shape[-1:])}, got {list(vector.shape)}")
-        if vector.dtype != x.dtype:
-            raise TypeError(f"{name}: expected {x.dtype}, got {vector.dtype}")
-        _check_device(name, vector, x.device)
+        check_tensor("branch", branch, (x.dtype, *HALVES), x.shape, x.device)
+    check_tensor("weight", weight, x.dtype, x.shape[-1:], x.device)
+    check_tensor("bias", bias, x.dtype, x.shape[-1:], x.device)
     if (scale_in is None) != (nonfinite is None):
         raise ValueError("scale_in, nonfinite: expected both or neither")
     if scale_out is not None and branch is None:
         raise ValueError("scale_out: expected None without a branch")
-    for name, scalar, wanted in (
-        ("scale_in", scale_in, torch.float32),
-        ("scale_out", scale_out, torch.float32),
-        ("nonfinite", nonfinite, torch.int32),
-    ):
-        if scalar is not None:
-            _check_one_element(name, scalar, wanted, x.device)
+    check_elements("scale_in", scale_in, torch.float32, 1, x.device)
+    check_elements("scale_out", scale_out, torch.float32, 1, x.device)
+    check_elements("nonfinite", nonfinite, torch.int32, 1, x.device)
     if reference := reference_op("residual_layer_norm", x.device):
         return reference(x, branch, weight, bias, eps, dtype, scale_in, scale_out, nonfinite)
     branch = None if branch is None else branch.contiguous()
@@ -108,105 +99,100 @@ def residual_layer_norm(
     return x if branch is None else total, normed
 
 
-def _check_device(name: str, x: torch.Tensor, device: torch.device) -> None:
-    if x.device != device:
-        raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
+@register_fake("residual_layer_norm")
+def _residual_layer_norm_fake(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    scale_in: Tensor | None,
+    scale_out: Tensor | None,
+    nonfinite: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = x.new_empty((0,) if branch is None else x.shape)  # without a branch x serves
+    rows = (*x.shape[:-1], 1)
+    return total, x.new_empty(x.shape, dtype=dtype), x.new_empty(rows), x.new_empty(rows)
 
 
-def _check_one_element(name: str, x: torch.Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    if x.dtype != dtype:
-        raise TypeError(f"{name}: expected {dtype}, got {x.dtype}")
-    _check_device(name, x, device)
-    if x.numel() != 1:
-        raise ValueError(f"{name}: expected one element, got {list(x.shape)}")
+@register_fake("residual_layer_norm_backward")
+def _residual_layer_norm_backward_fake(
+    grad_total: Tensor | None,
+    grad_normed: Tensor,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    branch_dtype: torch.dtype,
+    scale_in: Tensor | None,
+    scale_out: Tensor | None,
+    nonfinite: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shared = branch_dtype == total.dtype and scale_out is None  # the gradient of x serves both
+    grads = total.new_empty(total.shape), total.new_empty((0,) if shared else total.shape, dtype=branch_dtype)
+    return *grads, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
-if kernels_loaded():
-
-    @torch.library.register_fake("dalle_fast::residual_layer_norm")
-    def _residual_layer_norm_fake(
-        x: torch.Tensor,
-        branch: torch.Tensor | None,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        eps: float,
-        dtype: torch.dtype,
-        scale_in: torch.Tensor | None,
-        scale_out: torch.Tensor | None,
-        nonfinite: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        total = x.new_empty((0,) if branch is None else x.shape)  # without a branch x serves
-        rows = (*x.shape[:-1], 1)
-        return total, x.new_empty(x.shape, dtype=dtype), x.new_empty(rows), x.new_empty(rows)
-
-    @torch.library.register_fake("dalle_fast::residual_layer_norm_backward")
-    def _residual_layer_norm_backward_fake(
-        grad_total: torch.Tensor | None,
-        grad_normed: torch.Tensor,
-        total: torch.Tensor,
-        weight: torch.Tensor,
-        mean: torch.Tensor,
-        rstd: torch.Tensor,
-        branch_dtype: torch.dtype,
-        scale_in: torch.Tensor | None,
-        scale_out: torch.Tensor | None,
-        nonfinite: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        shared = branch_dtype == total.dtype and scale_out is None  # the gradient of x serves both
-        grads = total.new_empty(total.shape), total.new_empty((0,) if shared else total.shape, dtype=branch_dtype)
-        return *grads, weight.new_empty(weight.shape), weight.new_empty(weight.shape)
-
-    def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        x, branch, weight, _, _, _, scale_in, scale_out, nonfinite = inputs
-        total, _, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
-        ctx.save_for_backward(x if branch is None else total, weight, mean, rstd, scale_in, scale_out)
-        ctx.branch_dtype = None if branch is None else branch.dtype
-        ctx.nonfinite = nonfinite  # not among the saved: the backward of other resblocks writes to its neighbours
-
-    def _backward(
-        ctx: Any, grad_total: torch.Tensor, grad_normed: torch.Tensor, *_: Any
-    ) -> tuple[torch.Tensor | None, ...]:
-        total, weight, mean, rstd, scale_in, scale_out = ctx.saved_tensors
-        has_branch = ctx.branch_dtype is not None
-        grad_x, grad_branch, grad_weight, grad_bias = torch.ops.dalle_fast.residual_layer_norm_backward(
-            grad_total.contiguous() if has_branch else None,
-            grad_normed.contiguous(),
-            *(total, weight, mean, rstd),
-            ctx.branch_dtype if has_branch else total.dtype,
-            *(scale_in, scale_out, ctx.nonfinite),
-        )
-        if grad_branch.numel() == 0:
-            grad_branch = grad_x
-        return grad_x, grad_branch if has_branch else None, grad_weight, grad_bias, *[None] * 5
-
-    torch.library.register_autograd("dalle_fast::residual_layer_norm", _backward, setup_context=_setup_context)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, branch, weight, _, _, _, scale_in, scale_out, nonfinite = inputs
+    total, _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x if branch is None else total, weight, mean, rstd, scale_in, scale_out)
+    ctx.branch_dtype = None if branch is None else branch.dtype
+    ctx.nonfinite = nonfinite  # not among the saved: the backward of other resblocks writes to its neighbours
 
 
-def scale_gradient(grad: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The gradient that enters a resblock on the way back: times the block's scale, cast (figure 4).
+def _backward(ctx: Any, grad_total: Tensor, grad_normed: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    total, weight, mean, rstd, scale_in, scale_out = ctx.saved_tensors
+    has_branch = ctx.branch_dtype is not None
+    grad_x, grad_branch, grad_weight, grad_bias = torch.ops.dalle_fast.residual_layer_norm_backward(
+        grad_total.contiguous() if has_branch else None,
+        grad_normed.contiguous(),
+        *(total, weight, mean, rstd),
+        ctx.branch_dtype if has_branch else total.dtype,
+        *(scale_in, scale_out, ctx.nonfinite),
+    )
+    if grad_branch.numel() == 0:
+        grad_branch = grad_x
+    return grad_x, grad_branch if has_branch else None, grad_weight, grad_bias, *[None] * 5
+
+
+register_autograd("residual_layer_norm", _backward, setup_context=_setup_context)
+
+
+def scale_gradient(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient that enters a resblock on the way back: multiplied by the block's scale, cast (figure 4).
+
+    A public op, for your own model: :func:`residual_layer_norm` does the same within its backward.
 
     Args:
         grad: any shape, float32. Not differentiated again.
         scale: float32, one element.
-        dtype: of the result: float32, bfloat16 or float16; what leaves its range becomes infinite.
+        dtype: of the result: float32, bfloat16 or float16; values out of its range become infinite.
 
     Raises:
         TypeError: another dtype.
         ValueError: a scale of more than one element, or on another device.
     """
-    _check_one_element("scale", scale, torch.float32, grad.device)
-    if grad.dtype != torch.float32:
-        raise TypeError(f"grad: expected float32, got {grad.dtype}")
-    if dtype not in (torch.float32, *HALF):
+    check_tensor("grad", grad, torch.float32)
+    check_elements("scale", scale, torch.float32, 1, grad.device)
+    if dtype not in (torch.float32, *HALVES):
         raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
     if reference := reference_op("scale_gradient", grad.device):
         return reference(grad, scale, dtype)
     return torch.ops.dalle_fast.scale_gradient(grad.contiguous(), scale, dtype)
 
 
-def unscale_gradient(grad: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+@register_fake("scale_gradient")
+def _scale_gradient_fake(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad.new_empty(grad.shape, dtype=dtype)
+
+
+def unscale_gradient(grad: Tensor, scale: Tensor) -> Tensor:
     """The gradient that leaves a resblock: Inf and NaN become 0, then divided by the scale, in float32 (figure 4).
+
+    A public op, for your own model: :func:`residual_layer_norm` does the same within its backward.
 
     Args:
         grad: any shape, float32, bfloat16 or float16. Not differentiated again.
@@ -216,17 +202,21 @@ def unscale_gradient(grad: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         TypeError: another dtype.
         ValueError: a scale of more than one element, or on another device.
     """
-    _check_one_element("scale", scale, torch.float32, grad.device)
-    if grad.dtype not in (torch.float32, *HALF):
-        raise TypeError(f"grad: expected float32, bfloat16 or float16, got {grad.dtype}")
+    check_tensor("grad", grad, (torch.float32, *HALVES))
+    check_elements("scale", scale, torch.float32, 1, grad.device)
     if reference := reference_op("unscale_gradient", grad.device):
         return reference(grad, scale)
     return torch.ops.dalle_fast.unscale_gradient(grad.contiguous(), scale)
 
 
+@register_fake("unscale_gradient")
+def _unscale_gradient_fake(grad: Tensor, scale: Tensor) -> Tensor:
+    return grad.new_empty(grad.shape, dtype=torch.float32)
+
+
 def initial_scales(
     n: int, replicas: int = 1, device: torch.device | str | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """``scale``, ``since_division``, ``nonfinite`` [n] of n resblocks before the first step.
 
     Raises:
@@ -241,38 +231,29 @@ def initial_scales(
 
 
 @torch.no_grad()
-def update_scales(
-    scale: torch.Tensor, since_division: torch.Tensor, nonfinite: torch.Tensor, replicas: int = 1
-) -> None:
-    """After an update: adjust the gradient scale of every resblock and clear ``nonfinite`` (appendix D).
+def update_scales(scale: Tensor, since_division: Tensor, nonfinite: Tensor, replicas: int = 1) -> None:
+    """After a step: adjust the gradient scale of every resblock and clear ``nonfinite`` (appendix D).
 
-    A resblock whose gradients were finite has its scale multiplied by 2^(1/1000), another has it divided by sqrt(2),
-    but not twice within 125 updates; an update that was skipped counts among these. Results stay within
+    The scale of a resblock whose gradients were finite is multiplied by 2^(1/1000); that of another is divided by
+    sqrt(2), but not twice within 125 steps, skipped ones included. Results stay within
     ``replicas * 2**7`` and ``replicas * 2**24``.
 
     Args:
         scale: [n], float32; updated.
-        since_division: [n], int32; updated. No more than 125 is counted.
-        nonfinite: [n], int32: which resblocks had gradients that are not finite; set to 0.
+        since_division: [n], int32; updated. Counts up to 125.
+        nonfinite: [n], int32, not 0 for resblocks whose gradients were not all finite; set to 0.
         replicas: number of data-parallel replicas, M in the paper.
 
     Raises:
         TypeError: a tensor of another dtype.
         ValueError: a tensor of another shape, not contiguous or on another device, or replicas less than 1.
     """
-    for name, tensor, dtype in (
-        ("scale", scale, torch.float32),
-        ("since_division", since_division, torch.int32),
-        ("nonfinite", nonfinite, torch.int32),
-    ):
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
-        _check_device(name, tensor, scale.device)
-        if tensor.dim() != 1 or tensor.shape != scale.shape:
-            expected = "[n]" if tensor is scale else list(scale.shape)
-            raise ValueError(f"{name}: expected {expected}, got {list(tensor.shape)}")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name}: expected contiguous memory, got strides {tensor.stride()}")
+    check_tensor("scale", scale, torch.float32, ("n",))
+    check_tensor("since_division", since_division, torch.int32, scale.shape, scale.device)
+    check_tensor("nonfinite", nonfinite, torch.int32, scale.shape, scale.device)
+    for name, state in (("scale", scale), ("since_division", since_division), ("nonfinite", nonfinite)):
+        if not state.is_contiguous():
+            raise ValueError(f"{name}: expected contiguous memory, got strides {state.stride()}")
     if replicas < 1:
         raise ValueError(f"replicas: expected at least 1, got {replicas}")
     if reference := reference_op("update_scales", scale.device):
@@ -280,18 +261,6 @@ def update_scales(
     torch.ops.dalle_fast.update_scales(scale, since_division, nonfinite, replicas)
 
 
-if kernels_loaded():
-
-    @torch.library.register_fake("dalle_fast::scale_gradient")
-    def _scale_gradient_fake(grad: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return grad.new_empty(grad.shape, dtype=dtype)
-
-    @torch.library.register_fake("dalle_fast::unscale_gradient")
-    def _unscale_gradient_fake(grad: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        return grad.new_empty(grad.shape, dtype=torch.float32)
-
-    @torch.library.register_fake("dalle_fast::update_scales")
-    def _update_scales_fake(
-        scale: torch.Tensor, since_division: torch.Tensor, nonfinite: torch.Tensor, replicas: int
-    ) -> None:
-        return None
+@register_fake("update_scales")
+def _update_scales_fake(scale: Tensor, since_division: Tensor, nonfinite: Tensor, replicas: int) -> None:
+    return None

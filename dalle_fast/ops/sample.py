@@ -1,29 +1,30 @@
-"""Sampling: from logits to one code a row, with temperature, top-k and top-p, from a seed."""
+"""Sampling: from logits to one code per row, with temperature, top-k and top-p, from a seed."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+from torch import Tensor
 
-from ._library import kernels_loaded, reference_op
-from .gumbel import int64_tensor
+from ._check import HALVES, check_tensor, int64_scalar
+from ._library import reference_op, register_fake
 
 
 def sample(
-    logits: torch.Tensor,
-    seed: int | torch.Tensor,
+    logits: Tensor,
+    seed: int | Tensor,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    first: int | torch.Tensor = 0,
+    first: int | Tensor = 0,
     pitch: int | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """One draw from the softmax of each row: the argmax of logits / temperature plus Gumbel noise (Gumbel-max).
 
     A pure function of its arguments: the noise of row c, code i is element ``first + c * pitch + i`` of the seed's
-    stream. With ``first = step * K`` and ``pitch = steps * K``, a candidate's draws over a whole image are the same
-    however many candidates there are.
+    stream. With ``first = step * K`` and ``pitch = steps * K``, a candidate's draws over a whole image do not depend on
+    the number of candidates.
 
     Args:
         logits: [C, K], float32, bfloat16 or float16. Each row needs a finite largest value; -inf is never drawn.
@@ -32,7 +33,7 @@ def sample(
         top_k: draw from the k largest logits and those equal to the k-th; None for all.
         top_p: draw from the smallest set of likeliest codes, after temperature and top_k, whose probabilities reach
             this share; of equal logits the first ones. None for all.
-        first, pitch: where the noise is in the seed's stream: first is an int or a tensor, as seed; the pitch is K by
+        first, pitch: place of the noise in the seed's stream: first is an int or a tensor, as seed; the pitch is K by
             default, and at least K.
 
     Returns:
@@ -40,20 +41,17 @@ def sample(
 
     Raises:
         TypeError: an argument of another type or dtype.
-        ValueError: logits of another rank or empty, an option that no sampling can be done with.
+        ValueError: logits of another rank or empty, an option out of range.
         RuntimeError: on the CPU a row with NaN or without a finite largest value, or a negative tensor ``first``; this
             install has no kernel for the device.
     """
-    check_options(temperature, top_k, top_p)
-    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"logits: expected float32, bfloat16 or float16, got {logits.dtype}")
-    if logits.dim() != 2 or logits.numel() == 0:
-        raise ValueError(f"logits: expected a non-empty [C, K], got {list(logits.shape)}")
+    _check_options(temperature, top_k, top_p)
+    check_tensor("logits", logits, (torch.float32, *HALVES), ("C", "K"))
     codes = logits.shape[1]
     pitch = codes if pitch is None else pitch
     if (isinstance(first, int) and first < 0) or pitch < codes:
         raise ValueError(f"first and pitch: expected 0 or more and {codes} or more, got {first} and {pitch}")
-    seed, first = int64_tensor(seed, "seed", logits.device), int64_tensor(first, "first", logits.device)
+    seed, first = int64_scalar("seed", seed, logits.device), int64_scalar("first", first, logits.device)
     if reference := reference_op("sample", logits.device):
         return reference(logits, seed, temperature, top_k, top_p, first, pitch)
     rows = logits if logits.stride(1) == 1 else logits.contiguous()
@@ -62,26 +60,18 @@ def sample(
     )
 
 
-def check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise ValueError for a value that no sampling can be done with."""
+@register_fake("sample")
+def _sample_fake(
+    logits: Tensor, seed: Tensor, first: Tensor, temperature: float, top_k: int, top_p: float, pitch: int
+) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
+def _check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raise ValueError for an option of :func:`sample` that is out of range."""
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k: expected 1 or more, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p: expected a share in (0, 1], got {top_p}")
-
-
-if kernels_loaded():
-
-    @torch.library.register_fake("dalle_fast::sample")
-    def _sample_fake(
-        logits: torch.Tensor,
-        seed: torch.Tensor,
-        first: torch.Tensor,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        pitch: int,
-    ) -> torch.Tensor:
-        return logits.new_empty(logits.shape[0], dtype=torch.int64)

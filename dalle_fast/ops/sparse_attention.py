@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from ..mask import AttentionMask
-from ._library import kernels_loaded, reference_op
+from ._check import HALVES, check_tensor
+from ._library import reference_op, register_autograd, register_fake
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, *HALVES, torch.float64)
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float | None = None) -> Tensor:
-    """Softmax attention over the keys that ``mask`` keeps, and over no others: no N x N matrix exists at any time.
+    """Softmax attention over the keys that ``mask`` keeps, without an N x N matrix at any time.
 
-    Differentiable once with respect to q, k and v. Results are the same bits on every run.
+    Differentiable once with respect to q, k and v. Every run gives the same bits.
 
     Args:
         q, k, v: [B, H, N, D] of any strides, all of one dtype: float32, bfloat16, float16 or float64. Sums are float32
@@ -33,32 +34,15 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale
         RuntimeError: this install has no kernel for the device.
     """
     check_mask(mask)
-    check_tensors(DTYPES, q=q, k=k, v=v)
-    if q.ndim != 4 or q.numel() == 0:
-        raise ValueError(f"q: expected a non-empty [B, H, N, D], got {list(q.shape)}")
-    for name, x in (("k", k), ("v", v)):
-        if x.shape != q.shape:
-            raise ValueError(f"{name}: expected the shape of q, {list(q.shape)}, got {list(x.shape)}")
+    check_tensor("q", q, DTYPES, ("B", "H", "N", "D"))
+    check_tensor("k", k, q.dtype, q.shape, q.device)
+    check_tensor("v", v, q.dtype, q.shape, q.device)
     if q.shape[2] != mask.seq_len:
         raise ValueError(f"q: expected N = {mask.seq_len} tokens, as in the mask, got {q.shape[2]}")
     if reference := reference_op("sparse_attention", q.device):
         return reference(q, k, v, mask, scale)
     out, _ = torch.ops.dalle_fast.sparse_attention(q, k, v, *mask_args(mask), softmax_scale(q, scale))
     return out
-
-
-def check_tensors(dtypes: tuple[torch.dtype, ...], **tensors: Tensor) -> None:
-    """All are tensors of one dtype out of ``dtypes``, on one device."""
-    first_name, first = next(iter(tensors.items()))
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-        if x.dtype not in dtypes:
-            raise TypeError(f"{name}: expected {' or '.join(str(dtype) for dtype in dtypes)}, got {x.dtype}")
-        if x.dtype != first.dtype:
-            raise TypeError(f"{name}: expected the dtype of {first_name}, {first.dtype}, got {x.dtype}")
-        if x.device != first.device:
-            raise ValueError(f"{name}: expected the device of {first_name}, {first.device}, got {x.device}")
 
 
 def check_mask(mask: AttentionMask) -> None:
@@ -80,12 +64,14 @@ def _new_heads(q: Tensor) -> Tensor:
     return q.new_empty(batch, tokens, heads, channels).transpose(1, 2)
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *mask_and_scale: Any) -> tuple[Tensor, Tensor]:
+@register_fake("sparse_attention")
+def _sparse_attention_fake(q: Tensor, k: Tensor, v: Tensor, *mask_and_scale: Any) -> tuple[Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return _new_heads(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
-def _fake_backward(dout: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+@register_fake("sparse_attention_backward")
+def _sparse_attention_backward_fake(dout: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _new_heads(q), _new_heads(q), _new_heads(q)
 
 
@@ -102,7 +88,4 @@ def _backward(ctx: Any, dout: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
     return (*gradients, *(None for _ in ctx.mask_and_scale))
 
 
-if kernels_loaded():
-    torch.library.register_fake("dalle_fast::sparse_attention")(_fake_forward)
-    torch.library.register_fake("dalle_fast::sparse_attention_backward")(_fake_backward)
-    torch.library.register_autograd("dalle_fast::sparse_attention", _backward, setup_context=_setup_context)
+register_autograd("sparse_attention", _backward, setup_context=_setup_context)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .stopping import TrainingStopped as TrainingStopped
     from .task import train_tokenizer as train_tokenizer
 
-__getattr__, __dir__, __all__ = attach(
+attach(
     __name__,
     {
         "train_clip": "clip",

@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw
 
 from ..distributed.sharding import local
 from ..ops import adamw16
-from ..ops.adamw16 import check_option
+from ..ops._check import check_elements
 
 MOMENTS = ("16-bit", "float32")
 Group = dict[str, Any]
@@ -104,9 +104,9 @@ class AdamW16(torch.optim.Optimizer):
         if n == 0:
             return loss
         device = next(params[0].device for params in trained if params)
-        check_option("unscale", unscale, torch.float32, n, device)
-        check_option("clip", clip, torch.float32, 1, device)
-        check_option("skip", skip, torch.bool, n, device)
+        check_elements("unscale", unscale, torch.float32, n, device)
+        check_elements("clip", clip, torch.float32, 1, device)
+        check_elements("skip", skip, torch.bool, n, device)
         counts = list(map(len, trained))
         parts = zip(self.param_groups, trained, _split(unscale, counts), _split(skip, counts), strict=True)
         for group, params, part_unscale, part_skip in parts:
