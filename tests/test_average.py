@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
 from dalle_fast.training import fit
 from dalle_fast.training.average import HostCopy, RunningAverage
-from dalle_fast.training.loop import new_state, update
+from dalle_fast.training.loop import new_state, train_step
 
 
 def model(seed: int = 0) -> nn.Module:
@@ -240,13 +240,13 @@ def test_training_returns_the_average_in_eval_mode_on_the_cpu(tmp_path):
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
 
 
-def test_an_update_of_the_loop_is_one_of_the_average():
+def test_a_step_of_the_loop_updates_the_average():
     config = settings("dalle", ema_every=1, ema_decay=0.5)
     some = task("dalle", config)
     state = new_state(some.model, config)
     values, batches = [copy_of(some.model.named_parameters())], some.batches(0)
     for step in range(5):
-        update(state, some, next(batches), 1e-2, config)
+        train_step(state, some, next(batches), 1e-2, config)
         state.step = step + 1
         values.append(copy_of(some.model.named_parameters()))
     for name, value in simulated(0.5, values).items():

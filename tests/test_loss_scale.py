@@ -38,7 +38,7 @@ def train(some: DVAETask, config) -> tuple[loop.State, torch.Tensor]:
     """The state after all updates, and the losses."""
     state, batches, losses = loop.new_state(some.model, config, some.scales), some.batches(0), []
     for step in range(config.steps):
-        _, metrics = loop.update(state, some, next(batches), config.lr_at(step), config)
+        _, metrics = loop.train_step(state, some, next(batches), config.lr_at(step), config)
         state.step = step + 1
         losses.append(metrics["loss"])
     return state, torch.stack(losses)
@@ -113,7 +113,7 @@ def test_the_scale_follows_the_rule_of_torch():
         assert scale.skip(parameter.grad.isfinite().logical_not()).all() == overflows
         scale.update()
         assert scale.scale.item() == oracle.get_scale(), update
-        assert scale.finite_updates.item() == oracle._get_growth_tracker()
+        assert scale.finite_steps.item() == oracle._get_growth_tracker()
     assert scale.overflows > 1
     assert scale.factors().tolist() == [1 / scale.scale.item()]
 
@@ -153,7 +153,7 @@ def test_an_overflow_halves_the_scale_and_leaves_out_the_update():
     some.scales.scale.fill_(2.0**10)
     for step in range(3):
         values.append([p.detach().clone() for p in some.model.parameters()])
-        made.append(loop.update(state, some, next(batches), 1e-3, config)[0])
+        made.append(loop.train_step(state, some, next(batches), 1e-3, config)[0])
         state.step = step + 1
         scales.append(some.scales.scale.item())
     assert made == [True, False, True]
@@ -181,7 +181,7 @@ def test_resumed_equals_uninterrupted_bitwise(tmp_path):
 
 def test_a_training_that_always_overflows_ends(tmp_path):
     config = settings("dvae", steps=50, conv_dtype="float16")
-    with pytest.raises(TrainingDiverged, match="none in 40 updates"):
+    with pytest.raises(TrainingDiverged, match="none in 40 steps"):
         fit(times(1e30, task("dvae", config)), config, tmp_path)
 
 

@@ -226,14 +226,14 @@ def one_update(skipping: str, block: int, planted: float | None) -> tuple[DALLE,
 @pytest.mark.parametrize("block", [1, 3, 5])  # MLPs, in which tokens do not meet
 def test_an_infinite_gradient_moves_no_scale_but_its_own(block):
     start = small_model()
-    for skipping in ("update", "resblock"):
+    for skipping in ("step", "resblock"):
         model, scales = one_update(skipping, block, float("inf"))
         expected = torch.full((6,), 2.0**13) * 2 ** (1 / 1000)
         expected[block] = 2.0**13 / 2**0.5
         torch.testing.assert_close(scales.scale, expected, rtol=1e-7, atol=0)
         assert scales.since_division.tolist() == [0 if i == block else 125 for i in range(6)]
         assert scales.overflows.tolist() == [int(i == block) for i in range(6)]
-        if skipping == "update":
+        if skipping == "step":
             assert same(model.state_dict(), start.state_dict())
     # The token whose gradient was filtered counts as one without a gradient.
     other, _ = one_update("resblock", block, 0.0)
@@ -249,7 +249,7 @@ def test_an_infinite_gradient_moves_no_scale_but_its_own(block):
         assert same(later.state_dict(), unharmed.state_dict())
 
 
-@pytest.mark.parametrize("skipping", ["update", "resblock"])
+@pytest.mark.parametrize("skipping", ["step", "resblock"])
 def test_a_gradient_outside_of_the_resblocks_skips_all(skipping):
     model = small_model()
     scales = new_scales(model, skipping=skipping)
@@ -300,7 +300,7 @@ def overflowing(config, at: set[int], factor: float = 1e30):
     return broken
 
 
-@pytest.mark.parametrize("skip_overflow", ["update", "resblock"])
+@pytest.mark.parametrize("skip_overflow", ["step", "resblock"])
 def test_resumed_scales_equal_uninterrupted_ones_bitwise(skip_overflow, tmp_path):
     config = settings("dalle", resblock_dtype="float16", skip_overflow=skip_overflow)
     whole = overflowing(config, {2, 5})
@@ -348,7 +348,7 @@ def test_scales_have_the_time_they_need_but_not_for_ever(tmp_path, monkeypatch):
     _, metrics = fit(overflowing(config, {1, 2, 3, 4}), config, tmp_path / "patient")
     assert metrics["skipped_updates"] == 4
     monkeypatch.setattr(GradientScales, "patience", 3)
-    with pytest.raises(TrainingDiverged, match="none in 3 updates"):
+    with pytest.raises(TrainingDiverged, match="none in 3 steps"):
         fit(overflowing(config, {1, 2, 3, 4}), config, tmp_path / "impatient")
-    with pytest.raises(TrainingDiverged, match="none in 2 updates"):
+    with pytest.raises(TrainingDiverged, match="none in 2 steps"):
         fit(overflowing(config, {1, 2, 3, 4}, float("nan")), config, tmp_path / "hopeless")

@@ -18,7 +18,8 @@ from dalle_fast.models import load_model
 from dalle_fast.training import TrainingDiverged, TrainingStopped, fit
 from dalle_fast.training import loop as training_loop
 from dalle_fast.training.loop import new_state, parameter_groups
-from dalle_fast.training.metrics import Incidents, Log, LossSpikes, perplexity, resblock_of
+from dalle_fast.training.metrics import Incidents, Log, LossSpikes, perplexity
+from dalle_fast.training.state import places_of
 
 
 @pytest.fixture(autouse=True)
@@ -169,25 +170,25 @@ def test_incidents_are_told_once():
     incidents = Incidents()
     assert incidents.result() == {}
     incidents.add_spike(7)
-    incidents.add_nonfinite(["layers.3.mlp.0.weight", "layers.3.mlp_norm.bias"])
-    incidents.add_nonfinite(["layers.3.mlp.2.bias", "start"])
+    incidents.add_nonfinite(["layers.3.mlp", "layers.3.mlp"])  # of two parameters
+    incidents.add_nonfinite(["layers.3.mlp", "start"])
     assert incidents.result() == {"loss_spikes": [7], "nonfinite": {"layers.3.mlp": 2, "start": 1}}
     assert incidents.result() == {}
 
 
 @pytest.mark.parametrize(
-    ("parameter", "resblock"),
+    ("kind", "parameter", "place"),
     [
-        ("layers.12.attn.qkv.weight", "layers.12.attn"),
-        ("layers.12.attn_norm.bias", "layers.12.attn"),
-        ("visual.transformer.resblocks.3.mlp.c_fc.weight", "visual.transformer.resblocks.3.mlp"),
-        ("encoder.blocks.group_2.block_1.res_path.conv_1.w", "encoder.blocks.group_2.block_1"),
-        ("text_embedding.weight", "text_embedding"),
-        ("start", "start"),
+        ("dalle", "layers.1.attn.qkv.weight", "layers.1.attn"),
+        ("dalle", "layers.1.attn_norm.bias", "layers.1.attn_norm"),
+        ("clip", "visual.transformer.resblocks.0.mlp.c_fc.weight", "visual.transformer.resblocks.0"),
+        ("dvae", "encoder.blocks.group_2.block_1.res_path.conv_1.w", "encoder.blocks.group_2.block_1"),
+        ("dalle", "text_embedding.weight", "text_embedding"),
+        ("dalle", "start", "start"),
     ],
 )
-def test_the_resblock_of_a_parameter(parameter, resblock):
-    assert resblock_of(parameter) == resblock
+def test_the_place_of_a_parameter_is_its_resblock_or_its_module(kind, parameter, place):
+    assert places_of(task(kind, settings(kind)).model)[parameter] == place
 
 
 def test_training_that_has_diverged_ends(tmp_path, monkeypatch):
@@ -196,7 +197,7 @@ def test_training_that_has_diverged_ends(tmp_path, monkeypatch):
     broken = task("dvae", config)
     loss = broken.loss
     broken.loss = lambda model, batch, step: (loss(model, batch, step)[0] * float("inf"), {})
-    with pytest.raises(TrainingDiverged, match="none in 3 updates"):
+    with pytest.raises(TrainingDiverged, match="none in 3 steps"):
         fit(broken, config, tmp_path)
 
 
@@ -209,7 +210,7 @@ def test_the_gradient_is_clipped(tmp_path):
     state.optimizer.register_step_pre_hook(
         lambda optimizer, args, options: seen.append([p.grad * options["clip"] for p in one.model.parameters()])
     )
-    finite, metrics = training_loop.update(state, one, batch, 1e-3, config)
+    finite, metrics = training_loop.train_step(state, one, batch, 1e-3, config)
     assert finite
     assert metrics["grad_norm"] > 1e-2  # the log shows it as it was
     assert torch.nn.utils.get_total_norm(seen[0]).item() == pytest.approx(1e-3, rel=1e-3)
@@ -244,7 +245,7 @@ def final_loss(moments: str, seed: int, steps: int = 100) -> float:
     some = task("dalle", config)
     state, batches, losses = new_state(some.model, config), some.batches(0), []
     for step in range(steps):
-        _, metrics = training_loop.update(state, some, next(batches), config.lr, config)
+        _, metrics = training_loop.train_step(state, some, next(batches), config.lr, config)
         state.step = step + 1
         losses.append(metrics["loss"])
     return torch.stack(losses[-30:]).mean().item()
