@@ -11,10 +11,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.pretend_cuda import pretended_cuda
 from helpers.training import KINDS, checkpoint, same, settings, task
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+import dalle_fast as df
 from dalle_fast.models import load_model
+from dalle_fast.ops import _library
 from dalle_fast.training import TrainingDiverged, TrainingStopped, fit
 from dalle_fast.training import loop as training_loop
 from dalle_fast.training.loop import new_state, parameter_groups
@@ -191,14 +195,57 @@ def test_the_place_of_a_parameter_is_its_resblock_or_its_module(kind, parameter,
     assert places_of(task(kind, settings(kind)).model)[parameter] == place
 
 
-def test_training_that_has_diverged_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(training_loop, "MAX_SKIPPED_IN_A_ROW", 3)
-    config = settings("dvae", steps=9)
+def test_training_that_has_diverged_ends(tmp_path):
+    config = settings("dvae", steps=200)
     broken = task("dvae", config)
     loss = broken.loss
     broken.loss = lambda model, batch, step: (loss(model, batch, step)[0] * float("inf"), {})
-    with pytest.raises(TrainingDiverged, match="none in 3 steps"):
+    with pytest.raises(TrainingDiverged, match="none in 100 steps"):
         fit(broken, config, tmp_path)
+
+
+class ReadLists(TorchFunctionMode):
+    """Counts ``tolist`` of tensors on the device."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.Tensor.tolist and args[0].device.type == "cuda"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A pretended device with kernels, and a context in which it raises an error at any wait but ``tolist``."""
+    kernels = frozenset(vars(df.reference)) - {"pack_linear", "packed_linear"}
+    monkeypatch.setattr(_library, "_BACKEND", _library.Backend(("cpu", "cuda"), {}, cuda_ops=kernels))
+    with pretended_cuda(monkeypatch):
+        yield lambda: torch.cuda.graph(torch.cuda.CUDAGraph())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_waits_for_the_device_once(kind, cuda, monkeypatch):
+    config = settings(kind, device="cuda", ema_every=100)
+    some = task(kind, config)
+    state, batches = new_state(some.model, config, some.scales), some.batches(0)
+    monkeypatch.setattr(state.optimizer, "step", lambda **_: None)  # test_optimizer.py: it reads nothing
+    for _ in range(3):
+        batch = training_loop.to_device(next(batches), torch.device("cuda"))
+        with ReadLists() as lists, cuda():
+            finite, _ = training_loop.train_step(state, some, batch, 1e-3, config)
+        assert finite and lists.count == 1
+        state.step += 1
+
+
+def test_the_transformer_reads_no_values_on_the_device_but_in_generate(cuda):
+    model = task("dalle", settings("dalle")).model.to("cuda")
+    text, codes = (torch.zeros(shape, dtype=torch.int64, device="cuda") for shape in ((2, 6), (2, 4, 4)))
+    with ReadLists() as lists, cuda():
+        model(text, codes)
+        model.prefill(text, 3)
+    assert lists.count == 0
+    with pytest.raises(ValueError, match=r"text_tokens: expected values in \[0, 276\), got 276 to 276"):
+        model.generate(text + 276, 1)
 
 
 def test_the_gradient_is_clipped(tmp_path):

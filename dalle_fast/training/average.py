@@ -35,8 +35,7 @@ class RunningAverage(Generic[Model]):
         self._parameters = list(named.values())
         self._tensors = {name: host_like(tensor).copy_(tensor) for name, tensor in named.items()}
         self._averages = list(self._tensors.values())
-        on_host = all(tensor.device.type == "cpu" for tensor in self._parameters)
-        self.host_copy = None if on_host else HostCopy(self._parameters)
+        self._host_copy = host_copy_of(self._parameters)
         self._thread = ThreadPoolExecutor(1, "average")
         self._folding: Future[None] | None = None
 
@@ -47,12 +46,12 @@ class RunningAverage(Generic[Model]):
         run would mostly be the random start.
         """
         share = 1 - min(self.decay, count / (9 + count))
-        if self.host_copy is None:
+        if self._host_copy is None:
             torch._foreach_lerp_(self._averages, self._parameters, share)
             return
         self.wait()
-        self.host_copy.start()
-        self._folding = self._thread.submit(self._fold_in, self.host_copy, share)
+        self._host_copy.start()
+        self._folding = self._thread.submit(self._fold_in, self._host_copy, share)
 
     def _fold_in(self, host_copy: HostCopy, share: float) -> None:
         torch._foreach_lerp_(self._averages, host_copy.wait(), share)
@@ -62,8 +61,8 @@ class RunningAverage(Generic[Model]):
 
         Must be called before the parameters change. The host does not wait.
         """
-        if self._folding and self.host_copy:
-            self.host_copy.hold_back_device()
+        if self._folding and self._host_copy:
+            self._host_copy.hold_back_device()
 
     def wait(self) -> None:
         """Wait for the last update; raises its error if it failed."""
@@ -126,6 +125,11 @@ class HostCopy:
         """Wait for the copies and return them."""
         self._done.synchronize()
         return self._copies
+
+
+def host_copy_of(tensors: Sequence[torch.Tensor]) -> HostCopy | None:
+    """Room for copies of tensors in the memory of the host; None if they are there already."""
+    return None if all(tensor.device.type == "cpu" for tensor in tensors) else HostCopy(tensors)
 
 
 def host_like(tensor: torch.Tensor) -> torch.Tensor:

@@ -93,7 +93,9 @@ class DVAETask(CorpusTask):
         seed = int(np.random.default_rng(key).integers(MAX_SEED))
         if self.config.grain:
             images = with_grain(images, self.config.grain, seed)
-        loss, metrics = model.loss(images, self.config.tau_at(step), self.config.beta_at(step), seed, self._dtype)
+        tau, beta = self.config.tau_at(step), self.config.beta_at(step)
+        on_device = torch.full((), seed, device=images.device)  # to copy it there would wait for the device
+        loss, metrics = model.loss(images, tau, beta, on_device, self._dtype)
         return (self._loss_scale.multiply(loss) if self._loss_scale else loss), metrics
 
     def evaluate(self, model: DiscreteVAE, batch: Batch) -> Metrics:
