@@ -1,4 +1,4 @@
-"""The running average: its numbers, its exchange with the parameters, and copies that arrive late, as on a GPU."""
+"""The running average: its values, its exchange with the parameters, and copies that arrive late, as on a GPU."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def late(monkeypatch):
 
 
 def simulated(decay: float, values: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The average in float64 of what the parameters were at the start and at each update."""
+    """The average in float64 of the parameters at the start and at each update."""
     average = {name: value.double() for name, value in values[0].items()}
     for count, value in enumerate(values[1:], 1):
         kept = min(decay, count / (9 + count))
@@ -81,7 +81,7 @@ def simulated(decay: float, values: list[dict[str, torch.Tensor]]) -> dict[str, 
 
 
 @pytest.mark.parametrize("staged", [False, True])
-def test_it_is_the_weighted_mean_of_what_the_parameters_were(staged, monkeypatch):
+def test_it_is_the_weighted_mean_of_earlier_parameters(staged, monkeypatch):
     if staged:  # as on CUDA, with the thread
         monkeypatch.setattr(module, "host_copy_of", HostCopy)
     some = model()

@@ -219,12 +219,12 @@ STEPS = 40
 
 
 def a_system(folder: Path) -> Path:
-    """A folder with pictures, and with what the transformer needs to be trained on them."""
+    """A folder with images, a tokenizer and a dVAE, to train the transformer on."""
     rng = np.random.default_rng(0)
-    (folder / "pictures").mkdir(parents=True)
+    (folder / "images").mkdir(parents=True)
     for i in range(10):
-        Image.fromarray(rng.integers(0, 256, (9, 8, 3), dtype=np.uint8)).save(folder / "pictures" / f"{i}.png")
-        (folder / "pictures" / f"{i}.txt").write_text(f"picture {i}")
+        Image.fromarray(rng.integers(0, 256, (9, 8, 3), dtype=np.uint8)).save(folder / "images" / f"{i}.png")
+        (folder / "images" / f"{i}.txt").write_text(f"picture {i}")
     tokenizer().save(folder / "tokenizer.json")
     torch.manual_seed(0)
     save_model(DiscreteVAE(DVAE), folder / "dvae.safetensors")
@@ -237,7 +237,7 @@ def training(folder: Path) -> list[str]:
     settings = {"steps": STEPS, "batch-size": 8, "log-every": 1, "save-every": 3, "lr": 1e-3}
     values = sizes | {f"train.{name}": value for name, value in settings.items()}
     options = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    return ["train", "dalle", "--data", str(folder / "pictures"), "--out", str(folder), *options]
+    return ["train", "dalle", "--data", str(folder / "images"), "--out", str(folder), *options]
 
 
 def workers(launcher: int) -> dict[int, int]:

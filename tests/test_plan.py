@@ -1,4 +1,4 @@
-"""What a training is said to need: counted against real models, and against the paper's own numbers."""
+"""The plan of a training against measured models, and against the paper's own numbers."""
 
 from dataclasses import replace
 

@@ -115,7 +115,7 @@ def test_low_rank_is_that_of_the_definition(step, results):
 
 
 def test_a_shard_that_is_not_finite_costs_its_own_buffer_only(results):
-    """What the definition says of it, spelt out; q is a third of qkv."""
+    """As in the definition, spelt out; q is a third of qkv."""
     for step, node, name, spoiled in ((1, 1, "wide.weight", slice(None)), (2, 2, "qkv.weight", slice(4))):
         sums, norms, left = results[3]["steps"]["record"][step]
         assert sums[name][spoiled].isnan().all()
@@ -126,7 +126,7 @@ def test_a_shard_that_is_not_finite_costs_its_own_buffer_only(results):
 
 
 def test_nothing_is_lost(results):
-    """What was applied and what is left are the sum of the gradients, but for rounding; and little is left."""
+    """The estimates and the buffers add up to the sum of the gradients, up to rounding; and the buffers are small."""
     applied = [everywhere([result["many_steps"]["applied"][i] for result in results]) for i in (0, MANY - 1)]
     left = everywhere([result["many_steps"]["left"] for result in results])
     behind = []

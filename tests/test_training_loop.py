@@ -1,4 +1,4 @@
-"""The loop: a run that stops, by whatever death, goes on bit by bit as if it had not."""
+"""The training loop: a run that stops, for any reason, goes on bit by bit as if it had not."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_resumed_equals_uninterrupted_bitwise(kind, tmp_path):
 
 
 def stop_after(step: int, stopped_task, config, out: Path, signum: int = signal.SIGINT) -> TrainingStopped:
-    """Train and send a signal during an update."""
+    """Train and send a signal during a step."""
     loss = stopped_task.loss
 
     def loss_and_signal(model, batch, at):
@@ -116,10 +116,10 @@ def test_without_resume_training_starts_anew(tmp_path):
     assert [r["step"] for r in records(tmp_path, "dvae") if "loss" in r] == [2, 4, 6, 7]
 
 
-# ---------------------------------------------------------------------------------------------- updates
+# ---------------------------------------------------------------------------------------------- steps
 
 
-def test_an_update_without_a_finite_gradient_changes_nothing(tmp_path):
+def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path):
     config = settings("dvae", steps=4, log_every=1)
     broken = task("dvae", config)
     loss, seen = broken.loss, []
@@ -158,14 +158,14 @@ def test_the_log_names_resblocks_whose_gradients_are_not_finite(tmp_path):
     assert not any("loss_spikes" in record for record in lines)
 
 
-def test_a_loss_that_leaps_is_a_spike():
+def test_a_sudden_rise_of_the_loss_is_a_spike():
     random = np.random.default_rng(0)
     falling = [5 - i / 2000 + random.normal(0, 0.1) for i in range(500)]
     spikes, young = LossSpikes(), LossSpikes()
     assert not any(spikes.update(loss) for loss in falling)
     resumed = LossSpikes(**json.loads(json.dumps(asdict(spikes))))
     assert spikes.update(falling[-1] + 1)
-    assert not resumed.update(falling[-1] - 1)  # downwards is no harm
+    assert not resumed.update(falling[-1] - 1)  # downwards is none
     assert resumed.update(falling[-1] + 1)
     assert not any(young.update(loss) for loss in (1.0, 1.0, 100.0))  # too early to tell
 
@@ -287,7 +287,7 @@ def test_other_moments_than_those_of_the_checkpoint_are_refused(tmp_path):
 
 
 def final_loss(moments: str, seed: int, steps: int = 100) -> float:
-    """Mean training loss of the last 30 updates of a transformer that learns ten pictures by heart."""
+    """Mean training loss of the last 30 steps of a transformer that learns ten images by heart."""
     config = settings("dalle", moments=moments, seed=seed, lr=3e-3, caption_dropout=0.0, plateau_patience=10**6)
     some = task("dalle", config)
     state, batches, losses = new_state(some.model, config), some.batches(0), []

@@ -1,4 +1,4 @@
-"""What each training sees: images, captions and codes, a pure function of the seed and the step."""
+"""Samples of each training: images, captions and codes, a pure function of the seed and the step."""
 
 import json
 import re
@@ -118,7 +118,7 @@ def test_codes_start_at_the_data():
 
 
 def test_the_three_models_learn_something(tmp_path):
-    """A corpus of two pictures, black and white, is learnt in no time."""
+    """A corpus of two images, black and white, is learnt within a few steps."""
     both = [Pair(np.full((8, 8, 3), value, np.uint8), name) for value, name in ((0, "black"), (255, "white"))] * 4
     texts = train_tokenizer((pair.caption for pair in both), tmp_path, vocab_size=270, text_len=6)
     assert torch.equal(Tokenizer.load(tmp_path / "tokenizer.json").encode("white"), texts.encode("white"))

@@ -49,7 +49,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes what is written once."""
+        """True in the process that writes logs, reports and exports."""
         return self.rank == 0
 
     @property

@@ -39,7 +39,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 class Task(Protocol[Model]):
-    """What the loop needs to know of a model and its data; see ``task.py``."""
+    """A model and its data, as the loop sees them; see ``task.py``."""
 
     kind: str  # name of the model's file and of the folder of its training
     model: Model

@@ -88,7 +88,7 @@ class AdamW16(torch.optim.Optimizer):
             skip: [n] bool, True for parameters that stay as they are, moments included.
 
         Returns:
-            What the closure returns, or None.
+            The result of the closure, or None.
 
         Raises:
             TypeError: an option of another dtype.

@@ -134,7 +134,7 @@ def run_all(out: Path) -> dict[str, list[Any]]:
         return {name: partial(resave, kind="dalle", changes=changes, **folders)}
 
     def both(layout: str) -> Works:
-        """What one process and many must agree in."""
+        """The trainings in which one process and many must agree."""
         return (
             training("float32", layout, "dalle", {"recompute": True})
             | training("float16", layout, "dalle", HALF, overflow_in_last)
