@@ -1,4 +1,4 @@
-"""What 16-bit moments cost in training loss: the tiny transformer on drawn scenes, with them and with float32 ones.
+"""Training loss with 16-bit and with float32 moments: the tiny transformer on scenes.
 
 Run: python benchmarks/moments.py. It takes a few minutes on one core and writes docs/moments.png.
 """
@@ -17,7 +17,7 @@ from dalle_fast.training import loop
 from dalle_fast.training.dalle import DALLETask
 from dalle_fast.training.settings import TRAIN_PRESETS
 
-SCENES, UPDATES, LAST, SEEDS = 2_000, 150, 50, (0, 1, 2)
+SCENES, STEPS, LAST, SEEDS = 2_000, 150, 50, (0, 1, 2)
 
 
 def main() -> None:
@@ -25,18 +25,18 @@ def main() -> None:
     codes = encode_all(pipe.dvae, list(SceneCorpus(SCENES)))
 
     def losses(moments: str, seed: int) -> list[float]:
-        short = {"steps": UPDATES, "warmup_steps": 20, "batch_size": 8}
+        short = {"steps": STEPS, "warmup_steps": 20, "batch_size": 8}
         config = replace(TRAIN_PRESETS["tiny"].dalle, **short, seed=seed, moments=moments)
         task = DALLETask(codes, None, pipe.tokenizer, pipe.dalle.cfg, config, None)
         state, batches, curve = loop.new_state(task.model, config), task.batches(0), []
-        for state.step in range(UPDATES):
-            _, metrics = loop.update(state, task, next(batches), config.lr_at(state.step), config)
+        for state.step in range(STEPS):
+            _, metrics = loop.train_step(state, task, next(batches), config.lr_at(state.step), config)
             curve.append(metrics["loss"].item())
         return curve
 
-    print(f"mean loss of the last {LAST} of {UPDATES} updates, nats")
+    print(f"mean loss of the last {LAST} of {STEPS} steps, nats")
     print(f"{'seed':>4} {'float32':>8} {'16-bit':>8} {'difference':>11}")
-    curves = {moments: np.empty((len(SEEDS), UPDATES)) for moments in ("float32", "16-bit")}
+    curves = {moments: np.empty((len(SEEDS), STEPS)) for moments in ("float32", "16-bit")}
     for i, seed in enumerate(SEEDS):
         for moments, curve in curves.items():
             curve[i] = losses(moments, seed)
@@ -53,7 +53,7 @@ def main() -> None:
     full = curves["float32"]
     below.plot((full - full.mean(0)).T, color="lightgrey")
     below.plot((curves["16-bit"] - full).T, color="C1")
-    below.set(xlabel="update", ylabel="grey: seed - mean of seeds\norange: 16-bit - float32")
+    below.set(xlabel="step", ylabel="grey: seed - mean of seeds\norange: 16-bit - float32")
     figure.savefig("docs/moments.png", dpi=90)
 
 

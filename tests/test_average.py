@@ -1,4 +1,4 @@
-"""The running average: its numbers, its exchange with the parameters, and copies that arrive late, as on a GPU."""
+"""The running average: its values, its exchange with the parameters, and copies that arrive late, as on a GPU."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
+from dalle_fast.training import average as module
 from dalle_fast.training import fit
 from dalle_fast.training.average import HostCopy, RunningAverage
-from dalle_fast.training.loop import new_state, update
+from dalle_fast.training.loop import new_state, train_step
 
 
 def model(seed: int = 0) -> nn.Module:
@@ -32,7 +33,7 @@ def train(some: nn.Module) -> None:
 
 
 class LateCopy(HostCopy):
-    """Copies at the last moment that CUDA is free to choose: whatever was not waited for has not happened yet."""
+    """Copies at the last moment that CUDA may choose: a copy that nobody has waited for has not happened."""
 
     started = False
 
@@ -50,7 +51,10 @@ class LateCopy(HostCopy):
 
 
 class LateThread:
-    """Does what it is given when somebody waits for it."""
+    """Runs a function when its result is asked for."""
+
+    def __init__(self, *_) -> None:
+        pass
 
     def submit(self, function, *args):
         self.result = lambda: function(*args)
@@ -59,21 +63,16 @@ class LateThread:
 
 @pytest.fixture
 def late(monkeypatch):
-    """Every average is that of a device which copies late."""
-    start = RunningAverage.__init__
-
-    def start_late(self, model, decay):
-        start(self, model, decay)
-        self.host_copy, self._thread = LateCopy(self._parameters), LateThread()
-
-    monkeypatch.setattr(RunningAverage, "__init__", start_late)
+    """Averages are those of a device that copies late."""
+    monkeypatch.setattr(module, "host_copy_of", LateCopy)
+    monkeypatch.setattr(module, "ThreadPoolExecutor", LateThread)
 
 
 # ---------------------------------------------------------------------------------------------- numbers
 
 
 def simulated(decay: float, values: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The average in float64 of what the parameters were at the start and at each update."""
+    """The average in float64 of the parameters at the start and at each update."""
     average = {name: value.double() for name, value in values[0].items()}
     for count, value in enumerate(values[1:], 1):
         kept = min(decay, count / (9 + count))
@@ -82,11 +81,11 @@ def simulated(decay: float, values: list[dict[str, torch.Tensor]]) -> dict[str, 
 
 
 @pytest.mark.parametrize("staged", [False, True])
-def test_it_is_the_weighted_mean_of_what_the_parameters_were(staged):
+def test_it_is_the_weighted_mean_of_earlier_parameters(staged, monkeypatch):
+    if staged:  # as on CUDA, with the thread
+        monkeypatch.setattr(module, "host_copy_of", HostCopy)
     some = model()
     average = RunningAverage(some, decay=0.9)
-    if staged:  # as on CUDA, with the thread
-        average.host_copy = HostCopy(average._parameters)
     values = [copy_of(some.named_parameters())]
     for count in range(1, 151):  # the decay reaches 0.9 at 81
         average.keep_parameters()
@@ -120,9 +119,9 @@ def test_it_is_laid_out_as_the_parameters():
 
 
 def test_what_the_thread_raises_is_raised_by_whoever_waits(monkeypatch):
+    monkeypatch.setattr(module, "host_copy_of", HostCopy)
+    monkeypatch.setattr(HostCopy, "wait", lambda _: 1 / 0)
     average = RunningAverage(model(), 0.9)
-    average.host_copy = HostCopy(average._parameters)
-    monkeypatch.setattr(average.host_copy, "wait", lambda: 1 / 0)
     average.update(1)
     with pytest.raises(ZeroDivisionError):
         average.tensors()
@@ -183,7 +182,7 @@ def test_in_the_model_it_takes_the_place_of_the_parameters():
 
 
 def test_the_double_is_late(late):
-    """A loop that does not keep the parameters gets those of too late."""
+    """A loop that does not keep the parameters averages later ones."""
     some = model()
     average = RunningAverage(some, decay=0.0)
     for keep in (True, False):
@@ -240,13 +239,13 @@ def test_training_returns_the_average_in_eval_mode_on_the_cpu(tmp_path):
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
 
 
-def test_an_update_of_the_loop_is_one_of_the_average():
+def test_a_step_of_the_loop_updates_the_average():
     config = settings("dalle", ema_every=1, ema_decay=0.5)
     some = task("dalle", config)
     state = new_state(some.model, config)
     values, batches = [copy_of(some.model.named_parameters())], some.batches(0)
     for step in range(5):
-        update(state, some, next(batches), 1e-2, config)
+        train_step(state, some, next(batches), 1e-2, config)
         state.step = step + 1
         values.append(copy_of(some.model.named_parameters()))
     for name, value in simulated(0.5, values).items():

@@ -1,4 +1,4 @@
-"""Checkpoints are there whole or not at all, and a run that is killed goes on as if it had not been."""
+"""Checkpoints are complete or absent, and a run that is killed goes on as if it had not been."""
 
 import json
 import os
@@ -96,7 +96,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     with CheckpointWriter(tmp_path, keep=2) as writer:
         weight = torch.zeros(3)
         writer.save(1, {"w": weight}, RUN)  # returns at once
-        weight.add_(1)  # the next update
+        weight.add_(1)  # the next step
         assert names(tmp_path) == []
         written.set()
         writer.wait()

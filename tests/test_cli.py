@@ -207,7 +207,7 @@ def test_ctrl_c_saves(corpus, tmp_path):
         process.kill()
         process.wait()
     assert process.returncode == 130
-    assert "saved after update" in said
+    assert "saved after step" in said
     assert "Traceback" not in said
     assert list((tmp_path / "dvae" / "checkpoints").iterdir())
 

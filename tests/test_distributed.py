@@ -1,4 +1,4 @@
-"""Many processes train what one does: four of them, as one, two or four machines."""
+"""Many processes train what one does: four of them, as one, two or four nodes."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.many_processes import run_all
 from helpers.training import DALLE, DVAE, checkpoint, part, same, tokenizer
 from PIL import Image
 from torch import nn
@@ -34,11 +35,8 @@ def out(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def said(out) -> dict[str, list[dict]]:
-    """What the processes of each training had to say, by rank."""
-    command = [sys.executable, str(TESTS / "helpers" / "many_processes.py"), str(out)]
-    run = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    """Results of the processes of each training, by rank."""
+    return run_all(out)
 
 
 def log(folder: Path, kind: str) -> list[dict]:
@@ -81,10 +79,10 @@ def test_no_process_ever_holds_a_whole_model(said):
             assert start["peak"] < 1.1 * start["held"] + start["largest"] < start["whole"]
 
 
-def test_a_gradient_that_is_not_finite_in_one_process_skips_the_update_in_all(said, out):
+def test_a_gradient_that_is_not_finite_in_one_process_skips_the_step_in_all(said, out):
     one, many = said["float16 one"][0]["scales"], [process["scales"] for process in said["float16 2x2"]]
     assert many == [many[0]] * 4
-    scales = torch.tensor(many[0])  # [updates, resblocks]
+    scales = torch.tensor(many[0])  # [steps, resblocks]
     assert (scales[1] < scales[0]).all()
     assert (scales[2] > scales[1]).all()
     torch.testing.assert_close(scales, 4 * torch.tensor(one))
@@ -115,7 +113,7 @@ def test_powersgd_of_full_rank_trains_what_one_process_does(said, out):
     assert [record["skipped_updates"] for record in got if "lr" in record] == [0, 1, 1]
 
 
-def test_what_powersgd_has_left_over_is_shared_among_other_machines(said, out):
+def test_what_powersgd_has_left_over_is_shared_among_other_nodes(said, out):
     saved, resumed = (checkpoint(out / name, "dalle") for name in ("powersgd 2x2", "powersgd resaved 4x1"))
     left, shared = part(saved, "powersgd"), part(resumed, "powersgd")
     assert left.keys() == {name for name in part(saved, "model") if re.search(r"^layers.*(attn|mlp)\..*weight", name)}
@@ -208,7 +206,7 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
     assert world.gather("a") == ["a"]
 
 
-def test_a_signal_to_one_process_stops_all_after_the_same_update(said, out):
+def test_a_signal_to_one_process_stops_all_after_the_same_step(said, out):
     assert [process["stopped"] for process in said["stopped 2x2"]] == [[signal.SIGTERM, 2]] * 4
     assert checkpoint(out / "stopped 2x2", "dalle")["step"] == 2
     assert load_model(out / "stopped 2x2" / "dalle.safetensors")
@@ -221,12 +219,12 @@ STEPS = 40
 
 
 def a_system(folder: Path) -> Path:
-    """A folder with pictures, and with what the transformer needs to be trained on them."""
+    """A folder with images, a tokenizer and a dVAE, to train the transformer on."""
     rng = np.random.default_rng(0)
-    (folder / "pictures").mkdir(parents=True)
+    (folder / "images").mkdir(parents=True)
     for i in range(10):
-        Image.fromarray(rng.integers(0, 256, (9, 8, 3), dtype=np.uint8)).save(folder / "pictures" / f"{i}.png")
-        (folder / "pictures" / f"{i}.txt").write_text(f"picture {i}")
+        Image.fromarray(rng.integers(0, 256, (9, 8, 3), dtype=np.uint8)).save(folder / "images" / f"{i}.png")
+        (folder / "images" / f"{i}.txt").write_text(f"picture {i}")
     tokenizer().save(folder / "tokenizer.json")
     torch.manual_seed(0)
     save_model(DiscreteVAE(DVAE), folder / "dvae.safetensors")
@@ -239,7 +237,7 @@ def training(folder: Path) -> list[str]:
     settings = {"steps": STEPS, "batch-size": 8, "log-every": 1, "save-every": 3, "lr": 1e-3}
     values = sizes | {f"train.{name}": value for name, value in settings.items()}
     options = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    return ["train", "dalle", "--data", str(folder / "pictures"), "--out", str(folder), *options]
+    return ["train", "dalle", "--data", str(folder / "images"), "--out", str(folder), *options]
 
 
 def workers(launcher: int) -> dict[int, int]:

@@ -1,4 +1,4 @@
-"""The dVAE in 16 bits: which of its numbers are rounded, and the one scale of its loss."""
+"""The dVAE in 16 bits: which numbers are rounded, and the scale of its loss."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from dalle_fast.training.scales import LossScale
 HALVES = [torch.float16, torch.bfloat16]
 
 
-def times(factor, some: DVAETask, at: set[int] | None = None) -> DVAETask:
-    """The task, its loss times a factor, at some steps or at all."""
+def scaled(factor, some: DVAETask, at: set[int] | None = None) -> DVAETask:
+    """The task, with its loss multiplied by a factor at some steps or at all."""
     loss = some.loss
 
     def multiplied(model, batch, step):
@@ -35,10 +35,10 @@ def times(factor, some: DVAETask, at: set[int] | None = None) -> DVAETask:
 
 
 def train(some: DVAETask, config) -> tuple[loop.State, torch.Tensor]:
-    """The state after all updates, and the losses."""
+    """The state after all steps, and the losses."""
     state, batches, losses = loop.new_state(some.model, config, some.scales), some.batches(0), []
     for step in range(config.steps):
-        _, metrics = loop.update(state, some, next(batches), config.lr_at(step), config)
+        _, metrics = loop.train_step(state, some, next(batches), config.lr_at(step), config)
         state.step = step + 1
         losses.append(metrics["loss"])
     return state, torch.stack(losses)
@@ -105,15 +105,15 @@ def test_the_scale_follows_the_rule_of_torch():
     scale.watch([parameter])
     oracle.scale(torch.zeros(1))
     random = np.random.default_rng(0)
-    for update in range(7000):
-        overflows = 4200 < update < 4700 and random.random() < 0.01  # finite for two doublings, before and after
+    for step in range(7000):
+        overflows = 4200 < step < 4700 and random.random() < 0.01  # finite for two doublings, before and after
         parameter.grad = torch.full((1,), float("inf") if overflows else 1.0)
         oracle.step(optimizer)
         oracle.update()
         assert scale.skip(parameter.grad.isfinite().logical_not()).all() == overflows
         scale.update()
-        assert scale.scale.item() == oracle.get_scale(), update
-        assert scale.finite_updates.item() == oracle._get_growth_tracker()
+        assert scale.scale.item() == oracle.get_scale(), step
+        assert scale.finite_steps.item() == oracle._get_growth_tracker()
     assert scale.overflows > 1
     assert scale.factors().tolist() == [1 / scale.scale.item()]
 
@@ -145,15 +145,15 @@ def test_the_loss_keeps_its_value_and_gradients_their_size():
         assert (2.0**-log2 * gradient - exact).norm() < 0.01 * exact.norm()
 
 
-def test_an_overflow_halves_the_scale_and_leaves_out_the_update():
+def test_an_overflow_halves_the_scale_and_skips_the_step():
     config = settings("dvae", steps=3, conv_dtype="float16", clip_norm=0.0)
-    some = times(1e30, task("dvae", config), at={1})
+    some = scaled(1e30, task("dvae", config), at={1})
     state, batches = loop.new_state(some.model, config, some.scales), some.batches(0)
     made, values, scales = [], [], []
     some.scales.scale.fill_(2.0**10)
     for step in range(3):
         values.append([p.detach().clone() for p in some.model.parameters()])
-        made.append(loop.update(state, some, next(batches), 1e-3, config)[0])
+        made.append(loop.train_step(state, some, next(batches), 1e-3, config)[0])
         state.step = step + 1
         scales.append(some.scales.scale.item())
     assert made == [True, False, True]
@@ -166,10 +166,10 @@ def test_an_overflow_halves_the_scale_and_leaves_out_the_update():
 
 def test_resumed_equals_uninterrupted_bitwise(tmp_path):
     config = settings("dvae", conv_dtype="float16", log_every=7)
-    fit(times(1e30, task("dvae", config), {2, 5}), config, tmp_path / "whole")
+    fit(scaled(1e30, task("dvae", config), {2, 5}), config, tmp_path / "whole")
     short = settings("dvae", conv_dtype="float16", steps=4)
-    fit(times(1e30, task("dvae", short), {2, 5}), short, tmp_path / "parts")
-    fit(times(1e30, task("dvae", config), {2, 5}), config, tmp_path / "parts")
+    fit(scaled(1e30, task("dvae", short), {2, 5}), short, tmp_path / "parts")
+    fit(scaled(1e30, task("dvae", config), {2, 5}), config, tmp_path / "parts")
     whole, parts = (checkpoint(tmp_path / name, "dvae") for name in ("whole", "parts"))
     assert same(*({k: v for k, v in content.items() if k != "seconds"} for content in (whole, parts)))
     assert whole["scales/overflows"].item() >= 2
@@ -181,8 +181,8 @@ def test_resumed_equals_uninterrupted_bitwise(tmp_path):
 
 def test_a_training_that_always_overflows_ends(tmp_path):
     config = settings("dvae", steps=50, conv_dtype="float16")
-    with pytest.raises(TrainingDiverged, match="none in 40 updates"):
-        fit(times(1e30, task("dvae", config)), config, tmp_path)
+    with pytest.raises(TrainingDiverged, match="none in 40 steps"):
+        fit(scaled(1e30, task("dvae", config)), config, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- in training
@@ -198,7 +198,7 @@ def scenes(seed: int, dtype: str, steps: int, init_codes: bool = True):
         encoder_lr=0.1, seed=seed, conv_dtype=dtype, eps=1e-16, weight_decay=0.0, clip_norm=PAPERS_BATCH,
         init_codes=init_codes,
     )  # fmt: skip
-    return times(PAPERS_BATCH, DVAETask(SceneCorpus(200, size=16), None, cfg, config)), config
+    return scaled(PAPERS_BATCH, DVAETask(SceneCorpus(200, size=16), None, cfg, config)), config
 
 
 @pytest.mark.parametrize(("first", "moves"), [(1.0, False), (2.0**16, True)])
@@ -213,7 +213,7 @@ def test_small_gradients_underflow_without_the_scale(first, moves, monkeypatch):
 
 def test_with_the_scale_a_model_learns_as_in_float32():
     def final_loss(dtype: str, seed: int) -> float:
-        """Mean training loss of the last 20 updates."""
+        """Mean training loss of the last 20 steps."""
         losses = train(*scenes(seed, dtype, steps=80))[1] / PAPERS_BATCH
         assert losses[:3].mean() > 0.4
         return losses[-20:].mean().item()

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from helpers.powersgd_processes import (
     HALF_STEP,
     INF,
@@ -16,35 +15,33 @@ from helpers.powersgd_processes import (
     PROCESSES,
     RANK,
     SHAPES,
-    SMALL,
-    UPDATES,
+    STEPS,
     Stack,
     buffers,
     definition,
     gradients,
     loss_of,
     rounded,
+    run_all,
     whole,
-    worker,
 )
+from helpers.processes import run_processes
+from helpers.training import DALLE as DALLE_CFG
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dalle_fast.config import PRESETS
-from dalle_fast.distributed.collectives import Machines, pack, unpack
+from dalle_fast.distributed.collectives import Nodes, pack, unpack
 from dalle_fast.distributed.powersgd import PowerSGD, fixed_gaussian, orthonormal
 from dalle_fast.training.plan import POWERSGD_RANKS, dalle_parameters, plan_paper, powersgd_saving
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    mp.get_context("forkserver").set_forkserver_preload(["torch.distributed.fsdp"])  # once for all
-    mp.start_processes(worker, (folder,), PROCESSES, start_method="forkserver")
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
+def results():
+    return run_processes(run_all, nodes=PROCESSES)
 
 
 def everywhere(values: list) -> dict:
-    """What all processes have, to the bit."""
+    """The values of all processes, which are equal to the bit."""
     for value in values[1:]:
         assert value.keys() == values[0].keys()
         for name, tensor in value.items():
@@ -101,12 +98,12 @@ def test_random_matrices_stay():
         assert abs((q * other).mean()) < 0.03
 
 
-@pytest.mark.parametrize("update", range(UPDATES))
-def test_low_rank_is_that_of_the_definition(update, results):
+@pytest.mark.parametrize("step", range(STEPS))
+def test_low_rank_is_that_of_the_definition(step, results):
     """Close: in float32 now and then a number falls on the other side of where rounding changes."""
-    sums, norms, left = definition(update)
+    sums, norms, left = definition(step)
     got_sums, got_norms, got_left = (
-        everywhere([result["updates"]["record"][update][i] for result in results]) for i in range(3)
+        everywhere([result["steps"]["record"][step][i] for result in results]) for i in range(3)
     )
     for name in SHAPES:
         all_left = whole(name, [np.sum(part, axis=0) for part in left[name]])
@@ -118,23 +115,23 @@ def test_low_rank_is_that_of_the_definition(update, results):
 
 
 def test_a_shard_that_is_not_finite_costs_its_own_buffer_only(results):
-    """What the definition says of it, spelt out; q is a third of qkv."""
-    for update, machine, name, spoiled in ((1, 1, "wide.weight", slice(None)), (2, 2, "qkv.weight", slice(4))):
-        sums, norms, left = results[3]["updates"]["record"][update]
+    """As in the definition, spelt out; q is a third of qkv."""
+    for step, node, name, spoiled in ((1, 1, "wide.weight", slice(None)), (2, 2, "qkv.weight", slice(4))):
+        sums, norms, left = results[3]["steps"]["record"][step]
         assert sums[name][spoiled].isnan().all()
         assert sum(tensor.isnan().sum() for tensor in sums.values()) == sums[name][spoiled].numel()
         assert [norm.isnan().item() for norm in norms.values()] == [other == name for other in norms]
-        kept = sum(buffers(update, other)[name].double() for other in range(PROCESSES) if other != machine)
+        kept = sum(buffers(step, other)[name].double() for other in range(PROCESSES) if other != node)
         np.testing.assert_allclose(left[name][spoiled], kept[spoiled], rtol=0, atol=PROCESSES * HALF_STEP * 1e-3)
 
 
 def test_nothing_is_lost(results):
-    """What was applied and what is left are the sum of the gradients, but for rounding; and little is left."""
-    applied = [everywhere([result["many_updates"]["applied"][i] for result in results]) for i in (0, MANY - 1)]
-    left = everywhere([result["many_updates"]["left"] for result in results])
+    """The estimates and the buffers add up to the sum of the gradients, up to rounding; and the buffers are small."""
+    applied = [everywhere([result["many_steps"]["applied"][i] for result in results]) for i in (0, MANY - 1)]
+    left = everywhere([result["many_steps"]["left"] for result in results])
     behind = []
     for name in SHAPES:
-        given = [sum(gradients(UPDATES + i, m)[name].double() for m in range(PROCESSES)) for i in range(MANY)]
+        given = [sum(gradients(STEPS + i, m)[name].double() for m in range(PROCESSES)) for i in range(MANY)]
         total = sum(given)
         behind.append(
             [((x[name] - y).norm() / y.norm()).item() for x, y in zip(applied, (given[0], total), strict=True)]
@@ -143,22 +140,22 @@ def test_nothing_is_lost(results):
     assert all(first > 0.3 and last < 0.1 for first, last in behind), behind
 
 
-def test_buffers_on_another_number_of_machines(results):
+def test_buffers_on_another_number_of_nodes(results):
     """Only their sum is kept; shares of it are rounded anew."""
-    left = results[0]["many_updates"]["left"]
-    resumed = everywhere([result["many_updates"]["resumed"] for result in results])
+    left = results[0]["many_steps"]["left"]
+    resumed = everywhere([result["many_steps"]["resumed"] for result in results])
     for name in ("qkv.weight", "wide.weight"):
         np.testing.assert_allclose(resumed[name], left[name], rtol=HALF_STEP, atol=0)
     assert not resumed["tall.weight"].any()
 
 
 def test_full_rank_is_uncompressed(results):
-    """But for rounding: each machine's Q' is as long as its gradient, and rounded, and so is the sum."""
+    """But for rounding: each node's Q' is as long as its gradient, and rounded, and so is the sum."""
     model = Stack()
     names = [name for name, _ in model.named_parameters()]
     grads = [
-        dict(zip(names, torch.autograd.grad(loss_of(model, machine), [*model.parameters()]), strict=True))
-        for machine in ([0, 1], [2, 3])
+        dict(zip(names, torch.autograd.grad(loss_of(model, node), [*model.parameters()]), strict=True))
+        for node in ([0, 1], [2, 3])
     ]
     for case in ("whole", "after"):
         got = everywhere([result["sharded"][case]["gradients"] for result in results])
@@ -177,7 +174,7 @@ def test_shards_have_equal_ranks(results):
     assert [result["sharded"]["refused"] for result in results] == [message] * PROCESSES
 
 
-def test_nan_on_one_machine_reaches_all(results):
+def test_nan_on_one_node_reaches_all(results):
     for result in results:
         assert all(gradient.isnan().all() for gradient in result["sharded"]["spoiled"]["gradients"].values())
         assert all(norm.isnan() for norm in result["sharded"]["spoiled"]["norms"].values())
@@ -186,28 +183,28 @@ def test_nan_on_one_machine_reaches_all(results):
 # ---------------------------------------------------------------------------------------------- what is sent
 
 
-def bytes_of(numbers: int, machines: int, size: int, head: int) -> int:
-    """That a machine sends to sum so many numbers: parts to all others, twice; ``head`` bytes in front of each."""
-    return 2 * (machines - 1) * (size * -(-numbers // machines) + head)
+def bytes_of(numbers: int, nodes: int, size: int, head: int) -> int:
+    """Bytes that a node sends to sum so many numbers: parts to all others, twice; ``head`` bytes in front of each."""
+    return 2 * (nodes - 1) * (size * -(-numbers // nodes) + head)
 
 
 def test_bytes_are_counted(results):
     """P and Q' of q, k, v, of wide and of tall, whose short sides are 4, 6 and 7."""
     p, q = RANK * (3 * 4 + 6 + 7), RANK * (3 * 10 + 20 + 18)
     wanted = bytes_of(p, PROCESSES, 2, 2) + bytes_of(q, PROCESSES, 2, 2)
-    assert all(result["updates"]["sent"] == [wanted] * UPDATES for result in results)
+    assert all(result["steps"]["sent"] == [wanted] * STEPS for result in results)
 
 
 @pytest.fixture
-def many_machines():
-    """128 machines, of which 127 are not there."""
+def many_nodes():
+    """128 nodes, of which 127 do not exist."""
     dist.init_process_group("fake", rank=0, world_size=128, store=FakeStore())
-    yield Machines()
+    yield Nodes()
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", ["2.8B", "5.6B", "12B"])
-def test_bytes_are_those_of_table_1(name, many_machines, monkeypatch):
+def test_bytes_are_those_of_table_1(name, many_nodes, monkeypatch):
     """The paper's sizes, without memory: what is sent is what ``dalle-fast plan`` says, and saves what table 1 says."""
     monkeypatch.setattr(
         "dalle_fast.distributed.powersgd.fixed_gaussian", lambda *size: torch.empty(size[:2], device="meta")
@@ -216,16 +213,16 @@ def test_bytes_are_those_of_table_1(name, many_machines, monkeypatch):
     d, rank = cfg.d_model, POWERSGD_RANKS[cfg.d_model]
     shapes = {"qkv.weight": (3 * d // 8, d), "out": (d // 8, d), "mlp.0": (4 * d // 8, d), "mlp.2": (d, 4 * d // 8)}
     shards = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    powersgd = PowerSGD(shards, rank // gpus, many_machines)
+    powersgd = PowerSGD(shards, rank // gpus, many_nodes, stacked={"qkv.weight": 3})
     powersgd.compress(shards)
-    sent = gpus * cfg.n_layer * many_machines.sent
+    sent = gpus * cfg.n_layer * many_nodes.sent
     matrices, rest = dalle_parameters(cfg)
     assert 1 - sent / (2 * 127 / 128 * 2 * matrices) == pytest.approx(1 - 5 * rank / (8 * d), abs=1e-4)
-    many_machines.sent = 0
+    many_nodes.sent = 0
     powersgd.collect(torch.empty(rest // gpus, device="meta"))
     powersgd.finish()
     planned = plan_paper(cfg, 1024, gpus, 128).traffic[f"with PowerSGD of rank {rank}"]
-    assert sent + gpus * many_machines.sent == pytest.approx(planned, rel=1e-3)
+    assert sent + gpus * many_nodes.sent == pytest.approx(planned, rel=1e-3)
 
 
 def test_low_rank_learns_as_well_with_fewer_bytes(results):
@@ -237,16 +234,16 @@ def test_low_rank_learns_as_well_with_fewer_bytes(results):
     assert ends[0] < 0.1
     assert ends[1] < ends[0] + 0.05
     assert plain["sent"][1] == low["sent"][1]
-    saving = powersgd_saving(SMALL.d_model, LOW_RANK, gpus=1)
+    saving = powersgd_saving(DALLE_CFG.d_model, LOW_RANK, gpus=1)
     assert 1 - low["sent"][0] / plain["sent"][0] == pytest.approx(saving, abs=0.002)
 
 
-def test_bad_input(many_machines):
+def test_bad_input(many_nodes):
     with pytest.raises(ValueError, match="rank: expected 1 or more, got 0"):
-        PowerSGD({}, 0, many_machines)
+        PowerSGD({}, 0, many_nodes)
     with pytest.raises(ValueError, match=r"a: expected a matrix, got \[2, 3, 4\]"):
-        PowerSGD({"a": torch.zeros(2, 3, 4)}, 1, many_machines)
-    powersgd = PowerSGD({"a": torch.zeros(2, 3)}, 1, many_machines)
+        PowerSGD({"a": torch.zeros(2, 3, 4)}, 1, many_nodes)
+    powersgd = PowerSGD({"a": torch.zeros(2, 3)}, 1, many_nodes)
     with pytest.raises(KeyError, match="b"):
         powersgd.compress({"b": torch.zeros(2, 3)})
     with pytest.raises(ValueError, match=r"a: expected \[2, 3\], got \[3, 2\]"):

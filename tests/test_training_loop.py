@@ -1,4 +1,4 @@
-"""The loop: a run that stops, by whatever death, goes on bit by bit as if it had not."""
+"""The training loop: a run that stops, for any reason, goes on bit by bit as if it had not."""
 
 import json
 import os
@@ -11,14 +11,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.pretend_cuda import pretended_cuda
 from helpers.training import KINDS, checkpoint, same, settings, task
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+import dalle_fast as df
 from dalle_fast.models import load_model
+from dalle_fast.ops import _library
 from dalle_fast.training import TrainingDiverged, TrainingStopped, fit
 from dalle_fast.training import loop as training_loop
 from dalle_fast.training.loop import new_state, parameter_groups
-from dalle_fast.training.metrics import Incidents, Log, LossSpikes, perplexity, resblock_of
+from dalle_fast.training.metrics import Incidents, Log, LossSpikes, perplexity
+from dalle_fast.training.state import places_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,7 +63,7 @@ def test_resumed_equals_uninterrupted_bitwise(kind, tmp_path):
 
 
 def stop_after(step: int, stopped_task, config, out: Path, signum: int = signal.SIGINT) -> TrainingStopped:
-    """Train and send a signal during an update."""
+    """Train and send a signal during a step."""
     loss = stopped_task.loss
 
     def loss_and_signal(model, batch, at):
@@ -104,10 +109,10 @@ def test_without_resume_training_starts_anew(tmp_path):
     assert [r["step"] for r in records(tmp_path, "dvae") if "loss" in r] == [2, 4, 6, 7]
 
 
-# ---------------------------------------------------------------------------------------------- updates
+# ---------------------------------------------------------------------------------------------- steps
 
 
-def test_an_update_without_a_finite_gradient_changes_nothing(tmp_path):
+def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path):
     config = settings("dvae", steps=4, log_every=1)
     broken = task("dvae", config)
     loss, seen = broken.loss, []
@@ -146,14 +151,14 @@ def test_the_log_names_resblocks_whose_gradients_are_not_finite(tmp_path):
     assert not any("loss_spikes" in record for record in lines)
 
 
-def test_a_loss_that_leaps_is_a_spike():
+def test_a_sudden_rise_of_the_loss_is_a_spike():
     random = np.random.default_rng(0)
     falling = [5 - i / 2000 + random.normal(0, 0.1) for i in range(500)]
     spikes, young = LossSpikes(), LossSpikes()
     assert not any(spikes.update(loss) for loss in falling)
     resumed = LossSpikes(**json.loads(json.dumps(asdict(spikes))))
     assert spikes.update(falling[-1] + 1)
-    assert not resumed.update(falling[-1] - 1)  # downwards is no harm
+    assert not resumed.update(falling[-1] - 1)  # downwards is none
     assert resumed.update(falling[-1] + 1)
     assert not any(young.update(loss) for loss in (1.0, 1.0, 100.0))  # too early to tell
 
@@ -162,35 +167,78 @@ def test_incidents_are_told_once():
     incidents = Incidents()
     assert incidents.result() == {}
     incidents.add_spike(7)
-    incidents.add_nonfinite(["layers.3.mlp.0.weight", "layers.3.mlp_norm.bias"])
-    incidents.add_nonfinite(["layers.3.mlp.2.bias", "start"])
+    incidents.add_nonfinite(["layers.3.mlp", "layers.3.mlp"])  # of two parameters
+    incidents.add_nonfinite(["layers.3.mlp", "start"])
     assert incidents.result() == {"loss_spikes": [7], "nonfinite": {"layers.3.mlp": 2, "start": 1}}
     assert incidents.result() == {}
 
 
 @pytest.mark.parametrize(
-    ("parameter", "resblock"),
+    ("kind", "parameter", "place"),
     [
-        ("layers.12.attn.qkv.weight", "layers.12.attn"),
-        ("layers.12.attn_norm.bias", "layers.12.attn"),
-        ("visual.transformer.resblocks.3.mlp.c_fc.weight", "visual.transformer.resblocks.3.mlp"),
-        ("encoder.blocks.group_2.block_1.res_path.conv_1.w", "encoder.blocks.group_2.block_1"),
-        ("text_embedding.weight", "text_embedding"),
-        ("start", "start"),
+        ("dalle", "layers.1.attn.qkv.weight", "layers.1.attn"),
+        ("dalle", "layers.1.attn_norm.bias", "layers.1.attn_norm"),
+        ("clip", "visual.transformer.resblocks.0.mlp.c_fc.weight", "visual.transformer.resblocks.0"),
+        ("dvae", "encoder.blocks.group_2.block_1.res_path.conv_1.w", "encoder.blocks.group_2.block_1"),
+        ("dalle", "text_embedding.weight", "text_embedding"),
+        ("dalle", "start", "start"),
     ],
 )
-def test_the_resblock_of_a_parameter(parameter, resblock):
-    assert resblock_of(parameter) == resblock
+def test_the_place_of_a_parameter_is_its_resblock_or_its_module(kind, parameter, place):
+    assert places_of(task(kind, settings(kind)).model)[parameter] == place
 
 
-def test_training_that_has_diverged_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(training_loop, "MAX_SKIPPED_IN_A_ROW", 3)
-    config = settings("dvae", steps=9)
+def test_training_that_has_diverged_ends(tmp_path):
+    config = settings("dvae", steps=200)
     broken = task("dvae", config)
     loss = broken.loss
     broken.loss = lambda model, batch, step: (loss(model, batch, step)[0] * float("inf"), {})
-    with pytest.raises(TrainingDiverged, match="none in 3 updates"):
+    with pytest.raises(TrainingDiverged, match="none in 100 steps"):
         fit(broken, config, tmp_path)
+
+
+class ReadLists(TorchFunctionMode):
+    """Counts ``tolist`` of tensors on the device."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.Tensor.tolist and args[0].device.type == "cuda"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A pretended device with kernels, and a context in which it raises an error at any wait but ``tolist``."""
+    kernels = frozenset(vars(df.reference)) - {"pack_linear", "packed_linear"}
+    monkeypatch.setattr(_library, "_BACKEND", _library.Backend(("cpu", "cuda"), {}, cuda_ops=kernels))
+    with pretended_cuda(monkeypatch):
+        yield lambda: torch.cuda.graph(torch.cuda.CUDAGraph())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_waits_for_the_device_once(kind, cuda, monkeypatch):
+    config = settings(kind, device="cuda", ema_every=100)
+    some = task(kind, config)
+    state, batches = new_state(some.model, config, some.scales), some.batches(0)
+    monkeypatch.setattr(state.optimizer, "step", lambda **_: None)  # test_optimizer.py: it reads nothing
+    for _ in range(3):
+        batch = training_loop.to_device(next(batches), torch.device("cuda"))
+        with ReadLists() as lists, cuda():
+            finite, _ = training_loop.train_step(state, some, batch, 1e-3, config)
+        assert finite and lists.count == 1
+        state.step += 1
+
+
+def test_the_transformer_reads_no_values_on_the_device_but_in_generate(cuda):
+    model = task("dalle", settings("dalle")).model.to("cuda")
+    text, codes = (torch.zeros(shape, dtype=torch.int64, device="cuda") for shape in ((2, 6), (2, 4, 4)))
+    with ReadLists() as lists, cuda():
+        model(text, codes)
+        model.prefill(text, 3)
+    assert lists.count == 0
+    with pytest.raises(ValueError, match=r"text_tokens: expected values in \[0, 276\), got 276 to 276"):
+        model.generate(text + 276, 1)
 
 
 def test_the_gradient_is_clipped(tmp_path):
@@ -202,7 +250,7 @@ def test_the_gradient_is_clipped(tmp_path):
     state.optimizer.register_step_pre_hook(
         lambda optimizer, args, options: seen.append([p.grad * options["clip"] for p in one.model.parameters()])
     )
-    finite, metrics = training_loop.update(state, one, batch, 1e-3, config)
+    finite, metrics = training_loop.train_step(state, one, batch, 1e-3, config)
     assert finite
     assert metrics["grad_norm"] > 1e-2  # the log shows it as it was
     assert torch.nn.utils.get_total_norm(seen[0]).item() == pytest.approx(1e-3, rel=1e-3)
@@ -232,12 +280,12 @@ def test_other_moments_than_those_of_the_checkpoint_are_refused(tmp_path):
 
 
 def final_loss(moments: str, seed: int, steps: int = 100) -> float:
-    """Mean training loss of the last 30 updates of a transformer that learns ten pictures by heart."""
+    """Mean training loss of the last 30 steps of a transformer that learns ten images by heart."""
     config = settings("dalle", moments=moments, seed=seed, lr=3e-3, caption_dropout=0.0, plateau_patience=10**6)
     some = task("dalle", config)
     state, batches, losses = new_state(some.model, config), some.batches(0), []
     for step in range(steps):
-        _, metrics = training_loop.update(state, some, next(batches), config.lr, config)
+        _, metrics = training_loop.train_step(state, some, next(batches), config.lr, config)
         state.step = step + 1
         losses.append(metrics["loss"])
     return torch.stack(losses[-30:]).mean().item()

@@ -28,8 +28,7 @@ def test_dvae_schedules_of_the_paper():
     assert [paper.beta_at(s) for s in (0, 5_000, 3_000_000)] == [0.0, 6.6, 6.6]
     assert [paper.lr_at(s) for s in (0, 1_200_000, 3_000_000)] == [1e-4, 1.25e-6, 1.25e-6]
     assert paper.tau_at(75_000) == pytest.approx((1 + 1 / 16) / 2)
-    assert TrainDVAE(encoder_lr=0.2).lr_share("encoder.blocks.input.w") == 0.2
-    assert TrainDVAE(encoder_lr=0.2).lr_share("decoder.blocks.input.w") == 1.0
+    assert TrainDVAE(encoder_lr=0.2).lr_shares() == {"encoder": 0.2}
 
 
 def test_dalle_schedule_of_the_paper():
@@ -50,7 +49,7 @@ def test_a_plateau_halves_five_times_at_most():
     assert not any(falling)
     assert plateau.scale == 1.0
     halvings = [step for step in range(60) if plateau.update(7.0)]
-    assert halvings == [5, 11, 17, 23, 29]  # 3 windows of 2 updates each
+    assert halvings == [5, 11, 17, 23, 29]  # 3 windows of 2 steps each
     assert plateau.scale == 0.5**5
 
 

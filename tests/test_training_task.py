@@ -1,6 +1,7 @@
-"""What each training sees: images, captions and codes, a pure function of the seed and the step."""
+"""Samples of each training: images, captions and codes, a pure function of the seed and the step."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -110,7 +111,7 @@ def test_codes_start_at_the_data():
 
 
 def test_the_three_models_learn_something(tmp_path):
-    """A corpus of two pictures, black and white, is learnt in no time."""
+    """A corpus of two images, black and white, is learnt within a few steps."""
     both = [Pair(np.full((8, 8, 3), value, np.uint8), name) for value, name in ((0, "black"), (255, "white"))] * 4
     texts = train_tokenizer((pair.caption for pair in both), tmp_path, vocab_size=270, text_len=6)
     assert torch.equal(Tokenizer.load(tmp_path / "tokenizer.json").encode("white"), texts.encode("white"))
@@ -135,6 +136,22 @@ def test_parts_that_do_not_fit_are_refused(tmp_path):
         train_clip(pairs(), None, other, CLIP, settings("clip"), tmp_path)
     with pytest.raises(ValueError, match="dvae: expected one"):
         train_dalle(pairs(), None, tokenizer(), DALLE, settings("dalle"), tmp_path)
+    with pytest.raises(ValueError, match="pairs: expected images, got codes"):
+        train_clip(codes(), None, tokenizer(), CLIP, settings("clip"), tmp_path)
     small = DiscreteVAE(DVAE.__class__(image_size=8, vocab_size=8, n_hid=8, n_init=8, groups=(1, 2), n_blk_per_group=1))
     with pytest.raises(ValueError, match="of 8 codes"):
         train_dalle(pairs(), None, tokenizer(), DALLE, settings("dalle"), tmp_path, small)
+
+
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [(np.full((4, 4), 16), "16 to 16"), (np.full((4, 4), -1), "-1 to -1"), (np.zeros((3, 4), np.int64), "[3, 4]")],
+)
+def test_codes_that_the_model_cannot_read_are_refused_before_they_reach_it(given, got):
+    config, fits = settings("dalle"), codes()
+    spoiled = [EncodedPair(given, pair.caption) for pair in fits]
+    message = re.escape("codes: expected [4, 4] with values in [0, 16), got ") + f".*{re.escape(got)}"
+    with pytest.raises(ValueError, match=message):
+        next(DALLETask(spoiled, None, tokenizer(), DALLE, config, None).batches(0))
+    with pytest.raises(ValueError, match=message):
+        next(DALLETask(fits, spoiled, tokenizer(), DALLE, config, None).validation())

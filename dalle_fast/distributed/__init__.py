@@ -1,1 +1,1 @@
-"""Training on many processes: process groups, sharded models, PowerSGD between machines."""
+"""Training on many processes: process groups, sharded models, PowerSGD between nodes."""

@@ -1,18 +1,18 @@
-"""PowerSGD between machines: sums of gradients by way of two thin matrices (section 2.5, appendix E).
+"""PowerSGD between nodes: sums of gradients by way of two thin matrices (section 2.5, appendix E).
 
-Machine i adds its gradient to what earlier updates left over, its error buffer: the sum is M_i, [n, k]. Then, with a
-fixed random Q [k, r],
+Node i adds its gradient to its error buffer, what earlier steps left over: M_i, [n, k]. Then, with a fixed random Q
+[k, r],
 
-    P  = sum of M_i Q over the machines, [n, r]; made orthonormal
+    P  = sum of M_i Q over the nodes, [n, r]; made orthonormal
     Q' = sum of M_i^T P, [k, r]
-    P Q'^T is taken for the sum of the gradients, and M_i - P (M_i^T P)^T stays in the buffer of machine i.
+    P Q'^T is the estimate of the sum of the gradients, and M_i - P (M_i^T P)^T stays in the buffer of node i.
 
-So r (n + k) numbers are summed instead of n k, and what is left over on all machines is the sum of all M_i without its
-estimate: nothing is lost but by rounding. Each machine subtracts its own share of the estimate, as PowerSGD is defined
-(arXiv 1905.13727, algorithm 2). A mean share would leave the machines' differences in the buffers for good, where they
-would add up from update to update and drown what matters in the rounding of 16 bits.
+So r (n + k) numbers are summed instead of n k, and the buffers of all nodes add up to the sum of all M_i minus its
+estimate: nothing is lost but by rounding. Each node subtracts its own share of the estimate, as PowerSGD is defined
+(arXiv 1905.13727, algorithm 2). A mean share would leave the nodes' differences in the buffers for good, where they
+would add up from step to step and drown the rest in the rounding of 16 bits.
 
-Buffers, P and Q' have 16 bits a number, 1-6-9 with scales (:func:`dalle_fast.distributed.collectives.pack`). Sums are
+Buffers, P and Q' have 16 bits per number, 1-6-9 with scales (:func:`dalle_fast.distributed.collectives.pack`). Sums are
 made in float32; one beyond the format saturates.
 """
 
@@ -28,47 +28,56 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from ..models.transformer import DALLE
-from .collectives import Machines, all_reduce, pack, unpack
+from ..models.base import TrainableModel
+from .collectives import Nodes, all_reduce, pack, unpack
 
-EPSILON = 1e-6  # of the identity that is added to P
+EPSILON = 1e-6  # scale of the identity that is added to P
 
 
 class PowerSGD:
-    """Sums gradients over machines: matrices by low rank with error feedback, everything else as it is.
+    """Sums gradients over nodes: matrices by low rank with error feedback, all others as they are.
 
-    In every update::
+    Not DDP's ``powerSGD_hook``: here gradients are FSDP's shards, travel in 1-6-9, and are scaled per resblock.
 
-        powersgd.compress(gradients, scales)  # as they become known: between them all matrices, each once
+    In every step::
+
+        powersgd.compress(gradients, scales)  # as they become known: all matrices, each once
         powersgd.collect(gradient)  # each of the others
         powersgd.finish()
         norm = sum(powersgd.squared_norms().values()) + ...  # of the others
 
-    A matrix that is not finite on any machine comes out as NaN on all. Its buffer is then zeroed where its own gradient
-    was to blame, and is otherwise left as it is; buffers of other matrices never mind, whether the update is made or
-    skipped.
+    A matrix that is not finite on any node becomes NaN on all. Its buffer is then zeroed on the nodes whose own
+    gradient was not finite, and kept on the others. Buffers of other matrices do not depend on it, nor on whether the
+    step is skipped.
 
     Args:
-        matrices: by name, this process's shard of each matrix to compress, [rows, columns]; only looked at. A fused
-            ``qkv.weight`` counts as three matrices.
+        matrices: by name, this process's shard of each matrix to compress, [rows, columns]; only shapes are read.
         rank: of the estimate of a shard.
-        machines: to sum over. All of them give the same names, shapes, rank and seed.
+        nodes: to sum over. All must give the same names, shapes, rank and seed.
         seed: of the random matrices Q.
+        stacked: by name, how many matrices a parameter holds below one another, each compressed apart; default 1.
 
     Raises:
-        ValueError: a rank below 1, or a tensor that is no matrix.
+        ValueError: a rank below 1, or a tensor that is not a matrix.
     """
 
-    def __init__(self, matrices: Mapping[str, torch.Tensor], rank: int, machines: Machines, seed: int = 0) -> None:
+    def __init__(
+        self,
+        matrices: Mapping[str, torch.Tensor],
+        rank: int,
+        nodes: Nodes,
+        seed: int = 0,
+        stacked: Mapping[str, int] | None = None,
+    ) -> None:
         if rank < 1:
             raise ValueError(f"rank: expected 1 or more, got {rank}")
         for name, matrix in matrices.items():
             if matrix.ndim != 2:
                 raise ValueError(f"{name}: expected a matrix, got {list(matrix.shape)}")
-        self._rank, self._machines, self._seed = rank, machines, seed
+        self._rank, self._nodes, self._seed, self._stacked = rank, nodes, seed, stacked or {}
         self._shards = {name: (matrix.shape, matrix.device) for name, matrix in matrices.items()}
         self._errors = {  # packed
-            name: [pack(torch.zeros(1, part.numel(), device=matrix.device)) for part in _parts(name, matrix)]
+            name: [pack(torch.zeros(1, part.numel(), device=matrix.device)) for part in self._parts(name, matrix)]
             for name, matrix in matrices.items()
         }
         self._indices = {name: i for i, name in enumerate(matrices)}
@@ -77,12 +86,12 @@ class PowerSGD:
 
     @torch.no_grad()
     def compress(self, gradients: Mapping[str, torch.Tensor], scales: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Replace gradients of some matrices by estimates of their sums over the machines, in two messages.
+        """Replace gradients of some matrices by estimates of their sums over the nodes, in two messages.
 
         Args:
             gradients: by name; float32 in the shapes of the shards, with any strides.
-            scales: by name, what a gradient is times, one element; 1 where there is none. The sum is times it again.
-                Between updates it may change: in the buffers nothing is scaled.
+            scales: by name, scale factor of each gradient, one element (default 1). The sum is multiplied back. It may
+                change between steps: the buffers are unscaled.
 
         Raises:
             KeyError: a matrix of another name.
@@ -90,7 +99,7 @@ class PowerSGD:
         parts = [
             (name, part, buffer)
             for name, gradient in gradients.items()
-            for part, buffer in zip(_parts(name, gradient), self._errors[name], strict=True)
+            for part, buffer in zip(self._parts(name, gradient), self._errors[name], strict=True)
         ]
         scale = {name: 1.0 if scales is None else scales.get(name, 1.0) for name in gradients}
         owns = [unpack(buffer).view(part.shape) + part / scale[name] for name, part, buffer in parts]
@@ -98,7 +107,7 @@ class PowerSGD:
             fixed_gaussian(own.shape[1], min(self._rank, own.shape[0]), self._seed, self._indices[name], own.device)
             for own, (name, _, _) in zip(owns, parts, strict=True)
         ]
-        estimates = low_rank_sums(owns, randoms, self._machines)
+        estimates = low_rank_sums(owns, randoms, self._nodes)
         self._squared_norms |= {name: g.new_zeros((), dtype=torch.float64) for name, g in gradients.items()}
         for (name, part, buffer), own, (p, own_q, q) in zip(parts, owns, estimates, strict=True):
             finite = q.isfinite().all()
@@ -108,23 +117,23 @@ class PowerSGD:
             self._squared_norms[name] += q.double().square().sum()
 
     def collect(self, gradient: torch.Tensor) -> None:
-        """Remember a gradient, float32 of any shape, for ``finish`` to replace it by its sum over the machines."""
+        """Remember a gradient, float32 of any shape, which ``finish`` replaces by its sum over the nodes."""
         self._rest.append(gradient)
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Sum what was collected, in float32 and in one message."""
-        for gradient, total in zip(self._rest, all_reduce(self._rest, self._machines, 32), strict=True):
+        """Sum the collected gradients, in float32 and in one message."""
+        for gradient, total in zip(self._rest, all_reduce(self._rest, self._nodes, 32), strict=True):
             gradient.copy_(total)
         self._rest.clear()
 
     @property
     def sent(self) -> int:
-        """Bytes that this process has sent to other machines so far, in all updates."""
-        return self._machines.sent
+        """Bytes that this process has sent to other nodes so far, in all steps."""
+        return self._nodes.sent
 
     def squared_norms(self) -> dict[str, torch.Tensor]:
-        """Of the estimates of the last update, without scales, by name; float64 []; NaN: not finite on some machine.
+        """Squared norms of the estimates of the last step, unscaled, by name; float64 []; NaN if any was not finite.
 
         P is orthonormal, so they are those of Q'.
         """
@@ -134,21 +143,21 @@ class PowerSGD:
 
     @torch.no_grad()
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The sums of the error buffers over the machines, float32 in the shapes of the shards.
+        """Sums of the error buffers over the nodes, float32 in the shapes of the shards.
 
-        All machines must call it. What it sends is not counted.
+        Collective. Its bytes are not counted as sent.
         """
         sums = {}
         for name, (shape, device) in self._shards.items():
             sums[name] = torch.empty(shape, device=device)
-            for part, buffer in zip(_parts(name, sums[name]), self._errors[name], strict=True):
+            for part, buffer in zip(self._parts(name, sums[name]), self._errors[name], strict=True):
                 part.copy_(unpack(buffer).view(part.shape))
-            dist.all_reduce(sums[name], group=self._machines.group)
+            dist.all_reduce(sums[name], group=self._nodes.group)
         return sums
 
     @torch.no_grad()
     def load(self, sums: Mapping[str, torch.Tensor]) -> None:
-        """Share equally among the machines what ``tensors`` returned, on however many; zeros where a name is missing.
+        """Share what ``tensors`` returned equally among the nodes, however many there are; missing names become zeros.
 
         Raises:
             ValueError: a tensor of another shape.
@@ -157,48 +166,49 @@ class PowerSGD:
             total = sums.get(name, torch.zeros(shape, device=device))
             if total.shape != shape:
                 raise ValueError(f"{name}: expected {list(shape)}, got {list(total.shape)}")
-            for part, buffer in zip(_parts(name, total / self._machines.count), self._errors[name], strict=True):
+            for part, buffer in zip(self._parts(name, total / self._nodes.count), self._errors[name], strict=True):
                 buffer.copy_(pack(part.reshape(1, -1)))
 
+    def _parts(self, name: str, shard: torch.Tensor) -> list[torch.Tensor]:
+        """The matrices in a shard of a parameter, as views, none of them higher than wide.
 
-def _parts(name: str, shard: torch.Tensor) -> list[torch.Tensor]:
-    """The matrices in a shard of a parameter, as views, none of them higher than wide.
-
-    Where P is the shorter of the two, its decomposition costs least, and the full rank is exact.
-    """
-    parts = shard.chunk(3) if name.endswith("qkv.weight") else [shard]  # q, k and v are below one another
-    return [part if part.shape[0] <= part.shape[1] else part.T for part in parts if part.numel()]
-
-
-# ---------------------------------------------------------------------------------------------- of a sharded model
+        So P is the shorter of the two: its decomposition costs least, and the full rank is exact.
+        """
+        parts = shard.chunk(self._stacked.get(name, 1))
+        return [part if part.shape[0] <= part.shape[1] else part.T for part in parts if part.numel()]
 
 
-def resblock_matrices(model: DALLE) -> list[str]:
-    """The names of the parameters that are compressed: all matrices of resblocks."""
-    return [name for name, parameter in model.named_parameters() if name.startswith("layers.") and parameter.ndim == 2]
+# ---------------------------------------------------------------------------------------------- a sharded model
 
 
-def sum_between_machines(
+def resblock_matrices(model: TrainableModel) -> list[str]:
+    """Names of the parameters that are compressed: all matrices of resblocks, in the model's order."""
+    inside = {parameter for _, resblock in model.resblocks() for parameter in resblock.parameters()}
+    return [name for name, parameter in model.named_parameters() if parameter in inside and parameter.ndim == 2]
+
+
+def sum_between_nodes(
     model: nn.Module,
     matrices: Sequence[str],
     rank: int,
-    machines: Machines,
+    nodes: Nodes,
     seed: int = 0,
     scales: Mapping[str, torch.Tensor] | None = None,
+    stacked: Mapping[str, int] | None = None,
 ) -> PowerSGD:
-    """Sum the gradients of a sharded model over the machines from now on: matrices in the backward, as they come.
+    """Sum the gradients of a sharded model over the nodes from now on: matrices within the backward, as they arrive.
 
-    After each backward ``finish`` sums the others. Gradients must be None before it.
+    ``finish`` sums the others after each backward. Gradients must be None before it.
 
     Args:
-        model: sharded by ``fully_shard`` over the processes of each machine, its parts, too, if they are to be summed
-            while the backward goes on. The gradients of its shards must not be divided after the hooks of
+        model: sharded by ``fully_shard`` over the processes of each node. Submodules that are sharded on their own are
+            summed while the backward goes on. FSDP must not divide the gradients of the shards after the hooks of
             ``set_all_reduce_hook``, which this sets.
-        matrices: the names of parameters to compress.
-        rank: of the estimate of a whole matrix: a shard has its part of it.
-        machines: the processes that hold the same shards.
-        seed: as in :class:`PowerSGD`.
-        scales: by name, what the gradient of a parameter is times; looked at in each backward.
+        matrices: names of the parameters to compress.
+        rank: of the estimate of a whole matrix; each shard takes its part of it.
+        nodes: the processes that hold the same shards.
+        seed, stacked: as in :class:`PowerSGD`.
+        scales: by name, scale factor of the gradient of a parameter, read in each backward.
 
     Raises:
         ValueError: a rank that is not a multiple of the number of shards.
@@ -207,7 +217,8 @@ def sum_between_machines(
     shards = parameters[matrices[0]].device_mesh.size()
     if rank % shards:
         raise ValueError(f"rank: expected a multiple of the {shards} shards of a matrix, got {rank}")
-    powersgd = PowerSGD({name: parameters[name].to_local() for name in matrices}, rank // shards, machines, seed)
+    local_matrices = {name: parameters[name].to_local() for name in matrices}
+    powersgd = PowerSGD(local_matrices, rank // shards, nodes, seed, stacked)
     names = {id(parameter): name for name, parameter in parameters.items()}
 
     def hook(managed: list[str], flat: torch.Tensor) -> None:
@@ -225,7 +236,7 @@ def sum_between_machines(
 
 
 def _managed(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that ``fully_shard`` of a module took together, in the order in which their gradients lie."""
+    """The parameters that one ``fully_shard`` of a module manages, in the order in which their gradients lie."""
     for child in module.children():
         if not isinstance(child, FSDPModule):
             yield from _managed(child)
@@ -233,7 +244,7 @@ def _managed(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _cut(flat: torch.Tensor, parameters: Sequence[DTensor]) -> list[torch.Tensor]:
-    """The gradients of shards, as views of the memory in which they lie one after another, each padded to the largest.
+    """Gradients of shards as views of the memory in which they lie one after another, each padded to the largest.
 
     Raises:
         RuntimeError: these are not the gradients of all parameters.
@@ -254,7 +265,7 @@ def _cut(flat: torch.Tensor, parameters: Sequence[DTensor]) -> list[torch.Tensor
 
 
 def fixed_gaussian(rows: int, columns: int, seed: int, index: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Q of the index-th matrix, [rows, columns] float32: the same in every update and on every machine."""
+    """Q of the index-th matrix, [rows, columns] float32: the same in every step and on every node."""
     generator = torch.Generator(device).manual_seed((seed << 20) + index)
     return torch.randn(rows, columns, generator=generator, device=device)
 
@@ -262,8 +273,8 @@ def fixed_gaussian(rows: int, columns: int, seed: int, index: int, device: torch
 def orthonormal(x: torch.Tensor) -> torch.Tensor:
     """An orthonormal basis of the columns of x, [n, r] with n >= r; NaN if x is not finite.
 
-    By Householder reflections, which ``torch.linalg.qr`` uses on every device: the basis is orthonormal to rounding
-    even if columns of x depend on each other. 1e-6 on the diagonal, as in appendix E, is for an x of zeros. It is
+    ``torch.linalg.qr`` uses Householder reflections on every device: the basis is orthonormal to rounding even if
+    columns of x depend on each other. 1e-6 is added to the diagonal, as in appendix E, for an x of zeros. It is
     relative to the largest element, since gradients may be smaller than that.
     """
     finite = x.isfinite().all()
@@ -274,18 +285,18 @@ def orthonormal(x: torch.Tensor) -> torch.Tensor:
 
 
 def low_rank_sums(
-    matrices: Sequence[torch.Tensor], randoms: Sequence[torch.Tensor], machines: Machines
+    matrices: Sequence[torch.Tensor], randoms: Sequence[torch.Tensor], nodes: Nodes
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Low-rank estimates P Q'^T of sums of matrices over machines, all in two messages.
+    """Low-rank estimates P Q'^T of sums of matrices over nodes, all in two messages.
 
     Args:
-        matrices: this machine's, [n, k] each.
+        matrices: this node's, [n, k] each.
         randoms: Q of each, [k, r] with r <= n.
 
     Returns:
-        for each matrix P [n, r], what Q' is the sum of and this machine gave [k, r], and Q' [k, r].
+        For each matrix P [n, r], this node's summand of Q' [k, r], and Q' [k, r].
     """
-    sketches = all_reduce([m @ q for m, q in zip(matrices, randoms, strict=True)], machines, 16)
+    sketches = all_reduce([m @ q for m, q in zip(matrices, randoms, strict=True)], nodes, 16)
     bases = [orthonormal(sketch) for sketch in sketches]
     own = [m.T @ p for m, p in zip(matrices, bases, strict=True)]
-    return list(zip(bases, own, all_reduce(own, machines, 16), strict=True))
+    return list(zip(bases, own, all_reduce(own, nodes, 16), strict=True))

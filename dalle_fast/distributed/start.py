@@ -1,8 +1,8 @@
-"""The random start of a model that no process has room for in one piece.
+"""The random start of a model that does not fit into one process.
 
-The constructor runs on the device "meta", where tensors have no memory, and what it would write into parameters is
-noted. When the model is sharded, every process does all of that in the same order, with one whole parameter at a time,
-and keeps its shard. So all numbers are those that one process draws.
+The constructor runs on the device "meta", where tensors have no memory, and its writes into parameters are recorded.
+Once the model is sharded, every process replays them in the same order, one whole parameter at a time, and keeps its
+shard. So all numbers are those that one process draws.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .sharding import local, shard_of
 from .world import ALONE, World
 
 Model = TypeVar("Model", bound=nn.Module)
-FILLS = {  # what ``torch.nn.init`` ends in
+FILLS = {  # the operators that ``torch.nn.init`` calls
     torch.ops.aten.normal_.default,
     torch.ops.aten.uniform_.default,
     torch.ops.aten.fill_.Scalar,
@@ -30,9 +30,9 @@ FILLS = {  # what ``torch.nn.init`` ends in
 
 @dataclass(frozen=True)
 class Fill:
-    """What fills a tensor, as an operator and its further arguments."""
+    """A recorded write into a tensor: the operator and its further arguments."""
 
-    name: str | None  # None: the model has it no more, but its numbers are drawn
+    name: str | None  # None: not in the model any more, but still drawn, to keep the random stream
     like: torch.Tensor  # on "meta"
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -41,14 +41,14 @@ class Fill:
 
 @dataclass(frozen=True)
 class Start:
-    """What the constructor of a model would have written into its parameters and buffers, in this order."""
+    """The writes of a model's constructor into its parameters and buffers, in order."""
 
     seed: int
     fills: list[Fill]
 
     @torch.no_grad()
     def write(self, model: nn.Module, world: World) -> None:
-        """Write it into a model that has memory and is sharded by now."""
+        """Replay them into the model, which has memory and is sharded by now."""
         tensors = dict(chain(model.named_parameters(), model.named_buffers()))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
@@ -58,46 +58,46 @@ class Start:
                 if fill.name is not None:
                     tensor = tensors[fill.name]
                     local(tensor).copy_(shard_of(whole, tensor, world))
-                del whole  # before there is another
+                del whole  # before the next one is allocated
 
 
 def new_model(build: Callable[[], Model], seed: int, world: World = ALONE) -> tuple[Model, Start | None]:
     """A model whose random start depends on the seed alone.
 
-    Of many processes the model is on "meta", and its start comes beside it, to be written when it is sharded.
+    With many processes the model is on "meta", and its start is returned with it, to be written once it is sharded.
 
     Args:
         build: the constructor. It fills parameters and buffers in place, as ``torch.nn.init`` does.
 
     Raises:
-        TypeError: it writes into a tensor in a way that is not noted.
+        TypeError: it writes into a tensor in a way that cannot be recorded.
         ValueError: it leaves a parameter or a buffer unwritten.
     """
     if world.size == 1:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return build(), None
-    with torch.device("meta"), _Notes() as notes:
+    with torch.device("meta"), _Recorder() as recorder:
         model = build()
     names = {id(tensor): name for name, tensor in chain(model.named_parameters(), model.named_buffers())}
-    fills = [Fill(names.get(id(tensor)), tensor.detach(), *how) for tensor, *how in notes.taken]
+    fills = [Fill(names.get(id(tensor)), tensor.detach(), *how) for tensor, *how in recorder.writes]
     if missing := set(names.values()) - {fill.name for fill in fills}:
         raise ValueError(f"{min(missing)}: expected the constructor to fill it in place, got nothing that does")
     return model, Start(seed, fills)
 
 
-class _Notes(TorchDispatchMode):
-    """Notes what is written into tensors, instead of doing it."""
+class _Recorder(TorchDispatchMode):
+    """Records writes into tensors instead of executing them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.taken: list[tuple[torch.Tensor, Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]] = []
+        self.writes: list[tuple[torch.Tensor, Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func in FILLS:
-            self.taken.append((args[0], func, args[1:], kwargs or {}))
+            self.writes.append((args[0], func, args[1:], kwargs or {}))
             return args[0]
         if func._schema.is_mutable:
             raise TypeError(f"constructor: expected {', '.join(map(str, FILLS))} to write into tensors, got {func}")

@@ -1,6 +1,6 @@
-"""The processes of a training: one alone, or many that ``torchrun`` has started on some machines (section 2.5).
+"""The processes of a training: one alone, or those that ``torchrun`` has started on one or more nodes (section 2.5).
 
-Those of a machine share one copy of the model, each with a shard of every parameter. The machines hold copies of it.
+The processes of a node share one copy of the model, each with a shard of every parameter. Every node holds a copy.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class World:
     The methods are collective: every process must call them, in the same order.
 
     Args:
-        rank: number of this process; processes of a machine follow one another.
-        size: how many processes there are.
-        shards: how many share a copy of the model.
-        device: where tensors must be to be sent.
-        mesh: those that share this process's copy.
+        rank: of this process; the processes of a node have consecutive ranks.
+        size: number of processes.
+        shards: number of processes that share a copy of the model.
+        device: of the tensors that are sent.
+        mesh: the processes that share this one's copy.
         host_mesh: the same, for tensors on the CPU.
-        peers: those that have the same shard of the other copies, and this one.
-        decisions: all, for what the host decides; for tensors on the CPU.
-        checkpoints: all, for a thread that writes checkpoints; for tensors on the CPU.
+        peers: the processes that hold this one's shard of each copy.
+        decisions: all processes, for decisions of the host; for tensors on the CPU.
+        checkpoints: all processes, for the thread that writes checkpoints; for tensors on the CPU.
     """
 
     rank: int = 0
@@ -49,21 +49,21 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes what is written once."""
+        """True in the process that writes logs, reports and exports."""
         return self.rank == 0
 
     @property
     def copies(self) -> int:
-        """How many copies of the model there are."""
+        """Number of copies of the model."""
         return self.size // self.shards
 
     @property
     def shard(self) -> int:
-        """Which shard of its copy this process has."""
+        """Index of this process's shard of its copy."""
         return self.rank % self.shards
 
     def sum(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The sums of tensors over all processes, in float64 and in one message; of one process, the tensors."""
+        """Sums of tensors over all processes, in float64 and in one message; with one process, the tensors."""
         if self.size == 1:
             return list(tensors)
         flat = torch.cat([tensor.detach().reshape(-1).to(self.device, torch.float64) for tensor in tensors])
@@ -72,11 +72,11 @@ class World:
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
     def gather_batch(self, part: torch.Tensor) -> torch.Tensor:
-        """The parts [B, ...] of a batch that the processes have, as one batch [size * B, ...], with gradients."""
+        """Concatenate the processes' parts [B, ...] of a batch, [size * B, ...]; differentiable."""
         return part if self.size == 1 else _GatherBatch.apply(part)
 
     def largest(self, number: int) -> int:
-        """The largest of the numbers that the processes give."""
+        """The largest of the processes' numbers."""
         if self.size == 1:
             return number
         largest = torch.tensor(number)
@@ -84,14 +84,14 @@ class World:
         return int(largest)
 
     def gather(self, value: T) -> list[T]:
-        """The values that the processes give, in the order of their ranks."""
+        """The processes' values, by rank."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value, self.decisions)
         return values
 
     def ask_first(self, question: Callable[[], T]) -> T:
-        """What a function returns, or raises, in the first process, the only one to call it."""
+        """Call a function in the first process alone; all return, or raise, what it does."""
         if self.size == 1:
             return question()
         answer: list[Any] = [None, None]  # the value, and the error
@@ -116,7 +116,7 @@ class _GatherBatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         grad = grad.contiguous()
-        dist.all_reduce(grad)  # what the losses of all processes make of this one's part
+        dist.all_reduce(grad)  # the losses of all processes depend on this one's part
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
@@ -124,12 +124,12 @@ ALONE = World()
 
 
 def this_process() -> tuple[int, int]:
-    """The rank of this process, and how many ``torchrun`` has started: also where they never meet."""
+    """Rank and number of the processes that ``torchrun`` has started, without joining them."""
     return _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
 
 
 def device_of_process(device: str) -> torch.device:
-    """The device; of "cuda" each process that ``torchrun`` has started on a machine takes a GPU of its own."""
+    """The device of this process; for "cuda", each process of a node takes a GPU of its own."""
     if device != "cuda":
         return torch.device(device)
     _, size = this_process()
@@ -138,14 +138,14 @@ def device_of_process(device: str) -> torch.device:
 
 @contextmanager
 def join_world(device: str, parallel: Literal["fsdp", "ddp"] = "fsdp") -> Iterator[World]:
-    """Meet the other processes, if ``torchrun`` has started any, and part from them at the end.
+    """Join the other processes, if ``torchrun`` has started any, and leave them at the end.
 
     Args:
-        device: of the training, such as "cpu" or "cuda"; each process of a machine takes a GPU of its own.
-        parallel: "fsdp" has the processes of a machine share a copy of the model, with "ddp" each has its own.
+        device: of the training, such as "cpu" or "cuda"; each process of a node takes a GPU of its own.
+        parallel: with "fsdp" the processes of a node share a copy of the model, with "ddp" each has its own.
 
     Raises:
-        ValueError: the environment is not one that torchrun makes, or the device has an index.
+        ValueError: an environment that torchrun does not make, or a device with an index.
     """
     _, size = this_process()
     if size == 1:
@@ -154,44 +154,44 @@ def join_world(device: str, parallel: Literal["fsdp", "ddp"] = "fsdp") -> Iterat
     place = torch.device(device)
     if place.type not in BACKENDS or place.index is not None:
         raise ValueError(f"device: expected one of {', '.join(BACKENDS)} with many processes, got {device}")
-    rank, on_machine = _from_environment("RANK"), _from_environment("LOCAL_WORLD_SIZE")
-    if not 0 <= rank < size or not 1 <= on_machine <= size or size % on_machine:
+    rank, on_node = _from_environment("RANK"), _from_environment("LOCAL_WORLD_SIZE")
+    if not 0 <= rank < size or not 1 <= on_node <= size or size % on_node:
         raise ValueError(
-            "environment: expected that of torchrun with as many processes on every machine, got "
-            f"RANK={rank}, WORLD_SIZE={size}, LOCAL_WORLD_SIZE={on_machine}"
+            "environment: expected that of torchrun with as many processes on every node, got "
+            f"RANK={rank}, WORLD_SIZE={size}, LOCAL_WORLD_SIZE={on_node}"
         )
     if place.type == "cuda":
         place = device_of_process(device)
         torch.cuda.set_device(place)
     store, _, _ = next(dist.rendezvous("env://"))
-    # torchrun keeps its store when it replaces a killed worker, with the addresses of the dead in it.
+    # torchrun keeps its store when it replaces a killed worker, still holding the addresses of dead workers.
     store = dist.PrefixStore(f"restart {_from_environment('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(BACKENDS[place.type], store=store, rank=rank, world_size=size)
     try:
-        shards = on_machine if parallel == "fsdp" else 1
+        shards = on_node if parallel == "fsdp" else 1
         mesh, host_mesh = (
             init_device_mesh(kind, (size // shards, shards), mesh_dim_names=("copy", "shard"))
             for kind in (place.type, "cpu")
         )
         yield World(
-            rank,
-            size,
-            shards,
-            str(place),
-            mesh["shard"],
-            host_mesh["shard"],
-            mesh.get_group("copy"),
-            dist.new_group(backend="gloo"),
-            dist.new_group(backend="gloo"),
+            rank=rank,
+            size=size,
+            shards=shards,
+            device=str(place),
+            mesh=mesh["shard"],
+            host_mesh=host_mesh["shard"],
+            peers=mesh.get_group("copy"),
+            decisions=dist.new_group(backend="gloo"),
+            checkpoints=dist.new_group(backend="gloo"),
         )
     finally:
         dist.destroy_process_group()
 
 
 def _from_environment(name: str, default: int | None = None) -> int:
-    """A number that torchrun sets."""
+    """An integer that torchrun sets."""
     value = os.environ.get(name, default)
     try:
-        return int(value)  # type: ignore[arg-type] # None is caught
+        return int(value)  # type: ignore[arg-type] # None raises TypeError
     except (TypeError, ValueError):
         raise ValueError(f"environment: expected {name} to be a number, as torchrun sets it, got {value}") from None

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import CLIPConfig
+from .base import TrainableModel
 
 MAX_LOGIT_SCALE = math.log(100.0)  # section 2.5 of the CLIP paper: clipped, or training becomes unstable
 
@@ -91,8 +92,10 @@ def _identity(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-class CLIP(nn.Module):
+class CLIP(TrainableModel):
     """Features of images [B, 3, S, S] in [0, 1] and of encoded captions [B, T] in one space."""
+
+    entry_points = ("loss",)
 
     def __init__(self, cfg: CLIPConfig) -> None:
         super().__init__()
@@ -111,6 +114,14 @@ class CLIP(nn.Module):
     def scale(self) -> torch.Tensor:
         """Factor on cosines, a scalar: the inverse of the temperature, limited."""
         return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+
+    def resblocks(self) -> list[tuple[str, nn.Module]]:
+        """The layers of the image tower, then those of the text tower."""
+        return [(name, module) for name, module in self.named_modules() if isinstance(module, ResidualAttentionBlock)]
+
+    def embeddings(self) -> set[nn.Parameter]:
+        positions = self.positional_embedding, self.visual.positional_embedding
+        return super().embeddings() | {*positions, self.visual.class_embedding}
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
         """Unit vectors, [B, embed_dim]."""

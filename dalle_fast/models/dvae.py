@@ -15,6 +15,7 @@ from torch import nn
 
 from ..config import DVAEConfig
 from ..ops import gumbel_quantize
+from .base import TrainableModel
 from .precision import rounded_conv2d
 
 PIXEL_MARGIN = 0.1  # e of appendix A.3: distance of pixels to 0 and 1, where the logit is infinite
@@ -133,14 +134,20 @@ class Decoder(nn.Module):
         return self.blocks[1:](z.to(dtype)).to(z.dtype)
 
 
-class DiscreteVAE(nn.Module):
+class DiscreteVAE(TrainableModel):
     """Stage 1: images [B, 3, S, S] in [0, 1] to codes [B, h, w] in [0, vocab_size), and back."""
+
+    entry_points = ("loss", "encode", "decode")
 
     def __init__(self, cfg: DVAEConfig) -> None:
         super().__init__()
         self.cfg = cfg
         self.encoder = Encoder(cfg)
         self.decoder = Decoder(cfg)
+
+    def resblocks(self) -> list[tuple[str, nn.Module]]:
+        """Those of the encoder, then those of the decoder."""
+        return [(name, module) for name, module in self.named_modules() if isinstance(module, ResBlock)]
 
     def _check(self, images: torch.Tensor) -> None:
         s = self.cfg.image_size

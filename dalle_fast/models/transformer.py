@@ -26,11 +26,11 @@ from ..ops import (
     sparse_attention,
 )
 from ..sampling import ImagePrompt, check_image_prompt, draw_codes
+from .base import TrainableModel
 from .precision import Precision, rounded_linear
 
 TEXT_WEIGHT = 1 / 8  # of the loss; the image has the rest
 MOST_PACKED_ROWS = 128  # beyond, an ordinary matrix product is as fast
-Resblock = tuple[nn.LayerNorm, nn.Module]  # with the norm in front of it
 PLAIN = Precision()  # everything in the dtype of the parameters
 
 
@@ -48,6 +48,12 @@ class PackedCopy(NamedTuple):
 
     state: tuple[int, int]  # address and version
     weight: PackedWeight
+
+
+def _check_range(name: str, values: torch.Tensor, limit: int, wait: bool = False) -> None:
+    """Raise ValueError unless all values are in [0, limit). On a GPU they are read only if the host may ``wait``."""
+    if (wait or values.device.type == "cpu") and not 0 <= int(values.min()) <= int(values.max()) < limit:
+        raise ValueError(f"{name}: expected values in [0, {limit}), got {int(values.min())} to {int(values.max())}")
 
 
 class Linear(nn.Linear):
@@ -121,8 +127,9 @@ class Layer(nn.Module):
         self.mlp_norm = nn.LayerNorm(d_model)
         self.mlp = nn.Sequential(Linear(d_model, 4 * d_model), nn.GELU(), Linear(4 * d_model, d_model))
 
-    def resblocks(self) -> list[Resblock]:
-        return [(self.attn_norm, self.attn), (self.mlp_norm, self.mlp)]
+    def resblocks(self) -> list[tuple[str, nn.LayerNorm, nn.Module]]:
+        """Name in the layer, norm in front, and module of each."""
+        return [("attn", self.attn_norm, self.attn), ("mlp", self.mlp_norm, self.mlp)]
 
     def prefill(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         attended, k, v = self.attn.prefill(self.attn_norm(x))
@@ -134,7 +141,7 @@ class Layer(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-class DALLE(nn.Module):
+class DALLE(TrainableModel):
     """p(text, image): text tokens [B, T] in [0, text_vocab + T), codes [B, h, w] in [0, image_vocab).
 
     Text position i pads with its own token, text_vocab + i; padding is attended to like any token.
@@ -163,38 +170,52 @@ class DALLE(nn.Module):
         nn.init.normal_(self.start, std=0.02)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                # Every layer adds two branches to the stream: damp them so that its variance does not grow with depth.
-                damp = math.sqrt(2 * self.cfg.n_layer) if name.endswith(("attn.out", "mlp.2")) else 1.0
-                nn.init.normal_(module.weight, std=0.02 / damp)
+                nn.init.normal_(module.weight, std=self.init_std(name))
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
+
+    def init_std(self, name: str) -> float:
+        """Standard deviation of the random weight of a linear layer, by its name.
+
+        Every layer adds two branches to the stream: their last matrices are damped, so that its variance does not grow
+        with depth.
+        """
+        return 0.02 / math.sqrt(2 * self.cfg.n_layer) if name.endswith(("attn.out", "mlp.2")) else 0.02
 
     @property
     def device(self) -> torch.device:
         return self.start.device
 
+    # ------------------------------------------------------------------------------------------ parts, by name
+
+    def resblocks(self) -> list[tuple[str, nn.Module]]:
+        """The attention and the MLP of every layer in turn."""
+        layers = enumerate(self.layers)
+        return [(f"layers.{i}.{name}", resblock) for i, layer in layers for name, _, resblock in layer.resblocks()]
+
+    def stacked_matrices(self) -> dict[str, int]:
+        return {f"{name}.qkv.weight": 3 for name, part in self.resblocks() if isinstance(part, Attention)}
+
     # ------------------------------------------------------------------------------------------ checks
 
-    def check_text(self, text_tokens: torch.Tensor) -> None:
-        """Raise ValueError unless text_tokens is a batch of encoded captions."""
+    def check_text(self, text_tokens: torch.Tensor, wait: bool = False) -> None:
+        """Raise ValueError or TypeError unless text_tokens is a batch of encoded captions; ``wait``: _check_range."""
         t, limit = self.cfg.text_len, self.cfg.text_vocab + self.cfg.text_len
         if text_tokens.ndim != 2 or text_tokens.shape[1] != t or text_tokens.shape[0] == 0:
             raise ValueError(f"text_tokens: expected [B, {t}] with B >= 1, got {list(text_tokens.shape)}")
         if text_tokens.dtype != torch.int64:
             raise TypeError(f"text_tokens: expected int64, got {text_tokens.dtype}")
-        if not 0 <= int(text_tokens.min()) <= int(text_tokens.max()) < limit:
-            raise ValueError(f"text_tokens: expected values in [0, {limit}), got up to {int(text_tokens.max())}")
+        _check_range("text_tokens", text_tokens, limit, wait)
 
     def check_codes(self, codes: torch.Tensor) -> None:
-        """Raise ValueError unless codes is a batch of image grids."""
+        """Raise ValueError or TypeError unless codes is a batch of image grids; on a GPU, values are not read."""
         h, w, limit = self.cfg.height, self.cfg.width, self.cfg.image_vocab
         if codes.ndim != 3 or tuple(codes.shape[1:]) != (h, w) or codes.shape[0] == 0:
             raise ValueError(f"codes: expected [B, {h}, {w}] with B >= 1, got {list(codes.shape)}")
         if codes.dtype != torch.int64:
             raise TypeError(f"codes: expected int64, got {codes.dtype}")
-        if not 0 <= int(codes.min()) <= int(codes.max()) < limit:
-            raise ValueError(f"codes: expected values in [0, {limit}), got up to {int(codes.max())}")
+        _check_range("codes", codes, limit)
 
     # ------------------------------------------------------------------------------------------ whole streams
 
@@ -207,10 +228,6 @@ class DALLE(nn.Module):
         rows = self.row_embedding(position // self.cfg.width)
         return self.image_embedding(codes) + rows + self.column_embedding(position % self.cfg.width)
 
-    def resblocks(self) -> list[Resblock]:
-        """The attention and the MLP of every layer in turn."""
-        return [resblock for layer in self.layers for resblock in layer.resblocks()]
-
     def forward(
         self, text_tokens: torch.Tensor, codes: torch.Tensor, precision: Precision = PLAIN
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -220,8 +237,8 @@ class DALLE(nn.Module):
         b, t = text_tokens.shape
         raster = torch.arange(self.cfg.image_len, device=codes.device)
         x = torch.cat([self.embed_text(text_tokens), self.embed_image(codes.flatten(1), raster)], dim=1)
-        branch, resblocks = None, self.resblocks()
-        for i, (norm, resblock) in enumerate(resblocks):
+        branch, resblocks = None, [resblock for layer in self.layers for resblock in layer.resblocks()]
+        for i, (_, norm, resblock) in enumerate(resblocks):
             between = precision.between(i, len(resblocks))
             x, normed = residual_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, *between)
             branch = precision.run(resblock, norm, x, normed)
@@ -302,7 +319,7 @@ class DALLE(nn.Module):
             ValueError: text_tokens, n or image_prompt are not as above.
             RuntimeError: the logits of a code have NaN or no finite largest value.
         """
-        self.check_text(text_tokens)
+        self.check_text(text_tokens, wait=True)
         if n < 1:
             raise ValueError(f"n: expected 1 or more, got {n}")
         h, w, image_len = self.cfg.height, self.cfg.width, self.cfg.image_len

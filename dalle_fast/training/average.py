@@ -1,7 +1,7 @@
-"""The running average of a model's parameters, which is what is validated and exported (sections 2.2, appendix A).
+"""The running average of a model's parameters, which is validated and exported (section 2.2, appendix A).
 
 It is kept in the memory of the host. A CUDA device copies the parameters there on a stream of its own, and a thread
-folds them in, so that neither the device nor the host waits: an update of the average goes on while training does.
+adds them to the average, so that neither the device nor the host waits: the average is updated while training goes on.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class RunningAverage(Generic[Model]):
-    """The exponential moving average of the parameters of a model; of their local shards, if they are sharded.
+    """The exponential moving average of a model's parameters, or of this process's shards of them.
+
+    Not torch's ``AveragedModel``, whose update waits for the device if its copy is on the host.
 
     Args:
-        model: where it starts, and what it follows. Its parameters stay where they are and change in place.
-        decay: what an update leaves of the average, in [0, 1).
+        model: starts the average and is followed by it. Its parameters must keep their memory and change in place.
+        decay: weight of the old average in an update, in [0, 1).
     """
 
     def __init__(self, model: Model, decay: float) -> None:
@@ -33,52 +35,51 @@ class RunningAverage(Generic[Model]):
         self._parameters = list(named.values())
         self._tensors = {name: host_like(tensor).copy_(tensor) for name, tensor in named.items()}
         self._averages = list(self._tensors.values())
-        on_host = all(tensor.device.type == "cpu" for tensor in self._parameters)
-        self.host_copy = None if on_host else HostCopy(self._parameters)
+        self._host_copy = host_copy_of(self._parameters)
         self._thread = ThreadPoolExecutor(1, "average")
         self._folding: Future[None] | None = None
 
     def update(self, count: int) -> None:
         """Move the average towards the parameters, for the ``count``-th time.
 
-        The decay starts low and rises to its value over about 10 / (1 - decay) counts: else the average of a short run
-        would mostly be the random start.
+        The decay starts low and rises to its value over about 10 / (1 - decay) counts: otherwise the average of a short
+        run would mostly be the random start.
         """
         share = 1 - min(self.decay, count / (9 + count))
-        if self.host_copy is None:
+        if self._host_copy is None:
             torch._foreach_lerp_(self._averages, self._parameters, share)
             return
         self.wait()
-        self.host_copy.start()
-        self._folding = self._thread.submit(self._fold_in, self.host_copy, share)
+        self._host_copy.start()
+        self._folding = self._thread.submit(self._fold_in, self._host_copy, share)
 
     def _fold_in(self, host_copy: HostCopy, share: float) -> None:
         torch._foreach_lerp_(self._averages, host_copy.wait(), share)
 
     def keep_parameters(self) -> None:
-        """Have the device copy the parameters, if it is about to, before it does what it is told next.
+        """Queue the copy of the parameters, if one is due, ahead of later work on the device.
 
-        To be called before anything changes the parameters. The host does not wait.
+        Must be called before the parameters change. The host does not wait.
         """
-        if self._folding and self.host_copy:
-            self.host_copy.hold_back_device()
+        if self._folding and self._host_copy:
+            self._host_copy.hold_back_device()
 
     def wait(self) -> None:
-        """Return when the last update is done; raise what kept it from being done."""
+        """Wait for the last update; raises its error if it failed."""
         folding, self._folding = self._folding, None
         if folding:
             folding.result()
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """The average, float32 on the CPU, by the names of the parameters: to be saved, or filled from a checkpoint."""
+        """The average by parameter name, float32 on the CPU, sharing its memory."""
         self.wait()
         return self._tensors
 
     @contextmanager
     def in_model(self) -> Iterator[Model]:
-        """The model with averaged parameters and in eval mode; afterwards it is bit by bit what it was.
+        """The model with averaged parameters, in eval mode; afterwards it is restored bit by bit.
 
-        Within, the average holds the values of the parameters: no memory is taken, and nothing may be saved or trained.
+        Within, the average holds the values of the parameters: it takes no memory, and nothing may be saved or trained.
         """
         training = self.model.training
         self.swap()
@@ -99,7 +100,7 @@ class RunningAverage(Generic[Model]):
 
 
 class HostCopy:
-    """Copies of tensors of a device in the memory of the host, taken on a stream of their own."""
+    """Copies of a device's tensors in the memory of the host, made on a separate stream."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._device = tensors[0].device
@@ -109,7 +110,7 @@ class HostCopy:
         self._copies = [host_like(tensor) for tensor in tensors]
 
     def start(self) -> None:
-        """Copy what the tensors hold when the device has done all that it has been told so far."""
+        """Queue copies of the tensors' values as they are after all work queued so far."""
         self._stream.wait_stream(self._streams.current_stream(self._device))
         with self._streams.stream(self._stream):
             for copy, tensor in zip(self._copies, self._tensors, strict=True):
@@ -117,16 +118,21 @@ class HostCopy:
         self._done.record(self._stream)
 
     def hold_back_device(self) -> None:
-        """Have the device finish the copies before it does what it is told next."""
+        """Queue the end of the copies ahead of later work on the device."""
         self._done.wait(self._streams.current_stream(self._device))
 
     def wait(self) -> list[torch.Tensor]:
-        """The copies, when they are there."""
+        """Wait for the copies and return them."""
         self._done.synchronize()
         return self._copies
 
 
+def host_copy_of(tensors: Sequence[torch.Tensor]) -> HostCopy | None:
+    """Room for copies of tensors in the memory of the host; None if they are there already."""
+    return None if all(tensor.device.type == "cpu" for tensor in tensors) else HostCopy(tensors)
+
+
 def host_like(tensor: torch.Tensor) -> torch.Tensor:
-    """A float32 tensor on the CPU, with anything in it, to which the device of ``tensor`` can copy it unattended."""
+    """An uninitialised float32 tensor on the CPU; pinned for CUDA, so that the copy can run asynchronously."""
     pinned = tensor.device.type == "cuda"
     return torch.empty_like(tensor, device="cpu", dtype=torch.float32, pin_memory=pinned)

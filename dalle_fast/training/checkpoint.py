@@ -2,10 +2,10 @@
 
 A checkpoint is a folder such as ``step-00001000``: the tensors as ``torch.distributed.checkpoint`` writes them, and
 ``run.json`` with all else and the checksums of the files. A thread writes it under a name that ends in ``.tmp`` while
-training goes on, and renames it when all of it is on the disk. So a folder ``step-...`` is complete, whenever the
-machine stopped.
+training goes on, and renames it once all of it is on the disk. So a folder ``step-...`` is complete, whenever the
+computer stopped.
 
-Of many processes each writes, and later reads, its shards of the tensors. They need not be as many then as before.
+Each of many processes writes, and later reads, its shards of the tensors. Their number may change in between.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from ..distributed.world import ALONE, World
 from ..files import sync, write_atomically
 
 RUN_FILE = "run.json"  # written last
-UNFINISHED = ".tmp"  # ends the name of a folder that is being written or deleted
+UNFINISHED = ".tmp"  # suffix of a folder that is being written or deleted
 Tensors = Mapping[str, torch.Tensor]
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # a run of one process needs none
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process needs no process group
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """The state of every global random number generator, for JSON."""
-    kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - others may draw from it
+    kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - other code may draw from it
     return {
         "python": random.getstate(),
         "numpy": [kind, np.asarray(keys).tolist(), *rest],
@@ -49,7 +49,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put back what ``random_state`` returned."""
+    """Restore what ``random_state`` returned."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, *rest = state["numpy"]
@@ -66,8 +66,8 @@ class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time, while the run goes on.
 
     Args:
-        folder: where they are kept; made if it does not exist.
-        keep: so many of the newest are kept, the others deleted.
+        folder: of the checkpoints; made if it does not exist.
+        keep: number of the newest that are kept; the others are deleted.
         world: the processes of the run. All must make the same calls.
     """
 
@@ -78,11 +78,11 @@ class CheckpointWriter:
         self._writing: Future[None] | None = None
 
     def save(self, step: int, tensors: Tensors, values: Mapping[str, Any]) -> None:
-        """Copy the state and have it written. Waits for the checkpoint before, whose errors it raises.
+        """Copy the state and start to write it. Waits for the previous checkpoint, and raises its error if it failed.
 
         Args:
-            step: finished updates.
-            tensors: may change as soon as this returns. Those that are not sharded are the same in all processes.
+            step: finished steps.
+            tensors: may change as soon as this returns. Unsharded ones are the same in all processes.
             values: all else that the run needs, for JSON.
         """
         self.wait()
@@ -93,7 +93,7 @@ class CheckpointWriter:
         self._writing = self._thread.submit(self._write, step, copies, json.dumps(values))
 
     def wait(self) -> None:
-        """Return when the last checkpoint is on the disk; raise what kept it from getting there."""
+        """Wait until the last checkpoint is on the disk; raises its error if it failed."""
         writing, self._writing = self._writing, None
         if writing:
             writing.result()
@@ -104,7 +104,7 @@ class CheckpointWriter:
             _delete(path)
 
     def _write(self, step: int, tensors: dict[str, torch.Tensor], values: str) -> None:
-        if self.world.is_first:  # the others write nothing before the first has made its plan
+        if self.world.is_first:  # the others write only after the first has made its plan
             for path in self.folder.glob(f"*{UNFINISHED}"):
                 shutil.rmtree(path)
         path = self.folder / f"step-{step:08}"
@@ -112,18 +112,18 @@ class CheckpointWriter:
         group, alone = self.world.checkpoints, self.world.size == 1
         try:
             dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(unfinished), process_group=group, no_dist=alone)
-        except dcp.CheckpointException as error:  # a BaseException, of which nobody thinks
+        except dcp.CheckpointException as error:  # a BaseException, which `except Exception` misses
             raise OSError(f"checkpoint {path}: expected to write it, got {_first_failure(error)}") from error
         if not self.world.is_first:
             return
         run = {"files": {file.name: _checksum(file) for file in unfinished.iterdir()}, **json.loads(values)}
         write_atomically(unfinished / RUN_FILE, json.dumps(run))
         if path.exists():
-            _delete(path)  # damaged, or this run would have gone on from it
+            _delete(path)  # damaged: otherwise this run would have gone on from it
         unfinished.rename(path)
         sync(self.folder)
         complete = _newest_first(self.folder)
-        kept = complete[complete.index(path) :][: self.keep]  # what claims to be of a later step is damaged, too
+        kept = complete[complete.index(path) :][: self.keep]  # checkpoints of later steps are damaged, too
         for other in complete:
             if other not in kept:
                 _delete(other)
@@ -136,13 +136,13 @@ class CheckpointWriter:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    """The complete checkpoints of a folder."""
+    """The complete checkpoints of a folder, newest first."""
     complete = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
     return sorted(complete, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def _delete(path: Path) -> None:
-    """Delete a folder, which loses its name before its content."""
+    """Delete a folder, renaming it first, so that a half-deleted one has no valid name."""
     doomed = path.with_name(f"{path.name}.old{UNFINISHED}")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
@@ -165,16 +165,16 @@ def _first_failure(error: dcp.CheckpointException) -> BaseException:
 
 
 def newest_checkpoint(folder: Path, fingerprint: Mapping[str, Any]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest intact checkpoint in a folder and its values; None if there never was one.
+    """The newest intact checkpoint in a folder and its values; None without any checkpoint.
 
-    Incomplete and damaged ones are passed over with a warning that names them.
+    Incomplete and damaged ones are skipped with a warning that names them.
 
     Args:
-        fingerprint: what ``values["fingerprint"]`` must be.
+        fingerprint: expected value of ``values["fingerprint"]``.
 
     Raises:
-        ValueError: it is of another model or of other data, and the message names what differs; or there are
-            checkpoints, but all are damaged.
+        ValueError: it is of another model or of other data, and the message names the differences; or all checkpoints
+            are damaged.
     """
     for path in sorted(folder.glob(f"*{UNFINISHED}")):
         warnings.warn(f"checkpoint {path}: ignored, it is incomplete", stacklevel=2)
@@ -202,7 +202,7 @@ def newest_checkpoint(folder: Path, fingerprint: Mapping[str, Any]) -> tuple[Pat
 
 
 def saved_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """What tensors a checkpoint holds: their shapes and dtypes, on the device ``meta``."""
+    """Shapes and dtypes of the tensors in a checkpoint, as tensors on the device "meta"."""
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     return {
         name: torch.empty(tensor.size, dtype=tensor.properties.dtype, device="meta")
@@ -215,7 +215,7 @@ def load_tensors(path: Path, tensors: Tensors) -> None:
     """Fill tensors, on any device, with those of the same names in a checkpoint.
 
     Raises:
-        ValueError: it lacks one of them, or has it in another shape.
+        ValueError: one of them is missing, or has another shape.
     """
     try:
         dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(path), no_dist=True)

@@ -18,7 +18,7 @@ from .metrics import Metrics
 from .settings import TrainCLIP
 from .task import CorpusTask, captioned_sample, captioned_val_sample, check_memory, check_tokenizer
 
-VAL_BATCH = 256  # pairs among which CLIP chooses in validation, at most
+VAL_BATCH = 256  # at most so many pairs to choose among in validation
 
 
 def train_clip(
@@ -30,7 +30,7 @@ def train_clip(
     out: str | Path,
     resume: bool = True,
 ) -> tuple[CLIP, dict[str, float]]:
-    """The reranker: learn which caption fits which image. Files, results and errors as in ``loop.fit``."""
+    """Train the reranker: which caption fits which image. Files, results and errors as in ``loop.fit``."""
     with join_world(train_cfg.device, train_cfg.parallel) as world:
         check_memory(CLIP, model_cfg, train_cfg, world)
         task = CLIPTask(pairs, val_pairs, tokenizer, model_cfg, train_cfg, world)
@@ -38,7 +38,7 @@ def train_clip(
 
 
 class CLIPTask(CorpusTask):
-    """Which caption belongs to which image of a batch. ``loss`` is contrastive, among the samples of all processes."""
+    """Matching captions and images of a batch; the loss is contrastive among the samples of all processes."""
 
     kind = "clip"
 
@@ -56,12 +56,12 @@ class CLIPTask(CorpusTask):
         super().__init__(
             pairs,
             val_pairs,
-            partial(captioned_sample, size=size, tokenizer=tokenizer, bpe_dropout=False, caption_dropout=0.0),
-            partial(captioned_val_sample, size=size, tokenizer=tokenizer),
+            partial(captioned_sample, tokenizer=tokenizer, bpe_dropout=False, caption_dropout=0.0, size=size),
+            partial(captioned_val_sample, tokenizer=tokenizer, size=size),
             train_cfg,
             world,
         )
-        # Choosing among more is harder: the number must not depend on that of the processes.
+        # To choose among more pairs is harder: their number must not depend on that of the processes.
         self._val_batch_size = min(train_cfg.batch_size, VAL_BATCH)
         self.model, self.start = new_model(partial(CLIP, model_cfg), train_cfg.seed, world)
 

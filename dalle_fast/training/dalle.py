@@ -32,9 +32,11 @@ def train_dalle(
     dvae: DiscreteVAE | None = None,
     resume: bool = True,
 ) -> tuple[DALLE, dict[str, float]]:
-    """Stage 2: learn captions and image codes. ``pairs`` hold images, which ``dvae`` encodes as they come, or codes.
+    """Stage 2: train the transformer on captions and images or codes. Files, results and errors as in ``loop.fit``.
 
-    Files, results and errors as in ``loop.fit``.
+    Args:
+        pairs, val_pairs: training and held-out data: images, which ``dvae`` encodes batch by batch, or codes.
+        dvae: needed for images only.
     """
     with join_world(train_cfg.device, train_cfg.parallel) as world:
         check_memory(DALLE, model_cfg, train_cfg, world)
@@ -43,7 +45,7 @@ def train_dalle(
 
 
 class DALLETask(CorpusTask):
-    """The stream of caption and image codes. ``loss`` is cross-entropy, 1/8 of the text and 7/8 of the image."""
+    """One stream of caption and image codes; the loss is cross-entropy, 1/8 of the text and 7/8 of the image."""
 
     kind = "dalle"
 
@@ -58,19 +60,20 @@ class DALLETask(CorpusTask):
         world: World = ALONE,
     ) -> None:
         check_tokenizer(tokenizer, model_cfg)
-        grid = (model_cfg.height, model_cfg.width)
-        if dvae is not None and (*grid, model_cfg.image_vocab) != (dvae.cfg.grid, dvae.cfg.grid, dvae.cfg.vocab_size):
+        grid = (model_cfg.height, model_cfg.width, model_cfg.image_vocab)
+        if dvae is not None and grid != (dvae.cfg.grid, dvae.cfg.grid, dvae.cfg.vocab_size):
             expected = f"a grid {dvae.cfg.grid} x {dvae.cfg.grid} of {dvae.cfg.vocab_size} codes, as the dvae's"
-            raise ValueError(f"dalle: expected {expected}, got {grid[0]} x {grid[1]} of {model_cfg.image_vocab}")
+            raise ValueError(f"dalle: expected {expected}, got {grid[0]} x {grid[1]} of {grid[2]}")
         size = dvae.cfg.image_size if dvae is not None else None
         sample = partial(
             captioned_sample,
-            size=size,
             tokenizer=tokenizer,
             bpe_dropout=train_cfg.bpe_dropout,
             caption_dropout=train_cfg.caption_dropout,
+            size=size,
+            grid=grid,
         )
-        val_sample = partial(captioned_val_sample, size=size, tokenizer=tokenizer)
+        val_sample = partial(captioned_val_sample, tokenizer=tokenizer, size=size, grid=grid)
         super().__init__(pairs, val_pairs, sample, val_sample, train_cfg, world)
         self.model, self.start = new_model(partial(DALLE, model_cfg), train_cfg.seed, world)
         dtype = dtype_of(train_cfg.resblock_dtype, train_cfg.device)
@@ -88,7 +91,7 @@ class DALLETask(CorpusTask):
     def _codes(self, batch: Batch) -> torch.Tensor:
         if "codes" in batch:
             return batch["codes"]
-        assert self._dvae is not None  # or there would be no image: see _known
+        assert self._dvae is not None  # without it there are no images: see captioned_sample
         return self._dvae.encode(batch["image"].contiguous(memory_format=torch.channels_last))
 
     def loss(self, model: DALLE, batch: Batch, step: int) -> tuple[torch.Tensor, Metrics]:

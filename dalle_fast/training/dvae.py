@@ -24,7 +24,7 @@ from .scales import LossScale
 from .settings import TrainDVAE
 from .task import MAX_SEED, CorpusTask, Sample, check_memory
 
-INIT_IMAGES = 256  # whose patches the codes may start at
+INIT_IMAGES = 256  # at least so many images give the patches at which codes start
 
 
 def train_dvae(
@@ -35,7 +35,7 @@ def train_dvae(
     out: str | Path,
     resume: bool = True,
 ) -> tuple[DiscreteVAE, dict[str, float]]:
-    """Stage 1: learn image codes from the images of ``pairs``. Files, results and errors as in ``loop.fit``."""
+    """Stage 1: train the dVAE on the images of ``pairs``. Files, results and errors as in ``loop.fit``."""
     with join_world(train_cfg.device, train_cfg.parallel) as world:
         check_memory(DiscreteVAE, model_cfg, train_cfg, world)
         task = DVAETask(pairs, val_pairs, model_cfg, train_cfg, world)
@@ -51,13 +51,13 @@ def _dvae_val_sample(pair: Pair, size: int) -> Sample:
 
 
 def with_grain(images: torch.Tensor, std: float, seed: int) -> torch.Tensor:
-    """Images with gaussian noise on every value, within what ``map_pixels`` keeps inside (0, 1)."""
+    """Images with gaussian noise on every value, clamped to the range that ``map_pixels`` keeps inside (0, 1)."""
     noise = torch.empty_like(images).normal_(generator=torch.Generator(images.device).manual_seed(seed))
     return (images + std * noise).clamp(-PIXEL_MARGIN, 1 + PIXEL_MARGIN)
 
 
 class DVAETask(CorpusTask):
-    """Images to codes and back. ``loss`` is the negative evidence lower bound."""
+    """Images to codes and back; the loss is the negative evidence lower bound."""
 
     kind = "dvae"
 
@@ -73,11 +73,11 @@ class DVAETask(CorpusTask):
         sample = partial(_dvae_sample, size=size)
         super().__init__(pairs, val_pairs, sample, partial(_dvae_val_sample, size=size), train_cfg, world)
         self.config = train_cfg
-        # Small enough for every process to have all of it, which ``init_codes`` needs.
+        # Small enough for every process to hold the whole model, which ``init_codes`` needs.
         self.model, _ = new_model(partial(DiscreteVAE, model_cfg), train_cfg.seed)
         if train_cfg.init_codes:
             steps = range(-(-INIT_IMAGES // train_cfg.batch_size))
-            whole = Batches(pairs, train_cfg.batch_size, sample, train_cfg.seed)  # every process must start alike
+            whole = Batches(pairs, train_cfg.batch_size, sample, train_cfg.seed)  # the same in every process
             images = torch.cat([whole.batch_at(step)["image"] for step in steps])
             init_codes(self.model, images, seed=train_cfg.seed)
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # twice as fast on a CPU
@@ -88,15 +88,18 @@ class DVAETask(CorpusTask):
 
     def loss(self, model: DiscreteVAE, batch: Batch, step: int) -> tuple[torch.Tensor, Metrics]:
         images = batch["image"].contiguous(memory_format=torch.channels_last)
-        key = (self.config.seed, step, *([self._world.rank] if self._world.rank else []))  # other noise in each process
+        rank = [self._world.rank] if self._world.rank else []  # every process draws noise of its own
+        key = (self.config.seed, step, *rank)
         seed = int(np.random.default_rng(key).integers(MAX_SEED))
         if self.config.grain:
             images = with_grain(images, self.config.grain, seed)
-        loss, metrics = model.loss(images, self.config.tau_at(step), self.config.beta_at(step), seed, self._dtype)
+        tau, beta = self.config.tau_at(step), self.config.beta_at(step)
+        on_device = torch.full((), seed, device=images.device)  # to copy it there would wait for the device
+        loss, metrics = model.loss(images, tau, beta, on_device, self._dtype)
         return (self._loss_scale.multiply(loss) if self._loss_scale else loss), metrics
 
     def evaluate(self, model: DiscreteVAE, batch: Batch) -> Metrics:
-        """The loss at the final temperature and KL weight; error and code use without noise, as stage 2 sees them.
+        """The loss at the final temperature and KL weight; error and use of codes without noise, as in stage 2.
 
         All in float32, as the exported model computes.
         """

@@ -1,7 +1,7 @@
 """The training loop that the three models share.
 
-One update: a batch, the loss, its gradient, clipping, AdamW with the step size of the schedule, the running average of
-the parameters. Now and then: a log record, a validation with the averaged parameters, a checkpoint.
+One step: a batch, the loss, its gradient, clipping, AdamW with the step size of the schedule, the running average of
+the parameters. Every so many steps: a log record, a validation with the averaged parameters, a checkpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from ..data.batches import Batch
@@ -25,6 +24,7 @@ from ..distributed.sharding import backward, counted_here, gather_model
 from ..distributed.start import Start
 from ..distributed.world import ALONE, World
 from ..models import save_model
+from ..models.base import TrainableModel
 from ..ops import gradient_norm
 from .checkpoint import CheckpointWriter, newest_checkpoint, random_state, set_random_state
 from .metrics import Log, Meter, Metrics
@@ -33,33 +33,33 @@ from .settings import TrainConfig
 from .state import State, new_state, parameter_groups
 from .stopping import TrainingDiverged, TrainingStopped, stop_signals
 
-MAX_SKIPPED_IN_A_ROW = 100  # updates without a finite gradient, after which training is given up
-Model = TypeVar("Model", bound=nn.Module)
+MAX_SKIPPED_IN_A_ROW = 100  # steps without a finite gradient, after which the training is given up
+Model = TypeVar("Model", bound=TrainableModel)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 class Task(Protocol[Model]):
-    """What the loop must know of a model and its data; see ``task.py``."""
+    """A model and its data, as the loop sees them; see ``task.py``."""
 
-    kind: str  # names the model's file and the folder of its training
-    model: Model  # with its sizes in ``cfg``
-    start: Start | None  # what the model begins with, if it is on "meta"
-    scales: Scales | None  # of its gradients, in 16 bits
+    kind: str  # name of the model's file and of the folder of its training
+    model: Model
+    start: Start | None  # the random start of a model on "meta"
+    scales: Scales | None  # of its gradients in 16 bits
 
     def batches(self, start: int) -> Iterator[Batch]:
         """The batches of steps ``start``, ``start + 1``, ...; a pure function of the step."""
 
     def loss(self, model: Model, batch: Batch, step: int) -> tuple[torch.Tensor, Metrics]:
-        """What to descend, and what to log beside it."""
+        """The loss to descend, and metrics to log beside it."""
 
     def validation(self) -> Iterable[tuple[Batch, int]]:
-        """Held-out batches and their numbers of samples, the same each time; empty if there is no such data."""
+        """Held-out batches and their numbers of samples, the same each time; empty without held-out data."""
 
     def evaluate(self, model: Model, batch: Batch) -> Metrics:
         """Metrics of a held-out batch, ``loss`` among them."""
 
     def report_skipped(self, path: Path) -> None:
-        """Write which samples were left out, and why."""
+        """Write the names of skipped samples, and why they were skipped."""
 
 
 def fit(
@@ -71,19 +71,19 @@ def fit(
         task: the model and its data.
         config: how to train it.
         out: the folder of the text-to-image system. The averaged model is written to ``<kind>.safetensors``, and
-            ``checkpoints``, ``log.jsonl`` and ``skipped.jsonl`` to the folder ``<kind>``. Many machines must share it.
-        resume: go on from the newest intact checkpoint found there, of whatever number of processes. Otherwise all are
+            ``checkpoints``, ``log.jsonl`` and ``skipped.jsonl`` to the folder ``<kind>``. All nodes must share it.
+        resume: go on from the newest intact checkpoint found there, of any number of processes. Otherwise all are
             deleted.
         world: the processes that train together. All must call this.
 
     Returns:
-        the averaged model, on the CPU and in eval mode, and its metrics: those of the last validation as ``val_...``.
-        Of many processes only the first has the model's values; the others have it on the device "meta".
+        The averaged model, on the CPU and in eval mode, and its metrics: those of the last validation as ``val_...``.
+        With many processes only the first has the model's values; the others have it on the device "meta".
 
     Raises:
         TrainingStopped: on SIGINT or SIGTERM, to any of the processes, after saving.
         ValueError: the checkpoint belongs to another model, seed or batch size, or none is intact.
-        TrainingDiverged: the loss is not finite any more.
+        TrainingDiverged: too many steps in a row had no finite gradient.
     """
     out, device = Path(out), torch.device(config.device)
     folder = out / task.kind
@@ -96,7 +96,7 @@ def fit(
     state = new_state(task.model, config, task.scales, world, None if checkpoint else task.start)
     if checkpoint:
         state.load(*checkpoint)
-        if world.is_first:  # whose it is; no training of many processes draws from it
+        if world.is_first:  # it belongs to rank 0; others never use it
             set_random_state(checkpoint[1]["random"], device)
     writer = CheckpointWriter(folder / "checkpoints", config.keep_checkpoints, world)
     if not resume:
@@ -112,26 +112,26 @@ def fit(
         batches = task.batches(state.step)
         while state.step < config.steps:
             lr = config.lr_at(state.step) * (state.plateau.scale if state.plateau else 1.0)
-            finite, values = update(state, task, to_device(next(batches), device), lr, config)
+            finite, values = train_step(state, task, to_device(next(batches), device), lr, config)
             state.step += 1
             state.seconds = time.perf_counter() - start
             if finite:
                 meter.add(values)
                 skipped_in_a_row = 0
             else:
-                state.skipped_updates += 1
+                state.skipped_steps += 1
                 skipped_in_a_row += 1
                 patience = MAX_SKIPPED_IN_A_ROW
                 if state.scales and bool(values["loss"].isfinite()):
                     patience = state.scales.patience  # scales that are too large come down in time
                 if skipped_in_a_row >= patience:
-                    raise TrainingDiverged(f"gradient: expected a finite one, got none in {skipped_in_a_row} updates")
+                    raise TrainingDiverged(f"gradient: expected a finite one, got none in {skipped_in_a_row} steps")
 
             last = state.step == config.steps
-            stop = world.largest(signals[0] if signals else 0)  # a signal to any process stops all, after this update
+            stop = world.largest(signals[0] if signals else 0)  # a signal to any process stops all, after this step
             bar.update()
             if last or state.step % config.log_every == 0:
-                counters = {"lr": lr, "skipped_updates": state.skipped_updates, "seconds": state.seconds}
+                counters = {"lr": lr, "skipped_updates": state.skipped_steps, "seconds": state.seconds}
                 if state.powersgd:
                     counters["bytes_between_machines"] = state.powersgd.sent
                 record = meter.result() | counters
@@ -156,19 +156,19 @@ def fit(
                 writer.wait()
             if stop:
                 raise TrainingStopped(stop, state.step)
-    state.average.swap()  # for good
+    state.average.swap()  # not swapped back
     model = state.model.eval().requires_grad_(False)
     metrics = metrics or {**validate(task, model, device, world), "seconds": state.seconds}
     return gather_model(model, world) if world.size > 1 else model.cpu(), metrics
 
 
-def update(
+def train_step(
     state: State[Model], task: Task[Model], batch: Batch, lr: float, config: TrainConfig
 ) -> tuple[bool, Metrics]:
-    """One update of the parameters and their average; whether it was made, and the metrics of the batch.
+    """One step of the parameters and their average; returns whether it was made, and the metrics of the batch.
 
-    Without a finite loss and gradient nothing changes: an update that is skipped does less harm than a NaN. The scales
-    may confine that to a resblock.
+    Without a finite loss and gradient nothing changes: a skipped step does less harm than a NaN. The scales may confine
+    the skip to a resblock.
     """
     loss, metrics = task.loss(state.model, batch, state.step)
     backward(loss, state.model, state.world)
@@ -179,11 +179,11 @@ def update(
     loss, norm, nonfinite = of_all_processes(state, loss.detach(), norm, nonfinite)
     skip = state.scales.skip(nonfinite) if state.scales else nonfinite.any().expand_as(nonfinite)
     # All that the host must know, in one wait for the device.
-    made, blameless, value = torch.stack([loss.isfinite() & ~skip.all(), ~nonfinite.any(), loss]).tolist()
+    made, all_finite, value = torch.stack([loss.isfinite() & ~skip.all(), ~nonfinite.any(), loss]).tolist()
     finite = bool(made)
-    if not blameless:
-        bad = zip(state.names, nonfinite.tolist(), strict=True)
-        state.incidents.add_nonfinite(name for name, is_bad in bad if is_bad)
+    if not all_finite:
+        bad = zip(state.places, nonfinite.tolist(), strict=True)
+        state.incidents.add_nonfinite(place for place, is_bad in bad if is_bad)
     if finite:
         if state.spikes.update(value):
             state.incidents.add_spike(state.step + 1)
@@ -203,11 +203,11 @@ def update(
 
 
 def shards_of_gradients(state: State[Model], factors: torch.Tensor | None) -> list[torch.Tensor]:
-    """What this process adds to the norm of the gradient, as the shards of the gradients do, in their order."""
+    """This process's shards of the gradients, or tensors of the same norms, in the order of the parameters."""
     shards = [counted_here(cast(torch.Tensor, p.grad), state.world) for p in state.parameters]
     if state.powersgd is None:
         return shards
-    # It knows the norms of matrices, without scales; these need not be read again.
+    # PowerSGD knows the unscaled norms of its matrices, which need not be read again.
     squares = state.powersgd.squared_norms()
     scales = torch.ones(len(shards)) if factors is None else 1 / factors
     return [
@@ -219,13 +219,13 @@ def shards_of_gradients(state: State[Model], factors: torch.Tensor | None) -> li
 def of_all_processes(
     state: State[Model], loss: torch.Tensor, norm: torch.Tensor, nonfinite: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The mean loss, the norm of all shards, and the parameters any of whose shards is not finite; by one message.
+    """The mean loss, the norm of all shards, and which parameters have a shard that is not finite; in one message.
 
-    So that the processes decide alike, their scales learn here what any of them has found, too.
+    The scales' ``nonfinite`` are combined, too, so that all processes decide alike.
     """
     if state.world.size == 1:
         return loss, norm, nonfinite
-    squares = norm.double().square() / state.world.copies  # every shard is there so many times
+    squares = norm.double().square() / state.world.copies  # number of times that each shard exists
     blocks = state.scales.nonfinite if state.scales else nonfinite.new_empty(0)
     loss, squares, nonfinite, found = state.world.sum([loss / state.world.size, squares, nonfinite, blocks])
     blocks.copy_(found > 0)
@@ -234,9 +234,9 @@ def of_all_processes(
 
 @torch.no_grad()
 def validate(task: Task[Model], model: Model, device: torch.device, world: World) -> dict[str, float]:
-    """Metrics over the held-out data as ``val_...``; nothing when there is none.
+    """Metrics over the held-out data as ``val_...``; empty if there is none.
 
-    The processes take turns. One that is left without a batch must still compute, for the others need its shard.
+    The processes take turns. One that is left without a batch must still compute, as the others need its shard.
     """
     meter, batches = Meter(world), iter(task.validation())
     while turn := list(islice(batches, world.size)):
@@ -257,17 +257,17 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def fingerprint_of(task: Task[Model], config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint must agree in with the run that resumes it: model, moments, and what decides the data."""
-    sizes = json.loads(json.dumps(asdict(cast(Any, task.model.cfg))))  # tuples become lists, as they are read back
+    """Values in which a checkpoint must agree with the run that resumes it: model, moments, and the order of data."""
+    sizes = json.loads(json.dumps(asdict(task.model.cfg)))  # tuples become lists, as they are read back
     moments = [group["moments"] for group in parameter_groups(task.model, config)]
     return {"kind": task.kind, "seed": config.seed, "batch_size": config.batch_size, "moments": moments, **sizes}
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library reuse freed memory instead of giving it back to the system; whether that was possible.
+    """Have the C library reuse freed memory instead of returning it to the system; returns whether that was possible.
 
-    Large tensors are otherwise mapped anew in every step, and touching new pages costs about a third of a step of a
-    small model on a CPU. Only glibc knows how; elsewhere this does nothing.
+    Large tensors are otherwise mapped anew in every step, and touching new pages takes about a third of a step of a
+    small model on a CPU. Only glibc can do this; elsewhere nothing changes.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,10 +1,9 @@
-"""Averages of metrics, and the log file they go to."""
+"""Averages of metrics, incidents, and the log file of a run."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ Metrics = dict[str, torch.Tensor]
 
 
 class Meter:
-    """Running averages over processes: scalars are averaged, vectors [K] are counts of codes and are added up."""
+    """Averages over batches and processes: scalars are averaged, vectors [K] are counts of codes and are summed."""
 
     def __init__(self, world: World = ALONE) -> None:
         self._world = world
@@ -29,14 +28,14 @@ class Meter:
         self._weight = 0
 
     def add(self, metrics: Metrics, weight: int = 1) -> None:
-        """Take in the metrics of a batch; with weight 0 only their names, which must be the same in all processes."""
+        """Add the metrics of a batch; with weight 0 only their names, which must be the same in all processes."""
         for name, value in metrics.items():
             value = value.detach() * (weight if value.ndim == 0 else weight > 0)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._weight += weight
 
     def result(self) -> dict[str, float]:
-        """The averages; counts become ``codes_used`` (codes seen at all) and ``code_perplexity``. Starts anew."""
+        """The averages; counts become ``codes_used`` (codes seen at all) and ``code_perplexity``. Resets."""
         result: dict[str, float] = {}
         *sums, weight = self._world.sum([*self._sums.values(), torch.tensor(float(self._weight))])
         for name, value in zip(self._sums, sums, strict=True):
@@ -50,16 +49,16 @@ class Meter:
 
 
 def perplexity(counts: torch.Tensor) -> float:
-    """How many equally used codes would have the entropy of these counts [K]: from 1, collapsed, to K."""
+    """Number of equally used codes with the entropy of these counts [K]: from 1, collapsed, to K."""
     p = counts.double() / counts.sum()
     return torch.special.entr(p).sum().exp().item()
 
 
 @dataclass
 class LossSpikes:
-    """Tells a loss that leaps: by more than 6 standard deviations above its running mean. Its fields are its state.
+    """Detects spikes: losses more than 6 standard deviations above the running mean. Its fields are its state.
 
-    Mean and variance weigh the last 100 losses or so; the first 100 are no spikes.
+    Mean and variance weigh about the last 100 losses; the first 100 are no spikes.
     """
 
     mean: float = 0.0
@@ -67,7 +66,7 @@ class LossSpikes:
     count: int = 0
 
     def update(self, loss: float) -> bool:
-        """Take in the finite loss of one update; whether it is a spike."""
+        """Add the finite loss of one step; returns whether it is a spike."""
         spike = self.count >= 100 and loss > self.mean + 6 * math.sqrt(self.variance)
         self.count += 1
         share, gap = max(1 / self.count, 0.01), loss - self.mean
@@ -77,7 +76,7 @@ class LossSpikes:
 
 
 class Incidents:
-    """What the next log record must tell beside averages; nothing when all went well."""
+    """Spikes and gradients that were not finite since the last log record."""
 
     def __init__(self) -> None:
         self._spikes: list[int] = []
@@ -86,30 +85,24 @@ class Incidents:
     def add_spike(self, step: int) -> None:
         self._spikes.append(step)
 
-    def add_nonfinite(self, names: Iterable[str]) -> None:
-        """Note an update in which the gradients of these parameters were not finite."""
-        self._nonfinite.update({resblock_of(name) for name in names})
+    def add_nonfinite(self, places: Iterable[str]) -> None:
+        """Count a step in which gradients in these places of the model were not finite; repeated places count once."""
+        self._nonfinite.update(set(places))
 
     def result(self) -> dict[str, Any]:
-        """``loss_spikes``, the updates that had one, and ``nonfinite``, in how many each resblock was. Starts anew."""
+        """``loss_spikes``, their steps, and ``nonfinite``, the number of steps per place; neither if empty. Resets."""
         found: dict[str, Any] = {"loss_spikes": self._spikes, "nonfinite": dict(sorted(self._nonfinite.items()))}
         self._spikes, self._nonfinite = [], Counter()
         return {name: value for name, value in found.items() if value}
 
 
-def resblock_of(parameter: str) -> str:
-    """The resblock in which a parameter of this name is, such as ``layers.3.mlp``, or the module that is in none."""
-    found = re.match(r".*?(?:(?:layers|resblocks)\.\d+\.[a-z]+|block_\d+)", parameter)
-    return found[0] if found else parameter.rpartition(".")[0] or parameter
-
-
 class Log:
-    """A JSONL file, a record a line, and optionally TensorBoard beside it.
+    """A JSONL file, one record per line, and optionally TensorBoard beside it.
 
     Args:
-        path: continued if it exists; records of steps after ``step`` are dropped, for a resumed run makes them again.
+        path: continued if it exists; records of steps after ``step`` are dropped, as a resumed run writes them again.
             None writes nothing, for all processes but the first.
-        step: where the run starts.
+        step: finished steps at the start of the run.
         tensorboard: also write event files to the folder ``tensorboard`` beside the file.
     """
 
@@ -132,7 +125,7 @@ class Log:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, record: Mapping[str, Any]) -> None:
-        """Append a record, unless it is empty; what is not finite becomes null, for JSON has no word for it.
+        """Append a record, unless it is empty; numbers that are not finite become null, as JSON cannot hold them.
 
         Lists and dicts, whose numbers must be finite, go to the JSONL file alone.
         """

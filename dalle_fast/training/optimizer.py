@@ -18,16 +18,16 @@ Tensors = list[torch.Tensor]
 
 
 class AdamW16(torch.optim.Optimizer):
-    """AdamW with decoupled decay. Each group of parameters says what its moments are stored in.
+    """AdamW with decoupled decay, whose groups of parameters choose the format of their moments.
 
     ``moments="16-bit"``: the running mean is stored in 1-6-9 and the running variance in 0-6-10, clipped to 5: see
     :func:`dalle_fast.adamw16`, which updates the group. The paper does so for the matrices of resblocks.
     ``moments="float32"``: torch's fused AdamW, to the bit. The paper does so for gains, biases, embeddings and
     unembeddings.
 
-    Of a sharded parameter, the shard of this process is updated, and its state has the moments of the shard.
+    For a sharded parameter, the shard of this process is updated, and its state has the moments of the shard.
 
-    Nothing is read back on the host. In a state dict ``exp_avg`` and ``exp_avg_sq`` are the moments; those of 16 bits
+    Nothing is read back on the host. In a state dict ``exp_avg`` and ``exp_avg_sq`` are the moments; those in 16 bits
     are bit patterns, int16.
 
     Args:
@@ -54,7 +54,7 @@ class AdamW16(torch.optim.Optimizer):
         super().__init__(params, options)
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add parameters, with options of their own where they differ from those of the optimizer."""
+        """Add parameters, with the options in which they differ from the optimizer's defaults."""
         options = {**self.defaults, **param_group}
         if options["moments"] not in MOMENTS:
             raise ValueError(f"moments: expected one of {', '.join(MOMENTS)}, got {options['moments']}")
@@ -77,19 +77,18 @@ class AdamW16(torch.optim.Optimizer):
         clip: torch.Tensor | None = None,
         skip: torch.Tensor | None = None,
     ) -> Any:
-        """One update of the n parameters that have a gradient, taken in the order of the groups.
+        """One step of the n parameters that have a gradient, in the order of the groups.
 
-        Gradients are left in place, but perhaps multiplied by the factors below.
+        Gradients are left in place, but may be multiplied by the factors below.
 
         Args:
             closure: computes the loss and gradients anew.
-            unscale: [n] float32, what each gradient is multiplied by: 1 over the scale of its resblock.
-            clip: one float32, what every gradient is multiplied by, such as the limit over
-                :func:`dalle_fast.gradient_norm`.
+            unscale: [n] float32, factor of each gradient: 1 over the scale of its resblock.
+            clip: one float32, factor of every gradient, such as the limit over :func:`dalle_fast.gradient_norm`.
             skip: [n] bool, True for parameters that stay as they are, moments included.
 
         Returns:
-            What the closure returns, or None.
+            The result of the closure, or None.
 
         Raises:
             TypeError: an option of another dtype.
@@ -127,7 +126,7 @@ class AdamW16(torch.optim.Optimizer):
             if p not in self.state:
                 shard = local(p)
                 self.state[p] = {name: torch.zeros_like(shard, dtype=torch.int16) for name in ("exp_avg", "exp_avg_sq")}
-        if "step" not in group:  # the updates that moved any of its parameters, counted on the device
+        if "step" not in group:  # steps that changed any of its parameters, counted on the device
             group["step"] = torch.zeros((), dtype=torch.int64, device=params[0].device)
         group["step"] += 1 if skip is None else ~skip.all()
         beta1, beta2 = group["betas"]
@@ -160,7 +159,8 @@ class AdamW16(torch.optim.Optimizer):
                 step, shard = torch.zeros((), dtype=torch.float32, device=p.device), local(p)
                 self.state[p] = {name: torch.zeros_like(shard) for name in ("exp_avg", "exp_avg_sq")} | {"step": step}
         beta1, beta2 = group["betas"]
-        # One call of torch's kernel has one divisor and one skip. Where these differ, each parameter takes a call.
+        # torch.optim.AdamW takes one divisor and one skip for all of its parameters. The function behind it takes them
+        # per call: where they differ, each parameter has a call of its own.
         each = unscale is not None or skip is not None
         calls = [[p] for p in params] if each else [params]
         divisors: list[torch.Tensor | None] = [None] * len(calls)
@@ -190,16 +190,16 @@ class AdamW16(torch.optim.Optimizer):
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the state of another optimizer, whose groups must have stored their moments alike.
+        """Load the state of another optimizer, whose groups must have moments in the same formats.
 
         Raises:
-            ValueError: they did not, or the groups are others.
+            ValueError: other formats, or other groups.
         """
         expected, got = ([group.get("moments") for group in g] for g in (self.param_groups, state_dict["param_groups"]))
         if expected != got:
             raise ValueError(f"moments: expected groups with {expected}, got {got}")
         super().load_state_dict(state_dict)
-        # By now all moments have the dtype of their parameters, float32, which holds the patterns of 16 bits exactly.
+        # torch has cast all moments to the dtype of their parameters, float32, which holds 16-bit patterns exactly.
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state.get(p, {})

@@ -1,4 +1,4 @@
-"""Scales of the gradients, so that 16 bits hold them (appendices A.2 and D)."""
+"""Scale factors of gradients in 16 bits: one per resblock, or one for the loss (appendices A.2 and D)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..ops.resblock import WINDOW
 
 
 class Scales(Protocol):
-    """What gradients are multiplied by while a model trains, so that 16 bits hold them, and which updates are left out.
+    """Scale factors that keep the gradients of a model within 16 bits, and the choice of steps to skip.
 
-    The state is on the device. An update::
+    The state is on the device. A step::
 
         loss.backward()
         factors = scales.factors()
@@ -25,50 +25,51 @@ class Scales(Protocol):
         scales.update()
 
     Attributes:
-        nonfinite: what is to blame in the update at hand, 0 where nothing is. Processes that train together must agree
-            on it before they call ``skip``.
+        nonfinite: per scale, whether gradients were not finite in the current step; 0 where they were. Processes that
+            train together must agree on it before they call ``skip``.
     """
 
     nonfinite: torch.Tensor
 
     def watch(self, parameters: Sequence[torch.Tensor]) -> None:
-        """Say which parameters ``factors`` and ``skip`` speak of, in their order."""
+        """Set the parameters that ``factors`` and ``skip`` refer to, in their order."""
 
     def factors(self) -> torch.Tensor:
-        """What makes the gradients of the parameters true to size, [n_parameters]."""
+        """Factors that undo the scales in the gradients of the parameters, [n_parameters]."""
 
     def skip(self, nonfinite: torch.Tensor) -> torch.Tensor:
-        """Which parameters to leave out of the update, [n_parameters] bool, and note what is to blame.
+        """Parameters to leave out of the step, [n_parameters] bool; also sets ``self.nonfinite``.
 
-        nonfinite: [n_parameters] bool, whose gradients are not finite.
+        Args:
+            nonfinite: [n_parameters] bool, True for gradients that are not finite.
         """
 
     def update(self) -> None:
-        """Let scales grow, or shrink where gradients were not finite; for every update, also one that was skipped."""
+        """Let scales grow, or shrink where gradients were not finite; after every step, also a skipped one."""
 
     @property
     def patience(self) -> int:
-        """Updates in which any scale comes down to the least; no more of them in a row will end overflows."""
+        """Steps within which any scale falls to its minimum: more overflows in a row than that will not end."""
 
     def record(self) -> dict[str, Any]:
-        """For the log."""
+        """Values for the log."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The state between updates; a checkpoint is read into these."""
+        """The state between steps; a checkpoint is read into these."""
 
 
 class GradientScales:
-    """``Scales`` with one for every resblock (appendix D).
+    """``Scales`` with one per resblock (appendix D).
 
-    The state are tensors [n_resblocks]: ``scale``, ``since_division`` and ``nonfinite``, explained in
-    ``ops/resblock.py``, and ``overflows``. The backward sets ``nonfinite`` of resblocks whose activations had gradients
-    that overflowed.
+    The state consists of tensors [n_resblocks]: ``scale``, ``since_division`` and ``nonfinite``, explained in
+    ``ops/resblock.py``, and ``overflows``. The backward sets ``nonfinite`` of the resblocks in which gradients of
+    activations overflowed.
 
     Args:
-        resblocks: the parts of the model with a scale each.
-        replicas: how many data-parallel replicas there are, M in the paper; each divides its loss by all samples.
-        skipping: what a gradient that is not finite in one resblock leaves out: the whole "update", as in the paper, or
-            that "resblock" alone. Outside of the resblocks it always leaves out all.
+        resblocks: the modules with a scale each.
+        replicas: number of data-parallel replicas, M in the paper; each divides its loss by all samples.
+        skipping: what is skipped when a gradient in one resblock is not finite: the whole "step", as in the paper, or
+            that "resblock" alone. One outside of the resblocks always skips the whole step.
         device: of the state.
 
     Raises:
@@ -79,14 +80,14 @@ class GradientScales:
         self,
         resblocks: Sequence[nn.Module],
         replicas: int = 1,
-        skipping: Literal["update", "resblock"] = "update",
+        skipping: Literal["step", "resblock"] = "step",
         device: torch.device | str | None = None,
     ) -> None:
         self.replicas, self.skipping = replicas, skipping
         self.scale, self.since_division, self.nonfinite = initial_scales(len(resblocks), replicas, device)
-        self.overflows = torch.zeros_like(self.nonfinite)  # updates in which a resblock was to blame
+        self.overflows = torch.zeros_like(self.nonfinite)  # steps in which a resblock's gradients were not finite
         self._resblocks = resblocks
-        self._homes = self.scale.new_empty(0, dtype=torch.int64)  # resblock of each parameter; n for those of none
+        self._homes = self.scale.new_empty(0, dtype=torch.int64)  # resblock of each parameter; n outside
 
     def watch(self, parameters: Sequence[torch.Tensor]) -> None:
         homes = {id(parameter): i for i, resblock in enumerate(self._resblocks) for parameter in resblock.parameters()}
@@ -101,7 +102,7 @@ class GradientScales:
         found = torch.zeros(n + 1, dtype=torch.int32, device=self.scale.device)
         found.index_add_(0, self._homes, nonfinite.int())
         self.nonfinite.logical_or_(found[:n])
-        if self.skipping == "update":
+        if self.skipping == "step":
             return (self.nonfinite.any() | (found[n] > 0)).expand_as(nonfinite)
         return torch.cat([self.nonfinite, found[n:]]).bool()[self._homes] | (found[n] > 0)
 
@@ -114,39 +115,41 @@ class GradientScales:
         update_scales(self.scale, self.since_division, self.nonfinite, self.replicas)
 
     def record(self) -> dict[str, list[float]]:
-        """By resblock: the scales as powers of 2, and how many updates have overflowed, if any."""
+        """Per resblock: log2 of the scale, and the number of overflows unless all are 0."""
         scales = {"log2_scales": [round(math.log2(scale), 3) for scale in self.scale.tolist()]}
         overflows = self.overflows.tolist()
         return scales | ({"overflows": overflows} if any(overflows) else {})
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The state between updates, when ``nonfinite`` is 0."""
+        """The state between steps, when ``nonfinite`` is 0."""
         return {"scale": self.scale, "since_division": self.since_division, "overflows": self.overflows}
 
 
 class LossScale:
-    """``Scales`` with one for the whole model: that of the loss (appendix A.2), ruled as by ``torch.amp.GradScaler``.
+    """``Scales`` with a single one, of the loss (appendix A.2), by the rule of ``torch.amp.GradScaler``.
 
-    A gradient that is not finite halves the scale and leaves out the update; 2000 updates without one double it.
+    Not that class itself: its ``step`` reads on the host whether gradients are finite, a second wait for the device.
 
-    The state are tensors [1]: ``scale``, ``finite_updates``, made since it last changed, and ``overflows``.
+    A gradient that is not finite halves the scale and skips the step; 2000 finite steps in a row double it.
+
+    The state consists of tensors [1]: ``scale``, ``finite_steps`` since it last changed, and ``overflows``.
 
     Args:
         device: of the state.
     """
 
     FIRST, GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0**16, 2.0, 0.5, 2000
-    LARGEST = 2.0**100  # gradients of 16 bits have overflowed long before, unless all are 0
+    LARGEST = 2.0**100  # gradients in 16 bits overflow long before, unless all are 0
 
     def __init__(self, device: torch.device | str | None = None) -> None:
         self.scale = torch.full((1,), self.FIRST, device=device)
-        self.finite_updates = torch.zeros(1, dtype=torch.int32, device=device)
-        self.overflows = torch.zeros_like(self.finite_updates)
-        self.nonfinite = torch.zeros(1, dtype=torch.bool, device=device)  # in the update at hand
+        self.finite_steps = torch.zeros(1, dtype=torch.int32, device=device)
+        self.overflows = torch.zeros_like(self.finite_steps)
+        self.nonfinite = torch.zeros(1, dtype=torch.bool, device=device)  # in the current step
         self._n_parameters = 0
 
     def multiply(self, loss: torch.Tensor) -> torch.Tensor:
-        """The same loss, whose gradients will be times the scale."""
+        """The same loss, whose gradients will be multiplied by the scale."""
         loss.register_hook(lambda grad: grad * self.scale.reshape(()))
         return loss
 
@@ -166,17 +169,17 @@ class LossScale:
 
     def update(self) -> None:
         self.overflows += self.nonfinite
-        self.finite_updates.add_(1).masked_fill_(self.nonfinite, 0)
-        grows = self.finite_updates == self.GROWTH_INTERVAL
-        self.finite_updates.masked_fill_(grows, 0)
+        self.finite_steps.add_(1).masked_fill_(self.nonfinite, 0)
+        grows = self.finite_steps == self.GROWTH_INTERVAL
+        self.finite_steps.masked_fill_(grows, 0)
         self.scale *= torch.where(self.nonfinite, self.BACKOFF, torch.where(grows, self.GROWTH, 1.0))
         self.scale.clamp_(max=self.LARGEST)
         self.nonfinite.zero_()
 
     def record(self) -> dict[str, Any]:
-        """The scale as a power of 2, and how many updates have overflowed, if any."""
+        """log2 of the scale, and the number of overflows unless it is 0."""
         overflows = int(self.overflows)
         return {"log2_scale": math.log2(self.scale.item())} | ({"overflows": overflows} if overflows else {})
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {"scale": self.scale, "finite_updates": self.finite_updates, "overflows": self.overflows}
+        return {"scale": self.scale, "finite_updates": self.finite_steps, "overflows": self.overflows}

@@ -1,6 +1,6 @@
-"""Schedules of training: pure functions of the step, and the one that must watch the loss.
+"""Schedules of training: pure functions of the step, and the one that watches the loss.
 
-``step`` counts finished updates, so the first update is made at step 0.
+``step`` counts finished steps: the first step is made at 0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def cosine(step: int, start: float, end: float, steps: int) -> float:
 
 
 def warmup(step: int, steps: int) -> float:
-    """A factor that grows linearly to 1 over the first ``steps`` updates and is never 0."""
+    """A factor that grows linearly to 1 over the first ``steps`` steps and is never 0."""
     return min(1.0, (step + 1) / steps) if steps else 1.0
 
 
@@ -25,12 +25,14 @@ def warmup(step: int, steps: int) -> float:
 class Plateau:
     """Halve the step size whenever the training loss stops falling (appendix B.2). Its fields are its state.
 
-    The loss is averaged over windows of updates. A window that is not better than the best one by a share of
-    ``min_gain`` is a stale one, and ``patience`` stale windows in a row are a plateau. The paper gives the number of
-    halvings but not how it tells a plateau.
+    Not torch's ``ReduceLROnPlateau``, which compares single losses and has no limit of halvings.
+
+    The loss is averaged over windows of steps. A window that does not improve on the best one by a share of
+    ``min_gain`` is stale, and ``patience`` stale windows in a row are a plateau. The paper gives the number of halvings
+    but not the criterion.
     """
 
-    window: int  # updates
+    window: int  # steps
     patience: int  # windows
     min_gain: float = 1e-3
     max_halvings: int = 5
@@ -42,11 +44,11 @@ class Plateau:
 
     @property
     def scale(self) -> float:
-        """What the step size is multiplied by."""
+        """Factor of the step size."""
         return 0.5**self.halvings
 
     def update(self, loss: float) -> bool:
-        """Take in the loss of one update; whether it caused a halving."""
+        """Add the loss of one step; returns whether it caused a halving."""
         self.total += loss
         self.count += 1
         if self.count < self.window:

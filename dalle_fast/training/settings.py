@@ -8,34 +8,34 @@ from typing import Literal
 
 from .schedules import Plateau, cosine, warmup
 
-Moments = Literal["16-bit", "float32"]  # what the optimizer's running averages are stored in, see optimizer.py
+Moments = Literal["16-bit", "float32"]  # format of the optimizer's running averages, see optimizer.py
 DType = Literal["auto", "float16", "bfloat16", "float32"]  # auto: float16 on CUDA, float32 on a CPU
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(ABC):
-    """What every training has. The subclasses add their values and say how the step size runs."""
+    """Settings of every training. The subclasses add their own, and the schedule of the step size."""
 
-    steps: int  # updates
-    batch_size: int
+    steps: int
+    batch_size: int  # samples of a step, all processes together
     lr: float  # at its peak
     betas: tuple[float, float]
     eps: float
     weight_decay: float  # of matrices and filters only
-    clip_norm: float  # of the whole gradient; 0 does not clip
+    clip_norm: float  # limit of the norm of the whole gradient; 0 does not clip
     ema_decay: float
-    ema_every: int  # updates
+    ema_every: int  # steps
     seed: int = 0
     workers: int = 0  # processes that prepare data; 0 prepares it in this one
-    log_every: int = 100  # updates
-    val_every: int = 5_000  # updates; the last update is always followed by a validation
+    log_every: int = 100  # steps
+    val_every: int = 5_000  # steps; the last step is always followed by a validation
     val_samples: int = 1_024
-    save_every: int = 5_000  # updates; a killed run loses those since the last checkpoint on the disk
+    save_every: int = 5_000  # steps; a killed run loses those since the last checkpoint on the disk
     keep_checkpoints: int = 2  # the newest
     tensorboard: bool = False  # event files beside the log
     device: str = "cpu"
-    parallel: Literal["fsdp", "ddp"] = "fsdp"  # processes of a machine share the parameters, or each has them all
-    warmup_steps: int = 0  # updates of linear growth of the step size
+    parallel: Literal["fsdp", "ddp"] = "fsdp"  # processes of a node share the parameters, or each has them all
+    warmup_steps: int = 0  # steps of linear growth of the step size
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "ema_every", "log_every", "val_every", "val_samples", "save_every")
@@ -50,22 +50,22 @@ class TrainConfig(ABC):
 
     @abstractmethod
     def lr_at(self, step: int) -> float:
-        """The step size of an update, before any halving on a plateau."""
+        """Step size of a step, before any halving on a plateau."""
 
-    def lr_share(self, name: str) -> float:
-        """What the step size is multiplied by for the parameter of this name."""
-        return 1.0
+    def lr_shares(self) -> dict[str, float]:
+        """Factors of the step size for parts of the model, by the name of the submodule; 1 for the rest."""
+        return {}
 
-    def moments_of(self, name: str) -> Moments:
-        """What the moments of the matrix or filter of this name are stored in; those of vectors are float32."""
+    def resblock_moments(self) -> Moments:
+        """Format of the moments of the matrices in resblocks; all others are float32."""
         return "float32"
 
     def plateau(self) -> Plateau | None:
-        """What halves the step size on a plateau of the loss, if anything does."""
+        """The rule that halves the step size on a plateau of the loss, if any."""
         return None
 
     def compression_rank(self) -> int | None:
-        """Rank to which PowerSGD compresses the gradients between machines, if it does."""
+        """Rank to which PowerSGD compresses the gradients between nodes, if it does."""
         return None
 
 
@@ -85,9 +85,9 @@ class TrainDVAE(TrainConfig):
     beta_end: float = 6.6
     beta_steps: int = 5_000
     init_codes: bool = False  # start the codes at patches of the data, see models/codebook_init.py
-    grain: float = 0.0  # standard deviation of noise on the pixels: flat areas have no end of likelihood without
+    grain: float = 0.0  # standard deviation of noise on the pixels, without which flat areas have unbounded likelihood
     encoder_lr: float = 1.0  # step size of the encoder, as a share of lr
-    conv_dtype: DType = "auto"  # of the convolutions; in float16 the loss has a scale
+    conv_dtype: DType = "auto"  # of the convolutions; in float16 the loss is scaled
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 1e-4
@@ -103,8 +103,8 @@ class TrainDVAE(TrainConfig):
     def lr_at(self, step: int) -> float:
         return warmup(step, self.warmup_steps) * cosine(step, self.lr, self.lr_end, self.lr_steps)
 
-    def lr_share(self, name: str) -> float:
-        return self.encoder_lr if name.startswith("encoder.") else 1.0
+    def lr_shares(self) -> dict[str, float]:
+        return {"encoder": self.encoder_lr}
 
     def tau_at(self, step: int) -> float:
         return cosine(step, self.tau, self.tau_end, self.tau_steps)
@@ -141,15 +141,15 @@ class TrainDALLE(TrainConfig):
     lr: float = 4.5e-4
     warmup_steps: int = 5_000
     lr_schedule: Literal["plateau", "cosine"] = "plateau"
-    plateau_window: int = 1_000  # updates whose mean loss is compared
+    plateau_window: int = 1_000  # steps whose mean loss is compared
     plateau_patience: int = 10  # windows without gain before a halving
-    bpe_dropout: bool = True  # captions are cut differently each time they are seen
+    bpe_dropout: bool = True  # captions are tokenized differently each time they are seen
     caption_dropout: float = 0.0  # share of captions replaced by the empty one, which guidance needs
-    resblock_dtype: DType = "auto"  # of what happens inside them
-    skip_overflow: Literal["update", "resblock"] = "update"  # what an Inf or NaN gradient in one resblock leaves out
-    recompute: bool = True  # run resblocks again for their gradients, and keep only the stream
-    powersgd_rank: int | None = None  # compress gradients of resblocks between machines; a multiple of GPUs on each
-    moments: Moments = "16-bit"  # of the matrices of resblocks; all others are float32
+    resblock_dtype: DType = "auto"  # of activations and gradients inside resblocks
+    skip_overflow: Literal["step", "resblock"] = "step"  # what is skipped for an Inf or NaN gradient in a resblock
+    recompute: bool = True  # run resblocks again in the backward, and keep only the stream
+    powersgd_rank: int | None = None  # compress gradients of resblocks between nodes; a multiple of a node's processes
+    moments: Moments = "16-bit"  # of the matrices in resblocks; all others are float32
     betas: tuple[float, float] = (0.9, 0.96)
     eps: float = 1e-8
     weight_decay: float = 4.5e-2
@@ -168,8 +168,8 @@ class TrainDALLE(TrainConfig):
         peak = self.lr if self.lr_schedule == "plateau" else cosine(step, self.lr, 0.0, self.steps)
         return warmup(step, self.warmup_steps) * peak
 
-    def moments_of(self, name: str) -> Moments:
-        return self.moments if name.startswith("layers.") else "float32"
+    def resblock_moments(self) -> Moments:
+        return self.moments
 
     def plateau(self) -> Plateau | None:
         return Plateau(self.plateau_window, self.plateau_patience) if self.lr_schedule == "plateau" else None
@@ -180,7 +180,7 @@ class TrainDALLE(TrainConfig):
 
 @dataclass(frozen=True)
 class TrainPreset:
-    """How to train the parts of a system; the defaults are the papers'."""
+    """Training settings of the three models of a system; the defaults are the papers'."""
 
     dvae: TrainDVAE = TrainDVAE()
     clip: TrainCLIP = TrainCLIP()

@@ -1,4 +1,4 @@
-"""What changes while a model trains, and how it becomes a checkpoint and comes back from one."""
+"""The state of a training: everything that changes while a model trains, to and from checkpoints."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from ..distributed.collectives import Machines
-from ..distributed.powersgd import PowerSGD, resblock_matrices, sum_between_machines
-from ..distributed.sharding import local, resblocks_of, shard_model, sharded_like
+from ..distributed.collectives import Nodes
+from ..distributed.powersgd import PowerSGD, resblock_matrices, sum_between_nodes
+from ..distributed.sharding import local, shard_model, sharded_like
 from ..distributed.start import Start
 from ..distributed.world import ALONE, World
-from ..models import DALLE
+from ..models.base import TrainableModel
 from .average import RunningAverage
 from .checkpoint import load_tensors, saved_tensors
 from .metrics import Incidents, LossSpikes
@@ -23,42 +23,45 @@ from .scales import GradientScales, Scales
 from .schedules import Plateau
 from .settings import TrainConfig
 
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model", bound=TrainableModel)
 
 
 @dataclass
 class State(Generic[Model]):
-    """Everything that changes while training; a checkpoint is this and the random state.
+    """Everything that changes while training; a checkpoint holds this and the random state.
 
-    Of sharded parameters, of their moments and their averages, a process has its shards.
+    A process has its shards of sharded parameters, their moments and their averages.
     """
 
     model: Model
     average: RunningAverage[Model]
     optimizer: AdamW16
     plateau: Plateau | None
-    scales: Scales | None = None  # what gradients are multiplied by
-    world: World = ALONE  # who trains
-    powersgd: PowerSGD | None = None  # what sums the gradients over machines, if not FSDP
+    scales: Scales | None = None  # of the gradients
+    world: World = ALONE
+    powersgd: PowerSGD | None = None  # sums the gradients over nodes, instead of FSDP
     spikes: LossSpikes = field(default_factory=LossSpikes)
-    step: int = 0  # finished updates, and so the position in the data
-    skipped_updates: int = 0  # for want of a finite gradient
+    step: int = 0  # finished steps, and so the position in the data
+    skipped_steps: int = 0  # those without a finite gradient
     seconds: float = 0.0
     incidents: Incidents = field(default_factory=Incidents)  # since the last log record; not in checkpoints
     parameters: list[torch.Tensor] = field(init=False)  # in the order of the optimizer
-    names: list[str] = field(init=False)  # of these
+    names: list[str] = field(init=False)  # of the parameters
+    places: list[str] = field(init=False)  # of the parameters: the resblock, or else the module, of each
 
     def __post_init__(self) -> None:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         names: dict[torch.Tensor, str] = {p: name for name, p in self.model.named_parameters()}
         self.names = [names[p] for p in self.parameters]
+        places = places_of(self.model)
+        self.places = [places[name] for name in self.names]
         if self.scales:
             self.scales.watch(self.parameters)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor of the state, by a name of its own; sharded as its parameter is.
+        """Every tensor of the state, by a unique name; sharded like its parameter.
 
-        They share the state's memory, but for what PowerSGD has left over on all machines.
+        They share the state's memory, except the sums of PowerSGD's error buffers.
         """
         parameters = dict(self.model.named_parameters())
         return {
@@ -86,34 +89,34 @@ class State(Generic[Model]):
         }
 
     def values(self) -> dict[str, Any]:
-        """The state but for its tensors."""
+        """The state without its tensors."""
         return {
             "plateau": asdict(self.plateau) if self.plateau else None,
             "spikes": asdict(self.spikes),
             "step": self.step,
-            "skipped_updates": self.skipped_updates,
+            "skipped_updates": self.skipped_steps,
             "seconds": self.seconds,
         }
 
     def load(self, path: Path, values: dict[str, Any]) -> None:
-        """Become the state of a checkpoint: its folder, and what ``values`` returned when it was written."""
+        """Load the state from the folder of a checkpoint, with what ``values`` returned when it was written."""
         saved = saved_tensors(path)
         self._make_room(saved)
-        # Without scales in it, the run had no 16 bits so far; likewise with what PowerSGD has left over.
+        # A checkpoint without scales is of a run that had no 16 bits so far; likewise without PowerSGD's buffers.
         optional = ("scales/", "powersgd/")
         wanted = {name: t for name, t in self.tensors().items() if name in saved or not name.startswith(optional)}
         load_tensors(path, wanted)
         if self.powersgd:
-            left = {name.partition("/")[2]: local(t) for name, t in wanted.items() if name.startswith("powersgd/")}
-            self.powersgd.load(left)
+            sums = {name.partition("/")[2]: local(t) for name, t in wanted.items() if name.startswith("powersgd/")}
+            self.powersgd.load(sums)
         if self.plateau and values["plateau"]:
             self.plateau = Plateau(**values["plateau"])
         self.spikes = LossSpikes(**values["spikes"])
         self.step, self.seconds = values["step"], values["seconds"]
-        self.skipped_updates = values["skipped_updates"]
+        self.skipped_steps = values["skipped_updates"]
 
     def _make_room(self, saved: dict[str, torch.Tensor]) -> None:
-        """Give the optimizer the tensors that it otherwise makes in its first update, with anything in them."""
+        """Allocate the tensors, uninitialised, that the optimizer otherwise makes in its first step."""
         parameters, device = dict(self.model.named_parameters()), self.parameters[0].device
         groups = dict(enumerate(self.optimizer.param_groups))
         for name, tensor in saved.items():
@@ -123,7 +126,7 @@ class State(Generic[Model]):
                 groups[int(owner)][key] = torch.empty_like(tensor, device=device)
             elif part == "optimizer" and owner in parameters:
                 parameter = parameters[owner].detach()
-                like = local(parameter) if tensor.shape == parameter.shape else tensor  # as strided, if it can be
+                like = local(parameter) if tensor.shape == parameter.shape else tensor  # with its strides, if possible
                 self.optimizer.state[parameters[owner]][key] = torch.empty_like(like, dtype=tensor.dtype, device=device)
 
 
@@ -134,11 +137,11 @@ def new_state(
     world: World = ALONE,
     start: Start | None = None,
 ) -> State[Model]:
-    """The state before the first update, on the device.
+    """The state before the first step, on the device.
 
     Args:
-        model: on the CPU; of many processes perhaps on "meta".
-        start: of a model on "meta". Without it anything is in the state until a checkpoint is loaded.
+        model: on the CPU; with many processes perhaps on "meta".
+        start: of a model on "meta". Without it the state is uninitialised until a checkpoint is loaded.
 
     Raises:
         ValueError: a rank of PowerSGD that the shards of a matrix cannot share.
@@ -150,34 +153,47 @@ def new_state(
             start.write(model, world)
     else:
         model.to(config.device)
-    powersgd = (
-        compress_gradients(model, rank, config.seed, scales, world) if rank and isinstance(model, DALLE) else None
-    )
+    powersgd = compress_gradients(model, rank, config.seed, scales, world) if rank else None
     optimizer = AdamW16(parameter_groups(model, config), config.lr, config.betas, config.eps)
     average = RunningAverage(model, config.ema_decay)
     return State(model.train(), average, optimizer, config.plateau(), scales, world, powersgd)
 
 
-def compress_gradients(model: DALLE, rank: int, seed: int, scales: Scales | None, world: World) -> PowerSGD:
-    """Have PowerSGD sum the gradients of a sharded model over machines from now on."""
+def compress_gradients(model: TrainableModel, rank: int, seed: int, scales: Scales | None, world: World) -> PowerSGD:
+    """Have PowerSGD sum the gradients of a sharded model over nodes from now on."""
     scale_of = {}
     if isinstance(scales, GradientScales):
-        blocks = {id(p): i for i, resblock in enumerate(resblocks_of(model)) for p in resblock.parameters()}
+        blocks = {id(p): i for i, (_, resblock) in enumerate(model.resblocks()) for p in resblock.parameters()}
         scale_of = {name: scales.scale[blocks[id(p)]] for name, p in model.named_parameters() if id(p) in blocks}
-    return sum_between_machines(model, resblock_matrices(model), rank, Machines(world.peers), seed, scale_of)
+    matrices, nodes = resblock_matrices(model), Nodes(world.peers)
+    return sum_between_nodes(model, matrices, rank, nodes, seed, scale_of, model.stacked_matrices())
 
 
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+def places_of(model: TrainableModel) -> dict[str, str]:
+    """The resblock of each parameter, or else its module, by name; the log names these."""
+    places = {name: name.rpartition(".")[0] or name for name, _ in model.named_parameters()}
+    for resblock, module in model.resblocks():
+        places |= {f"{resblock}.{name}": resblock for name, _ in module.named_parameters()}
+    return places
+
+
+def parameter_groups(model: TrainableModel, config: TrainConfig) -> list[dict[str, Any]]:
     """Groups for the optimizer: matrices and filters decay; gains, biases and embeddings do not.
 
-    ``lr_share`` of a group is what the step size is multiplied by for it, ``moments`` what its moments are stored in.
+    ``lr_share`` of a group is the factor of its step size, ``moments`` the format of its moments.
     """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings = model.embeddings()
+    inside = {parameter for _, resblock in model.resblocks() for parameter in resblock.parameters()}
+    shares = {
+        parameter: share
+        for part, share in config.lr_shares().items()
+        for parameter in model.get_submodule(part).parameters()
+    }
     groups: dict[tuple[float, float, str], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        decays = parameter.ndim >= 2 and id(parameter) not in embeddings and "embedding" not in name
-        moments = config.moments_of(name) if parameter.ndim >= 2 else "float32"
-        key = (config.weight_decay if decays else 0.0, config.lr_share(name), moments)
+    for parameter in model.parameters():
+        decays = parameter.ndim >= 2 and parameter not in embeddings
+        moments = config.resblock_moments() if parameter.ndim >= 2 and parameter in inside else "float32"
+        key = (config.weight_decay if decays else 0.0, shares.get(parameter, 1.0), moments)
         groups.setdefault(key, []).append(parameter)
     return [
         {"params": parameters, "weight_decay": weight_decay, "lr_share": lr_share, "moments": moments}

@@ -1,4 +1,4 @@
-"""How a run ends early: the signals that stop it, and the exceptions."""
+"""Early ends of a run: the signals that stop it, and the exceptions it raises."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from types import FrameType
 
 
 class TrainingStopped(Exception):
-    """Ctrl-C or a request to end: the run has saved its state and goes on from there next time."""
+    """SIGINT or SIGTERM: the run has saved its state and goes on from there next time."""
 
     def __init__(self, signum: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}, saved after update {step}")
+        super().__init__(f"stopped by {signal.Signals(signum).name}, saved after step {step}")
         self.signum = signum
         self.step = step
 
 
 class TrainingDiverged(Exception):
-    """Many updates in a row had no finite gradient: the parameters will not recover."""
+    """Too many steps in a row had no finite gradient."""
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying from them; a second one has its usual effect."""
+    """Collect SIGINT and SIGTERM instead of dying from them; a second signal has its usual effect."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield received

@@ -1,6 +1,7 @@
-"""A task: what one of the models learns from. The data side of all three, and the tokenizer.
+"""The data side of the three trainings, the checks before them, and the training of the tokenizer.
 
-The models are in dvae.py, clip.py and dalle.py, each with its loss and validation; loop.py trains any of them.
+A task pairs a model with its data: dvae.py, clip.py and dalle.py have one each, with loss and validation, and loop.py
+trains any of them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ..config import CLIPConfig, DALLEConfig
 from ..data.augment import augment_dalle, center_crop_resize
@@ -21,19 +21,25 @@ from ..data.batches import Batch, Batches, Corpus, collate
 from ..data.pairs import BrokenSample, Pair
 from ..distributed.start import Start
 from ..distributed.world import ALONE, World
+from ..models.base import TrainableModel
 from ..tokenizer import Tokenizer
 from .plan import available_memory, plan_run, refuse_what_cannot_fit
 from .scales import Scales
 from .settings import TrainConfig
 
 Sample = dict[str, Any]
-MAX_SEED = 2**63
+MAX_SEED = 2**63  # exclusive
 
 
 def train_tokenizer(
     captions: Iterable[str], out: str | Path, vocab_size: int = 16384, text_len: int = 256
 ) -> Tokenizer:
-    """Learn the vocabulary from captions and write it to ``out/tokenizer.json``."""
+    """Learn the vocabulary from captions and write it to ``out/tokenizer.json``.
+
+    Args:
+        vocab_size: text tokens, the 256 bytes included.
+        text_len: tokens per caption, padding included.
+    """
     tokenizer = Tokenizer.train(captions, vocab_size, text_len)
     Path(out).mkdir(parents=True, exist_ok=True)
     tokenizer.save(Path(out) / "tokenizer.json")
@@ -41,12 +47,12 @@ def train_tokenizer(
 
 
 def check_memory(
-    model_class: Callable[[Any], nn.Module], model_cfg: Any, train_cfg: TrainConfig, world: World = ALONE
+    model_class: Callable[[Any], TrainableModel], model_cfg: Any, train_cfg: TrainConfig, world: World = ALONE
 ) -> None:
-    """Say on stderr what a training will need, before it takes any of it.
+    """Print the memory that a training needs to stderr, before it allocates any.
 
     Raises:
-        ValueError: more than the device has; the message names what would fit.
+        ValueError: the device has less; the message names what would fit.
     """
     with torch.device("meta"):
         model = model_class(model_cfg)
@@ -58,7 +64,16 @@ def check_memory(
 
 
 class CorpusTask:
-    """The data side of a task: ``sample`` is what training sees of a pair, ``val_sample`` what validation sees."""
+    """The data side of a task.
+
+    Args:
+        pairs: training data.
+        val_pairs: held-out data, if any.
+        sample: makes a training sample of a pair, with all randomness from the generator.
+        val_sample: makes a validation sample of a pair.
+        config: settings of the training.
+        world: the processes that share each batch.
+    """
 
     start: Start | None = None
     scales: Scales | None = None
@@ -83,7 +98,7 @@ class CorpusTask:
         return self._batches.iterate(start)
 
     def validation(self) -> Iterator[tuple[Batch, int]]:
-        """Held-out samples in batches, spread evenly over their corpus; broken ones are left out."""
+        """Batches of held-out samples, spread evenly over their corpus; broken ones are skipped."""
         if self._val_pairs is None:
             return
         total = len(self._val_pairs)
@@ -102,44 +117,68 @@ class CorpusTask:
             self._batches.write_report(path, others)
 
 
-# ---------------------------------------------------------------------------------------------- captioned images
-
-
-def _tokens(tokenizer: Tokenizer, caption: str, seed: int | None = None) -> torch.Tensor:
-    return tokenizer.encode([caption], seed=seed, truncate=True)[0]
+# ---------------------------------------------------------------------------------------------- captioned samples
 
 
 def captioned_sample(
     pair: Any,
     rng: np.random.Generator,
-    size: int | None,
     tokenizer: Tokenizer,
     bpe_dropout: bool,
     caption_dropout: float,
+    size: int | None = None,
+    grid: tuple[int, int, int] | None = None,
 ) -> Sample:
-    """An image, or its codes, and the tokens of its caption as training sees them."""
+    """Training sample of a caption with an image or its codes.
+
+    Args:
+        pair: a ``Pair`` or an ``EncodedPair``.
+        rng: source of all randomness.
+        bpe_dropout: whether the caption is tokenized at random.
+        caption_dropout: share of captions replaced by the empty one.
+        size: edge of images in pixels; None if images cannot be used.
+        grid: height, width and vocabulary of codes; None if codes cannot be used.
+
+    Returns:
+        ``text``, int64 [text_len], and ``image``, uint8 [size, size, 3], or ``codes``, int64 [height, width].
+    """
     caption = "" if caption_dropout and rng.random() < caption_dropout else pair.caption
-    tokens = _tokens(tokenizer, caption, int(rng.integers(MAX_SEED)) if bpe_dropout else None)
-    if not isinstance(pair, Pair):
-        return {"codes": pair.codes, "text": tokens}
-    return {"image": augment_dalle(pair.image, _known(size), rng), "text": tokens}
+    seed = int(rng.integers(MAX_SEED)) if bpe_dropout else None
+    text = tokenizer.encode([caption], seed=seed, truncate=True)[0]
+    if isinstance(pair, Pair):
+        return {"image": augment_dalle(pair.image, _checked_size(size), rng), "text": text}
+    return {"codes": _checked_codes(pair.codes, grid), "text": text}
 
 
-def captioned_val_sample(pair: Any, size: int | None, tokenizer: Tokenizer) -> Sample:
-    tokens = _tokens(tokenizer, pair.caption)
-    if not isinstance(pair, Pair):
-        return {"codes": pair.codes, "text": tokens}
-    return {"image": center_crop_resize(pair.image, _known(size)), "text": tokens}
+def captioned_val_sample(
+    pair: Any, tokenizer: Tokenizer, size: int | None = None, grid: tuple[int, int, int] | None = None
+) -> Sample:
+    """Validation sample of a caption with an image or its codes; as ``captioned_sample`` without randomness."""
+    text = tokenizer.encode([pair.caption], truncate=True)[0]
+    if isinstance(pair, Pair):
+        return {"image": center_crop_resize(pair.image, _checked_size(size)), "text": text}
+    return {"codes": _checked_codes(pair.codes, grid), "text": text}
 
 
-def _known(size: int | None) -> int:
-    """The size that the dVAE wants its images in."""
+def _checked_size(size: int | None) -> int:
     if size is None:
         raise ValueError("dvae: expected one to encode the images, got none")
     return size
 
 
+def _checked_codes(codes: np.ndarray, grid: tuple[int, int, int] | None) -> np.ndarray:
+    """The codes, if the model can read them: checked here, on the CPU, as on a GPU their values would cost a wait."""
+    if grid is None:
+        raise ValueError("pairs: expected images, got codes")
+    height, width, vocab = grid
+    if codes.shape != (height, width) or not 0 <= codes.min() <= codes.max() < vocab:
+        got = f"{list(codes.shape)}, {codes.min()} to {codes.max()}" if codes.size else list(codes.shape)
+        raise ValueError(f"codes: expected [{height}, {width}] with values in [0, {vocab}), got {got}")
+    return codes
+
+
 def check_tokenizer(tokenizer: Tokenizer, model_cfg: CLIPConfig | DALLEConfig) -> None:
+    """Raise ValueError unless the model reads the tokenizer's tokens, so that these need no check later."""
     for name, got in (("text_vocab", tokenizer.vocab_size), ("text_len", tokenizer.text_len)):
         if getattr(model_cfg, name) != got:
             raise ValueError(f"{name}: expected the tokenizer's {got}, got {getattr(model_cfg, name)}")

@@ -3,7 +3,7 @@
     python killed_run.py FOLDER KILLS
 
 prints JSON: ``steps`` in the end, and of every kill the steps in the log and in the newest checkpoint, and whether it
-left one half written. FOLDER/killed is what became of the run, FOLDER/whole is the same run undisturbed.
+left one half written. FOLDER/killed is the killed run, FOLDER/whole the same run undisturbed.
 """
 
 import json
@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from dalle_fast import models
+from dalle_fast.models.base import TrainableModel
 from dalle_fast.training import TrainDALLE, fit
 
 SAVE_EVERY = 3
@@ -32,18 +33,21 @@ class ToyConfig:
     width: int = 4
 
 
-class Toy(nn.Module):
+class Toy(TrainableModel):
     def __init__(self, cfg: ToyConfig) -> None:
         super().__init__()
         self.cfg = cfg
         self.layer = nn.Linear(cfg.width, cfg.width)
+
+    def resblocks(self) -> list[tuple[str, nn.Module]]:
+        return []
 
 
 models.KINDS["toy"] = (Toy, ToyConfig)
 
 
 class ToyTask:
-    """Noise from every global generator, and batches that depend on the step: all must be resumed."""
+    """Noise from every global generator, and batches that depend on the step: a resumed run must restore both."""
 
     kind, start, scales = "toy", None, None
 

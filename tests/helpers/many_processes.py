@@ -1,87 +1,36 @@
-"""Trainings by several processes on this machine, as a program: it forks, which needs a process of its own.
+"""Trainings by several processes: see test_distributed.py."""
 
-    python many_processes.py FOLDER
+from __future__ import annotations
 
-makes subfolders of FOLDER, one for each training, and prints JSON: what each process had to say of it.
-"""
-
-import json
 import os
 import signal
-import socket
-import sys
-import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-import torch._dynamo  # which each process would import by itself
+from helpers.processes import run_processes
 from helpers.training import CLIP, DALLE, Memory, settings, task
-from torch.distributed import TCPStore
 
 from dalle_fast.distributed.sharding import local, shard_model, shard_of
 from dalle_fast.distributed.start import new_model
-from dalle_fast.distributed.world import World, join_world
+from dalle_fast.distributed.world import World
 from dalle_fast.models import KINDS
 from dalle_fast.training import TrainingStopped, loop
 from dalle_fast.training.checkpoint import CheckpointWriter, newest_checkpoint
 from dalle_fast.training.loop import fingerprint_of, fit
 from dalle_fast.training.state import new_state
 
-Work = Callable[[World], Any]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How many processes, on how many machines."""
-
-    machines: int
-    on_each: int
-    parallel: str = "fsdp"
-
-    def run(self, work: Work) -> list[Any]:
-        """What the processes return, by rank."""
-        size = self.machines * self.on_each
-        listener = socket.create_server(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-        children = []
-        for rank in range(size):
-            read, write = os.pipe()
-            pid = os.fork()
-            if pid == 0:
-                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank % self.on_each)}
-                os.environ |= {"LOCAL_WORLD_SIZE": str(self.on_each)}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
-                try:
-                    with join_world("cpu", self.parallel) as world:
-                        said = work(world)
-                    os.write(write, json.dumps(said).encode())
-                    os._exit(0)
-                except BaseException:
-                    traceback.print_exc()
-                os._exit(1)
-            os.close(write)
-            children.append((pid, read))
-        # After the last fork: a child that was forked while the store's thread held a lock would wait for it forever.
-        store = TCPStore("127.0.0.1", port, None, True, wait_for_workers=False, master_listen_fd=listener.detach())
-        said = [b"".join(iter(lambda read=read: os.read(read, 2**16), b"")) for _, read in children]
-        statuses = [os.waitpid(pid, 0)[1] for pid, _ in children]
-        del store
-        if any(statuses):
-            sys.exit(f"{self}: a process failed, see above")
-        return [json.loads(text) for text in said]
-
-
-LAYOUTS = {
-    "one": Layout(1, 1),
-    "2x2": Layout(2, 2),
-    "1x4": Layout(1, 4),
-    "4x1": Layout(4, 1),
-    "ddp": Layout(2, 2, "ddp"),
+Works = dict[str, Callable[[World], Any]]
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "2x2": {"nodes": 2, "per_node": 2},
+    "1x4": {"per_node": 4},
+    "4x1": {"nodes": 4},
+    "ddp": {"nodes": 2, "per_node": 2, "parallel": "ddp"},
 }
 HALF = {"resblock_dtype": "float16"}
 COMPRESSED = HALF | {"recompute": False, "powersgd_rank": 32}  # full rank: 16 for each of two shards
@@ -91,47 +40,39 @@ def configured(kind: str, **changes):
     return settings(kind, **{"batch_size": 8, "steps": 3, "log_every": 1, **changes})
 
 
-def train(kind: str, out: Path, changes: dict, spoil: Callable | None = None) -> Work:
-    """A training in which everything happens within a few steps; what a process has to say of it."""
+def train(world: World, kind: str, out: Path, changes: dict, spoil: Callable | None = None) -> dict:
+    """A training in which everything happens within a few steps; returns what this process has seen of it."""
+    config = configured(kind, **changes)
+    some = task(kind, config, world)
+    if spoil:
+        some.loss = spoil(some.loss, world)
+    said: dict[str, Any] = {"scales": []}
+    train_step = loop.train_step
 
-    def work(world: World) -> dict:
-        config = configured(kind, **changes)
-        some = task(kind, config, world)
-        if spoil:
-            some.loss = spoil(some.loss, world)
-        said: dict[str, Any] = {"scales": []}
-        update = loop.update
+    def watched(state, *rest):
+        result = train_step(state, *rest)
+        said["parameters"] = sum(local(p).numel() for p in state.parameters)
+        said["scales"] += [state.scales.scale.tolist()] if state.scales else []
+        return result
 
-        def watched(state, *rest):
-            result = update(state, *rest)
-            said["parameters"] = sum(local(p).numel() for p in state.parameters)
-            said["scales"] += [state.scales.scale.tolist()] if state.scales else []
-            return result
-
-        loop.update = watched
-        try:
+    try:
+        with patch.object(loop, "train_step", watched):
             model, metrics = fit(some, config, out, world=world)
-        except TrainingStopped as stopped:
-            return said | {"stopped": [stopped.signum, stopped.step]}
-        device = next(model.parameters()).device.type
-        return said | {"val_loss": metrics["val_loss"], "device": device}
-
-    return work
+    except TrainingStopped as stopped:
+        return said | {"stopped": [stopped.signum, stopped.step]}
+    device = next(model.parameters()).device.type
+    return said | {"val_loss": metrics["val_loss"], "device": device}
 
 
-def resave(kind: str, source: Path, target: Path, changes: dict) -> Work:
-    """Load the newest checkpoint of a training and write it anew."""
-
-    def work(world: World) -> None:
-        config = configured(kind, **changes)
-        some = task(kind, config, world)
-        fingerprint = fingerprint_of(some, config)
-        state = new_state(some.model, config, some.scales, world)
-        state.load(*newest_checkpoint(source / kind / "checkpoints", fingerprint))
-        with CheckpointWriter(target / kind / "checkpoints", 1, world) as writer:
-            writer.save(state.step, state.tensors(), {"fingerprint": fingerprint, **state.values()})
-
-    return work
+def resave(world: World, kind: str, source: Path, target: Path, changes: dict) -> None:
+    """Load the newest checkpoint of a training and write it again."""
+    config = configured(kind, **changes)
+    some = task(kind, config, world)
+    fingerprint = fingerprint_of(some, config)
+    state = new_state(some.model, config, some.scales, world)
+    state.load(*newest_checkpoint(source / kind / "checkpoints", fingerprint))
+    with CheckpointWriter(target / kind / "checkpoints", 1, world) as writer:
+        writer.save(state.step, state.tensors(), {"fingerprint": fingerprint, **state.values()})
 
 
 def starts(world: World) -> list[dict]:
@@ -153,7 +94,7 @@ def starts(world: World) -> list[dict]:
 
 
 def overflow_in_last(loss, world: World):
-    """In the second update the gradients of the last process are not finite."""
+    """In the second step the gradients of the last process are not finite."""
 
     def spoilt(model, batch, step):
         value, metrics = loss(model, batch, step)
@@ -163,7 +104,7 @@ def overflow_in_last(loss, world: World):
 
 
 def signal_to_last(loss, world: World):
-    """In the second update the last process is asked to stop."""
+    """In the second step the last process is asked to stop."""
 
     def spoilt(model, batch, step):
         if step == 1 and world.rank == world.size - 1:
@@ -173,27 +114,39 @@ def signal_to_last(loss, world: World):
     return spoilt
 
 
-def main(out: Path) -> None:
-    torch.set_num_threads(1)
-    said = {}
-
-    def run(name: str, layout: str, work: Callable[[Path], Work]) -> None:
-        said[f"{name} {layout}"] = LAYOUTS[layout].run(work(out / f"{name} {layout}"))
-
-    for layout, recompute in (("one", True), ("2x2", True), ("ddp", False)):
-        run("float32", layout, lambda path, recompute=recompute: train("dalle", path, {"recompute": recompute}))
-    for layout in ("one", "2x2"):
-        run("float16", layout, lambda path: train("dalle", path, HALF, overflow_in_last))
-        run("clip", layout, lambda path: train("clip", path, {"val_samples": 6}))
-    run("powersgd", "2x2", lambda path: train("dalle", path, COMPRESSED, overflow_in_last))
-    run("powersgd resaved", "4x1", lambda path: resave("dalle", out / "powersgd 2x2", path, COMPRESSED))
-    for layout in ("one", "1x4", "4x1"):
-        run("resaved", layout, lambda path: resave("dalle", out / "float16 2x2", path, HALF))
-    run("dvae", "2x2", lambda path: train("dvae", path, {"conv_dtype": "float16"}))
-    run("starts", "1x4", lambda path: starts)
-    run("stopped", "2x2", lambda path: train("dalle", path, {}, signal_to_last))
-    print(json.dumps(said))
+def each(world: World, works: Works) -> dict[str, Any]:
+    return {name: work(world) for name, work in works.items()}
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def run_all(out: Path) -> dict[str, list[Any]]:
+    """Results of all trainings by name and layout, by rank. Each training has a subfolder of ``out``."""
+    said: dict[str, list[Any]] = {}
+
+    def run(layout: str, works: Works) -> None:
+        results = run_processes(partial(each, works=works), **LAYOUTS[layout])
+        said.update({f"{name} {layout}": [result[name] for result in results] for name in works})
+
+    def training(name: str, layout: str, kind: str, changes: dict, spoil: Callable | None = None) -> Works:
+        return {name: partial(train, kind=kind, out=out / f"{name} {layout}", changes=changes, spoil=spoil)}
+
+    def resaved(name: str, layout: str, source: str, changes: dict) -> Works:
+        folders = {"source": out / source, "target": out / f"{name} {layout}"}
+        return {name: partial(resave, kind="dalle", changes=changes, **folders)}
+
+    def both(layout: str) -> Works:
+        """The trainings in which one process and many must agree."""
+        return (
+            training("float32", layout, "dalle", {"recompute": True})
+            | training("float16", layout, "dalle", HALF, overflow_in_last)
+            | training("clip", layout, "clip", {"val_samples": 6})
+        )
+
+    many = both("2x2") | training("powersgd", "2x2", "dalle", COMPRESSED, overflow_in_last)
+    many |= training("dvae", "2x2", "dvae", {"conv_dtype": "float16"})
+    run("2x2", many | training("stopped", "2x2", "dalle", {}, signal_to_last))
+    run("ddp", training("float32", "ddp", "dalle", {"recompute": False}))
+    run("one", both("one") | resaved("resaved", "one", "float16 2x2", HALF))
+    run("1x4", resaved("resaved", "1x4", "float16 2x2", HALF) | {"starts": starts})
+    powersgd = resaved("powersgd resaved", "4x1", "powersgd 2x2", COMPRESSED)
+    run("4x1", resaved("resaved", "4x1", "float16 2x2", HALF) | powersgd)
+    return said

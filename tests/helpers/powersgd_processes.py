@@ -7,14 +7,15 @@ import math
 import numpy as np
 import torch
 import torch.distributed as dist
+from helpers.training import DALLE as DALLE_CFG
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
-from dalle_fast.config import DALLEConfig
-from dalle_fast.distributed.collectives import Machines, all_reduce
-from dalle_fast.distributed.powersgd import PowerSGD, fixed_gaussian, resblock_matrices, sum_between_machines
+from dalle_fast.distributed.collectives import Nodes, all_reduce
+from dalle_fast.distributed.powersgd import PowerSGD, fixed_gaussian, resblock_matrices, sum_between_nodes
+from dalle_fast.distributed.world import World
 from dalle_fast.models import DALLE
 from dalle_fast.ops import adamw16
 
@@ -25,14 +26,15 @@ NAN, INF = math.nan, math.inf
 # ---------------------------------------------------------------------------------------------- the definition
 
 SHAPES = {"qkv.weight": (12, 10), "wide.weight": (6, 20), "tall.weight": (18, 7)}
-RANK, SEED, UPDATES = 3, 5, 5
-# By update, machine and name: an element of row 0.
+STACKED = {"qkv.weight": 3}
+RANK, SEED, STEPS = 3, 5, 5
+# By step, node and name: an element of row 0.
 SPOILED = {(1, 1, "wide.weight"): NAN, (2, 2, "qkv.weight"): INF, (4, 3, "tall.weight"): NAN}
-CONTINUED = 4  # the update that starts from the buffers of the one before; the others have buffers of their own
+CONTINUED = 4  # the step that starts from the buffers of the one before; the others have buffers of their own
 
 
 def values(seed: int) -> dict[str, torch.Tensor]:
-    """What a machine has of each matrix: something that all share and that stays, and noise of its own."""
+    """A node's values of each matrix: a constant part that all nodes share, and noise of its own."""
     same, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + seed)
     return {
         name: 1e-4 * (torch.randn(shape, generator=same) + torch.randn(shape, generator=own))
@@ -40,22 +42,22 @@ def values(seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-def gradients(update: int, machine: int) -> dict[str, torch.Tensor]:
-    given = values(PROCESSES * update + machine)
+def gradients(step: int, node: int) -> dict[str, torch.Tensor]:
+    given = values(PROCESSES * step + node)
     for (at, where, name), value in SPOILED.items():
-        if (at, where) == (update, machine):
+        if (at, where) == (step, node):
             given[name][0, 2] = value
     return given
 
 
-def buffers(update: int, machine: int) -> dict[str, torch.Tensor]:
-    """The error buffers before an update."""
-    return values(-PROCESSES * update - machine)
+def buffers(step: int, node: int) -> dict[str, torch.Tensor]:
+    """The error buffers before a step."""
+    return values(-PROCESSES * step - node)
 
 
-def scale(update: int) -> float:
-    """Of the gradient of tall.weight."""
-    return 2.0 ** (13 + update % 3)
+def scale(step: int) -> float:
+    """Scale factor of the gradient of tall.weight."""
+    return 2.0 ** (13 + step % 3)
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
@@ -65,7 +67,7 @@ def rounded(x: np.ndarray) -> np.ndarray:
 
 
 def parts(name: str, x: np.ndarray) -> list[np.ndarray]:
-    cut = np.split(x, 3) if name == "qkv.weight" else [x]
+    cut = np.split(x, STACKED.get(name, 1))
     return [part.T if len(part) > len(part[0]) else part for part in cut]
 
 
@@ -75,12 +77,12 @@ def whole(name: str, cut: list[np.ndarray]) -> np.ndarray:
 
 
 def sum_of(shares: list[np.ndarray]) -> np.ndarray:
-    """As machines add up: rounded before and after."""
+    """Sum over nodes: rounded before and after."""
     return rounded(np.sum([rounded(share) for share in shares], axis=0))
 
 
 def low_rank_sum(gradients: list[np.ndarray], errors: list[np.ndarray], q: np.ndarray):
-    """The estimate of the sum, its squared norm, and what is left over on each machine."""
+    """The estimate of the sum, its squared norm, and the new error buffer of each node."""
     owns = [gradient + error for gradient, error in zip(gradients, errors, strict=True)]
     if not np.isfinite(owns).all():
         left = [error if np.isfinite(own).all() else 0 * error for own, error in zip(owns, errors, strict=True)]
@@ -93,13 +95,13 @@ def low_rank_sum(gradients: list[np.ndarray], errors: list[np.ndarray], q: np.nd
     return p @ q.T, (q**2).sum(), left
 
 
-def definition(update: int) -> tuple[dict, dict, dict]:
-    """By name: the sums, whole; their squared norms; and the error buffers afterwards, by part and machine."""
+def definition(step: int) -> tuple[dict, dict, dict]:
+    """By name: the sums, whole; their squared norms; and the error buffers afterwards, by part and node."""
     sums, norms, left = {}, {}, {}
-    earlier = definition(update - 1)[2] if update == CONTINUED else None
+    earlier = definition(step - 1)[2] if step == CONTINUED else None
     for index, name in enumerate(SHAPES):
         given, loaded = (
-            [parts(name, f(update, machine)[name].double().numpy()) for machine in range(PROCESSES)]
+            [parts(name, f(step, node)[name].double().numpy()) for node in range(PROCESSES)]
             for f in (gradients, buffers)
         )
         estimates, norms[name], left[name] = [], 0.0, []
@@ -117,19 +119,23 @@ def definition(update: int) -> tuple[dict, dict, dict]:
 # ---------------------------------------------------------------------------------------------- in each process
 
 
-def updates(rank: int) -> dict:
-    """The updates of the definition, on four machines."""
-    machines = Machines()
-    powersgd = PowerSGD({name: torch.empty(shape) for name, shape in SHAPES.items()}, RANK, machines, SEED)
+def new_powersgd(nodes: Nodes) -> PowerSGD:
+    return PowerSGD({name: torch.empty(shape) for name, shape in SHAPES.items()}, RANK, nodes, SEED, STACKED)
+
+
+def steps(rank: int) -> dict:
+    """The steps of the definition, on four nodes."""
+    nodes = Nodes()
+    powersgd = new_powersgd(nodes)
     record, sent = [], []
-    for update in range(UPDATES):
-        if update != CONTINUED:
-            powersgd.load({name: PROCESSES * buffer for name, buffer in buffers(update, rank).items()})
-        given, before = gradients(update, rank), machines.sent
-        given["tall.weight"] *= scale(update)
-        powersgd.compress(given, {"tall.weight": torch.tensor(scale(update))})
-        given["tall.weight"] /= scale(update)
-        sent.append(machines.sent - before)
+    for step in range(STEPS):
+        if step != CONTINUED:
+            powersgd.load({name: PROCESSES * buffer for name, buffer in buffers(step, rank).items()})
+        given, before = gradients(step, rank), nodes.sent
+        given["tall.weight"] *= scale(step)
+        powersgd.compress(given, {"tall.weight": torch.tensor(scale(step))})
+        given["tall.weight"] /= scale(step)
+        sent.append(nodes.sent - before)
         record.append((given, powersgd.squared_norms(), powersgd.tensors()))
     return {"record": record, "sent": sent}
 
@@ -137,19 +143,19 @@ def updates(rank: int) -> dict:
 MANY = 60
 
 
-def many_updates(rank: int) -> dict:
-    """What is applied in the long run; and the buffers of half as many machines that go on from there."""
-    powersgd = PowerSGD({name: torch.empty(shape) for name, shape in SHAPES.items()}, RANK, Machines(), SEED)
+def many_steps(rank: int) -> dict:
+    """Sums of the estimates in the long run; and the buffers of half as many nodes that go on from there."""
+    powersgd = new_powersgd(Nodes())
     totals, record = {name: torch.zeros(shape).double() for name, shape in SHAPES.items()}, []
-    for update in range(UPDATES, UPDATES + MANY):
-        given = gradients(update, rank)
+    for step in range(STEPS, STEPS + MANY):
+        given = gradients(step, rank)
         powersgd.compress(given)
         for name, estimate in given.items():
             totals[name] += estimate
         record.append({name: total.clone() for name, total in totals.items()})
     left = powersgd.tensors()
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    two = PowerSGD(left, RANK, Machines(pairs[rank // 2]), SEED)
+    two = new_powersgd(Nodes(pairs[rank // 2]))
     two.load({name: tensor for name, tensor in left.items() if name != "tall.weight"})
     return {"applied": record, "left": left, "resumed": two.tensors()}
 
@@ -179,22 +185,22 @@ def loss_of(model: nn.Module, processes: list[int]) -> torch.Tensor:
 
 
 def sharded(rank: int) -> dict:
-    """Two machines of two processes: gradients of FSDP's shards at full rank, and after a NaN in one of them."""
-    machine, shard = divmod(rank, 2)
+    """Two nodes of two processes: gradients of FSDP's shards at full rank, and after a NaN in one of them."""
+    node, shard = divmod(rank, 2)
     between = [dist.new_group([0, 2]), dist.new_group([1, 3])]
-    inside = [DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [2, 3])][machine]
+    inside = [DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [2, 3])][node]
     model = Stack()
     for part in (*model.layers, model):
         fully_shard(part, mesh=inside, shard_placement_fn=lambda p: Shard(1) if p.shape == (8, 34) else None)
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
-    machines = Machines(between[shard])
+    nodes = Nodes(between[shard])
     matrices = [name for name, p in model.named_parameters() if name.startswith("layers") and p.ndim == 2]
     try:
-        sum_between_machines(model, matrices, 3, machines)
+        sum_between_nodes(model, matrices, 3, nodes)
     except ValueError as error:
         refused = str(error)
-    powersgd = sum_between_machines(model, matrices, FULL_RANK, machines)
+    powersgd = sum_between_nodes(model, matrices, FULL_RANK, nodes)
     results = {"refused": refused}
     for case in ("whole", "spoiled", "after"):
         model.zero_grad()
@@ -206,56 +212,49 @@ def sharded(rank: int) -> dict:
     return results
 
 
-SMALL = DALLEConfig(
-    text_vocab=270, text_len=6, image_vocab=16, height=4, width=4, d_model=16, n_layer=2, head_dim=8, kernel=3
-)
-CODES = torch.randint(0, SMALL.image_vocab, (8, 4, 4), generator=torch.Generator().manual_seed(6))
-LOW_RANK, STEPS, BATCH = 4, 100, 4  # rank / d_model is about the paper's
+CODES = torch.randint(0, DALLE_CFG.image_vocab, (8, 4, 4), generator=torch.Generator().manual_seed(6))
+LOW_RANK, LESSONS, BATCH = 4, 100, 4  # rank / d_model is about the paper's
 
 
 def training(rank: int) -> dict:
-    """A transformer learns pictures by heart on two machines, without PowerSGD on the first two, with it on the last.
+    """A transformer learns images by heart on two nodes, without PowerSGD on the first two, with it on the last.
 
     Matrices of resblocks take 16 bits in either case.
     """
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    pair, machine = divmod(rank, 2)
+    pair, node = divmod(rank, 2)
     torch.manual_seed(0)
-    model, machines = DALLE(SMALL), Machines(pairs[pair])
+    model, nodes = DALLE(DALLE_CFG), Nodes(pairs[pair])
     parameters, matrices = dict(model.named_parameters()), resblock_matrices(model)
-    powersgd = PowerSGD({name: parameters[name] for name in matrices}, LOW_RANK, machines)
+    compressed = {name: parameters[name] for name in matrices}
+    powersgd = PowerSGD(compressed, LOW_RANK, nodes, stacked=model.stacked_matrices())
     weights = [*parameters.values()]
     moments = [[torch.zeros_like(weight, dtype=torch.int16) for weight in weights] for _ in range(2)]
     losses, sent, draw = [], [0, 0], torch.Generator().manual_seed(1)
-    for step in range(STEPS):
-        chosen = torch.randperm(len(CODES), generator=draw)[: 2 * BATCH].view(2, BATCH)[machine]
-        loss = model.loss(chosen[:, None].expand(-1, SMALL.text_len), CODES[chosen])[0]
+    for step in range(LESSONS):
+        chosen = torch.randperm(len(CODES), generator=draw)[: 2 * BATCH].view(2, BATCH)[node]
+        loss, _ = model.loss(chosen[:, None].expand(-1, DALLE_CFG.text_len), CODES[chosen])
         model.zero_grad()
         (loss / 2).backward()
         gradients = {name: parameters[name].grad for name in matrices}
-        before = machines.sent
+        before = nodes.sent
         if pair == 1:
             powersgd.compress(gradients)
         else:
-            for gradient, total in zip(
-                gradients.values(), all_reduce([*gradients.values()], machines, 16), strict=True
-            ):
+            totals = all_reduce([*gradients.values()], nodes, 16)
+            for gradient, total in zip(gradients.values(), totals, strict=True):
                 gradient.copy_(total)
-        between = machines.sent
+        between = nodes.sent
         for name, parameter in parameters.items():
             if name not in gradients:
                 powersgd.collect(parameter.grad)
         powersgd.finish()
         sent[0] += between - before
-        sent[1] += machines.sent - between
+        sent[1] += nodes.sent - between
         adamw16(weights, [weight.grad for weight in weights], *moments, step + 1, 5e-3, 0.9, 0.999, 1e-8, 0.0)
         losses.append(loss.item())
     return {"losses": losses, "sent": sent, "parameters": parameters}
 
 
-def worker(rank: int, folder) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
-    torch.save({run.__name__: run(rank) for run in (updates, many_updates, sharded, training)}, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+def run_all(world: World) -> dict:
+    return {run.__name__: run(world.rank) for run in (steps, many_steps, sharded, training)}

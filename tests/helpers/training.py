@@ -1,4 +1,4 @@
-"""Models and data small enough to train a few steps of in a test."""
+"""Models and data small enough for a test to train a few steps."""
 
 import json
 import weakref
@@ -48,7 +48,7 @@ def tokenizer() -> Tokenizer:
 
 
 def settings(kind: str, **changes):
-    """Training settings in which everything happens within a few steps."""
+    """Training settings with logs, validations and plateaus within a few steps."""
     values = {"steps": 7, "batch_size": 4, "lr": 1e-2, "seed": 3, "log_every": 2, "val_every": 3, "save_every": 100}
     values |= {"val_samples": 6, "warmup_steps": 2, "clip_norm": 1.0, "ema_every": 2}
     if kind == "dvae":
