@@ -98,12 +98,12 @@ void for_each_block(const P& problem, F&& f) {
 
 template <typename Storage, typename Stride, typename N, typename T>
 void copy_row(const Storage* __restrict__ from, Stride from_stride, N n, T scale, T* __restrict__ to) {
-  for (int d = 0; d < n; ++d) to[d] = static_cast<T>(from[d * from_stride]) * scale;
+  for (int d = 0; d < n; ++d) to[d] = widen(from[d * from_stride]) * scale;
 }
 
 template <typename T, typename N, typename Stride, typename Storage>
 void copy_row(const T* __restrict__ from, N n, T scale, Storage* __restrict__ to, Stride to_stride) {
-  for (int d = 0; d < n; ++d) to[d * to_stride] = static_cast<Storage>(from[d] * scale);
+  for (int d = 0; d < n; ++d) to[d * to_stride] = narrow<Storage>(from[d] * scale);
 }
 
 // Tokens first ... first + count as rows: kKeys channels at a time, each kKeys rows or more apart in `to`.

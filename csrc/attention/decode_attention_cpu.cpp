@@ -4,8 +4,6 @@
 // once. Rows that are not T with their channels side by side (16-bit formats, other strides) are converted, a piece at
 // a time.
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <type_traits>
@@ -13,7 +11,6 @@
 
 #include "attention/cpu_decode.h"
 #include "attention/params.h"
-#include "cpu/convert.h"
 #include "cpu/simd.h"
 #include "cpu/tile_math.h"
 
@@ -38,11 +35,10 @@ void convert(const Storage* data, const int64_t* offset, int64_t stride, int n, 
     for (int i = 0; i < n; ++i) {
       const Storage* from = data + offset[i];
       T* row = to + i * padded;
-      if (std::is_same_v<Storage, c10::BFloat16> && stride == 1) {
-        const auto* bits = reinterpret_cast<const uint16_t*>(from);
-        for (int d = 0; d < channels; ++d) row[d] = load_bfloat16(bits[d]);
+      if (stride == 1) {
+        for (int d = 0; d < channels; ++d) row[d] = widen(from[d]);
       } else {
-        for (int d = 0; d < channels; ++d) row[d] = static_cast<T>(from[d * stride]);
+        for (int d = 0; d < channels; ++d) row[d] = widen(from[d * stride]);
       }
       for (int d = channels; d < padded; ++d) row[d] = T(0);
     }
@@ -97,8 +93,10 @@ struct Keys {
   std::vector<int64_t> offsets;
 };
 
-template <typename Storage, typename T>
+template <typename Storage>
 class Decoder {
+  using T = Arithmetic<Storage>;
+
  public:
   // `window`: the slots of the cache that the mask keeps, `slot` among them.
   Decoder(const DecodeAttention& params, int slot, const std::vector<int>& window)
@@ -214,7 +212,7 @@ class Decoder {
                      [&](CacheRows<T> rows, int key) { add_rows(rows, padded_, of_window + key, sum(c)); });
       Storage* out = at<Storage>(p_.out, first + c, head, 0);
       const T inverse = 1 / s.total[c];
-      for (int d = 0; d < channels_; ++d) out[d] = static_cast<Storage>(sum(c)[d] * inverse);
+      for (int d = 0; d < channels_; ++d) out[d] = narrow<Storage>(sum(c)[d] * inverse);
     }
   }
 
@@ -239,16 +237,7 @@ void decode_attention_cpu(const DecodeAttention& params) {
       for (int key = run.begin; key < run.end; ++key) window.push_back(mask.cache_slot(key));
     }
   });
-  switch (params.shape.format) {
-    case Format::kFloat32:
-      return Decoder<float, float>(params, slot, window).run();
-    case Format::kFloat64:
-      return Decoder<double, double>(params, slot, window).run();
-    case Format::kBFloat16:
-      return Decoder<c10::BFloat16, float>(params, slot, window).run();
-    case Format::kFloat16:
-      return Decoder<c10::Half, float>(params, slot, window).run();
-  }
+  with_format(params.shape.format, [&](auto element) { Decoder<decltype(element)>(params, slot, window).run(); });
 }
 
 }  // namespace dalle_fast

@@ -7,8 +7,6 @@
 //
 // Nothing is shared between tasks and every sum has a fixed order: results do not depend on the number of threads.
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
@@ -159,8 +157,9 @@ struct TileOf {
   }
 };
 
-template <typename Storage, typename T, typename Mask>
+template <typename Storage, typename Mask>
 void forward(const SparseAttentionForward& p, const Mask& mask) {
+  using T = Arithmetic<Storage>;
   const AttentionShape& shape = p.shape;
   using P = Problem<T, Mask>;
   const P problem(mask, shape.channels);
@@ -200,8 +199,9 @@ void forward(const SparseAttentionForward& p, const Mask& mask) {
   });
 }
 
-template <typename Storage, typename T, typename Mask>
+template <typename Storage, typename Mask>
 void backward(const SparseAttentionBackward& p, const Mask& mask) {
+  using T = Arithmetic<Storage>;
   const AttentionShape& shape = p.shape;
   using P = Problem<T, Mask>;
   const P problem(mask, shape.channels);
@@ -262,31 +262,13 @@ void backward(const SparseAttentionBackward& p, const Mask& mask) {
 
 void sparse_attention_forward_cpu(const SparseAttentionForward& params) {
   with_mask(params.shape.kind, params.shape.grid, [&](const auto& mask) {
-    switch (params.shape.format) {
-      case Format::kFloat32:
-        return forward<float, float>(params, mask);
-      case Format::kFloat64:
-        return forward<double, double>(params, mask);
-      case Format::kBFloat16:
-        return forward<c10::BFloat16, float>(params, mask);
-      case Format::kFloat16:
-        return forward<c10::Half, float>(params, mask);
-    }
+    with_format(params.shape.format, [&](auto element) { forward<decltype(element)>(params, mask); });
   });
 }
 
 void sparse_attention_backward_cpu(const SparseAttentionBackward& params) {
   with_mask(params.shape.kind, params.shape.grid, [&](const auto& mask) {
-    switch (params.shape.format) {
-      case Format::kFloat32:
-        return backward<float, float>(params, mask);
-      case Format::kFloat64:
-        return backward<double, double>(params, mask);
-      case Format::kBFloat16:
-        return backward<c10::BFloat16, float>(params, mask);
-      case Format::kFloat16:
-        return backward<c10::Half, float>(params, mask);
-    }
+    with_format(params.shape.format, [&](auto element) { backward<decltype(element)>(params, mask); });
   });
 }
 

@@ -1,4 +1,4 @@
-// The one macro that lets a header serve the C++ and the CUDA compiler.
+// The macros that let a header serve the C++ and the CUDA compiler.
 #pragma once
 
 #ifdef __CUDACC__
@@ -6,3 +6,6 @@
 #else
 #define DF_HOST_DEVICE
 #endif
+
+// For what loops call: a function that is not inlined is not compiled for the instruction set of its caller.
+#define DF_ALWAYS_INLINE inline __attribute__((always_inline))

@@ -3,6 +3,8 @@
 // path.
 #pragma once
 
+#include "common/host_device.h"
+
 namespace dalle_fast {
 
 enum class Simd { kPortable, kAvx2, kAvx512 };
@@ -10,9 +12,6 @@ enum class Simd { kPortable, kAvx2, kAvx512 };
 // The best that the processor has and the environment allows; throws for a name that is none of the three.
 Simd simd_level();
 const char* simd_name(Simd level);
-
-// A template cannot carry its caller's instruction set: it is inlined into functions that have one.
-#define DF_ALWAYS_INLINE inline __attribute__((always_inline))
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define DF_X86

@@ -3,23 +3,11 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
-#include "cpu/simd.h"
+#include "common/format.h"
+#include "common/host_device.h"
 
 namespace dalle_fast {
-
-DF_ALWAYS_INLINE float float_from_bits(int32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof(x));
-  return x;
-}
-
-DF_ALWAYS_INLINE int32_t bits_from_float(float x) {
-  int32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  return bits;
-}
 
 // For x up to 88; 0 below -87, where the result would soon be denormal; NaN for NaN.
 DF_ALWAYS_INLINE float vec_exp(float x) {

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "cpu/convert.h"
+#include "common/format.h"
 #include "cpu/noise.h"
 #include "cpu/simd.h"
 #include "gumbel/gumbel.h"
@@ -68,26 +68,6 @@ struct Rows {
   Rows from(int64_t code) const { return {row(code), stride}; }
 };
 
-template <typename S>
-DF_ALWAYS_INLINE Arithmetic<S> widen(S x) {
-  if constexpr (std::is_same_v<S, BFloat16>)
-    return load_bfloat16(x.bits);
-  else if constexpr (std::is_same_v<S, Half>)
-    return load_float16(x.bits);
-  else
-    return x;
-}
-
-template <typename S>
-DF_ALWAYS_INLINE S narrow(Arithmetic<S> x) {
-  if constexpr (std::is_same_v<S, BFloat16>)
-    return {store_bfloat16(x)};
-  else if constexpr (std::is_same_v<S, Half>)
-    return {store_float16(x)};
-  else
-    return x;
-}
-
 // Fetches the codes of one pixel ahead in channels_last memory. Pixels lie far apart there, which no hardware foresees,
 // often by a power of two, of which the cache holds few: so not far ahead.
 template <typename S>
@@ -113,13 +93,13 @@ Rows<const T> read_tile(const S* grid, GridStrides strides, int64_t codes, int64
     if (strides.pixel == 1) {
       for (int64_t c = 0; c < codes; ++c) {
 #pragma omp simd
-        for (int64_t p = 0; p < pixels; ++p) buffer[c * kPitch + p] = widen<S>(grid[c * strides.code + p]);
+        for (int64_t p = 0; p < pixels; ++p) buffer[c * kPitch + p] = widen(grid[c * strides.code + p]);
       }
     } else {
       for (int64_t p = 0; p < pixels; ++p) {
         const S* row = grid + p * strides.pixel;
         if (p + kAhead < pixels) prefetch_codes(row + kAhead * strides.pixel, codes);
-        for (int64_t c = 0; c < codes; ++c) buffer[c * kPitch + p] = widen<S>(row[c]);
+        for (int64_t c = 0; c < codes; ++c) buffer[c * kPitch + p] = widen(row[c]);
       }
     }
   });

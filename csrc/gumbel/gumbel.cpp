@@ -53,24 +53,6 @@ GumbelShape checked_shape(const Tensor& logits, const Tensor& seed, double tau) 
   return {logits.size(0), logits.size(1), logits.size(2) * logits.size(3), in<int64_t>(seed), tau};
 }
 
-// Calls body(S{}) for the type that logits are stored in.
-template <typename Body>
-auto with_storage(const Tensor& logits, const Body& body) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return body(float{});
-    case ScalarType::Double:
-      return body(double{});
-    case ScalarType::BFloat16:
-      return body(BFloat16{});
-    default:
-      STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Half,
-                      "logits: expected float32, float64, bfloat16 or float16, got ",
-                      torch::headeronly::toString(logits.scalar_type()));
-      return body(Half{});
-  }
-}
-
 ScalarType arithmetic_type(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -104,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_softmax(const Tensor& logits, 
   const GumbelShape shape = checked_shape(logits, seed, tau);
   Tensor y = torch::stable::empty_like(logits);
   auto [kl, codes, stats] = new_statistics(logits);
-  with_storage(logits, [&, &kl = kl, &codes = codes, &stats = stats](auto zero) {
+  with_format(format_of(logits.scalar_type(), "logits"), [&, &kl = kl, &codes = codes, &stats = stats](auto zero) {
     using S = decltype(zero);
     using T = Arithmetic<S>;
     const GumbelForward<S> params{
@@ -121,7 +103,7 @@ Tensor gumbel_softmax_backward(const Tensor& grad_y, const Tensor& grad_kl, cons
   check(grad_y, "grad_y", logits.scalar_type(), logits.numel(), logits);
   check_statistics(grad_kl, logits, stats, shape);
   Tensor grad_logits = torch::stable::empty_like(logits);
-  with_storage(logits, [&](auto zero) {
+  with_format(format_of(logits.scalar_type(), "logits"), [&](auto zero) {
     using S = decltype(zero);
     using T = Arithmetic<S>;
     const GumbelBackward<S> params{shape,        strides,       dy_strides,     in<S>(logits),
@@ -141,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gumbel_quantize(const Tensor&
                            : torch::stable::new_empty(logits, {shape.batch, channels, height, width});
   Tensor soft = torch::stable::new_empty(logits, {shape.batch, shape.pixels, channels}, arithmetic_type(logits));
   auto [kl, codes, stats] = new_statistics(logits);
-  with_storage(logits, [&, &kl = kl, &codes = codes, &stats = stats](auto zero) {
+  with_format(format_of(logits.scalar_type(), "logits"), [&, &kl = kl, &codes = codes, &stats = stats](auto zero) {
     using S = decltype(zero);
     using T = Arithmetic<S>;
     const GridStrides z_strides = channels_last ? GridStrides{1, channels} : GridStrides{shape.pixels, 1};
@@ -166,7 +148,7 @@ std::tuple<Tensor, Tensor> gumbel_quantize_backward(const Tensor& grad_z, const 
   check(soft, "soft", arithmetic_type(logits), positions * channels, logits);
   STD_TORCH_CHECK(codes.is_contiguous() && soft.is_contiguous(), "codes, soft: expected contiguous memory");
   Tensor grad_logits = torch::stable::empty_like(logits), grad_codebook = torch::stable::empty_like(codebook);
-  with_storage(logits, [&](auto zero) {
+  with_format(format_of(logits.scalar_type(), "logits"), [&](auto zero) {
     using S = decltype(zero);
     using T = Arithmetic<S>;
     QuantizeBackward<S> params{shape,

@@ -2,17 +2,14 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
+
+#include "common/format.h"
 
 #ifdef DALLE_FAST_CUDA
 #include "common/runtime.h"
 #endif
 
 namespace dalle_fast {
-
-// What a kernel computes with. S is how tensors are stored: float, double, BFloat16 or Half.
-template <typename S>
-using Arithmetic = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 // A tensor [B, codes, pixels] that is dense in NCHW (code = pixels, pixel = 1) or channels_last order (1, codes).
 struct GridStrides {

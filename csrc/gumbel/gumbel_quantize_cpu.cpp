@@ -146,7 +146,7 @@ void gumbel_quantize_backward_cpu(const QuantizeBackward<S>& params) {
       const int64_t image = i / s.pixels, pixel = i % s.pixels;
       const S* in = params.grad_z + image * channels * s.pixels + pixel * params.dz_strides.pixel;
       for (int64_t c = 0; c < channels; ++c) {
-        const T value = widen<S>(in[c * params.dz_strides.code]);
+        const T value = widen(in[c * params.dz_strides.code]);
         dz.at(i)[c] = value;
         dz_by_channel.at(image * channels + c)[pixel] = value;
       }

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/convert.h"
+#include "common/format.h"
 #include "cpu/simd.h"
 #include "packed_linear/packed_linear.h"
 
@@ -144,7 +144,7 @@ void pack_panel(const PackLinear& p, int64_t panel) {
       if (p.format == WeightFormat::kFloat32) {
         reinterpret_cast<float*>(data)[i] = row[d];
       } else if (p.format == WeightFormat::kBFloat16) {
-        reinterpret_cast<uint16_t*>(data)[i] = store_bfloat16(row[d]);
+        reinterpret_cast<BFloat16*>(data)[i] = narrow<BFloat16>(row[d]);
       } else if (scale > 0) {
         const float steps = std::nearbyint(row[d] / scale);
         reinterpret_cast<int8_t*>(data)[i] = static_cast<int8_t>(std::min(127.0f, std::max(-127.0f, steps)));

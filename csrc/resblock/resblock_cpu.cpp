@@ -9,7 +9,7 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/convert.h"
+#include "common/format.h"
 #include "cpu/simd.h"
 #include "resblock/resblock.h"
 #include "resblock/scale_state.h"
@@ -53,11 +53,11 @@ DF_ALWAYS_INLINE void forward_rows_body(const ResidualLayerNorm<T>& p, int64_t b
     const T* total = x;
     if (p.branch != nullptr) {
       T* out = p.total + row * width;
-      with_element(p.branch_format, [&](auto element) DF_INLINE_LAMBDA {
-        using E = decltype(element);
-        const auto* branch = static_cast<const typename E::Stored*>(p.branch) + row * width;
+      with_format(p.branch_format, [&](auto element) DF_INLINE_LAMBDA {
+        using S = decltype(element);
+        const auto* branch = static_cast<const S*>(p.branch) + row * width;
 #pragma omp simd
-        for (int64_t i = 0; i < width; ++i) out[i] = x[i] + E::load(branch[i]);
+        for (int64_t i = 0; i < width; ++i) out[i] = x[i] + widen(branch[i]);
       });
       total = out;
     }
@@ -65,11 +65,11 @@ DF_ALWAYS_INLINE void forward_rows_body(const ResidualLayerNorm<T>& p, int64_t b
     const T mean = sum_of<T>(width, [&](int64_t i) DF_INLINE_LAMBDA { return total[i]; }) / width;
     const auto square = [&](int64_t i) DF_INLINE_LAMBDA { return (total[i] - mean) * (total[i] - mean); };
     const T rstd = 1 / std::sqrt(sum_of<T>(width, square) / width + static_cast<T>(p.eps));
-    with_element(p.normed_format, [&](auto element) DF_INLINE_LAMBDA {
-      using E = decltype(element);
-      auto* normed = static_cast<typename E::Stored*>(p.normed) + row * width;
+    with_format(p.normed_format, [&](auto element) DF_INLINE_LAMBDA {
+      using S = decltype(element);
+      auto* normed = static_cast<S*>(p.normed) + row * width;
 #pragma omp simd
-      for (int64_t i = 0; i < width; ++i) normed[i] = E::store((total[i] - mean) * rstd * p.weight[i] + p.bias[i]);
+      for (int64_t i = 0; i < width; ++i) normed[i] = narrow<S>((total[i] - mean) * rstd * p.weight[i] + p.bias[i]);
     });
     p.mean[row] = mean;
     p.rstd[row] = rstd;
@@ -107,12 +107,12 @@ DF_ALWAYS_INLINE void backward_rows_body(const ResidualLayerNormBackward<T>& p, 
     T* grad_x = p.grad_x + row * width;
     const T mean = p.mean[row], rstd = p.rstd[row];
     T grad_sum = 0, product_sum = 0;
-    with_element(p.normed_format, [&](auto element) DF_INLINE_LAMBDA {
-      using E = decltype(element);
-      const auto* grad_normed = static_cast<const typename E::Stored*>(p.grad_normed) + row * width;
+    with_format(p.normed_format, [&](auto element) DF_INLINE_LAMBDA {
+      using S = decltype(element);
+      const auto* grad_normed = static_cast<const S*>(p.grad_normed) + row * width;
 #pragma omp simd reduction(+ : grad_sum, product_sum) reduction(| : nonfinite)
       for (int64_t i = 0; i < width; ++i) {
-        T value = E::load(grad_normed[i]);
+        T value = widen(grad_normed[i]);
         if constexpr (filter) {
           const bool finite = is_finite(value);
           nonfinite |= finite ? 0 : 1;
@@ -134,11 +134,11 @@ DF_ALWAYS_INLINE void backward_rows_body(const ResidualLayerNormBackward<T>& p, 
       grad_x[i] = grad_total[i] + rstd * (grad[i] - grad_mean - normal * product_mean);
     }
     if (p.grad_branch == nullptr) continue;
-    with_element(p.branch_format, [&](auto element) DF_INLINE_LAMBDA {
-      using E = decltype(element);
-      auto* grad_branch = static_cast<typename E::Stored*>(p.grad_branch) + row * width;
+    with_format(p.branch_format, [&](auto element) DF_INLINE_LAMBDA {
+      using S = decltype(element);
+      auto* grad_branch = static_cast<S*>(p.grad_branch) + row * width;
 #pragma omp simd
-      for (int64_t i = 0; i < width; ++i) grad_branch[i] = E::store(grad_x[i] * scale_out);
+      for (int64_t i = 0; i < width; ++i) grad_branch[i] = narrow<S>(grad_x[i] * scale_out);
     });
   }
   *block.nonfinite |= nonfinite;
@@ -197,12 +197,12 @@ template void residual_layer_norm_backward_cpu(const ResidualLayerNormBackward<d
 void scale_gradient_cpu(const GradientScaling& params) {
   parallel_for(0, params.n, kGrain, [&](int64_t begin, int64_t end) {
     simd([=, scale = *params.scale]() DF_INLINE_LAMBDA {
-      with_element(params.out_format, [&](auto element) DF_INLINE_LAMBDA {
-        using E = decltype(element);
+      with_format(params.out_format, [&](auto element) DF_INLINE_LAMBDA {
+        using S = decltype(element);
         const auto* in = static_cast<const float*>(params.in);
-        auto* out = static_cast<typename E::Stored*>(params.out);
+        auto* out = static_cast<S*>(params.out);
 #pragma omp simd
-        for (int64_t i = begin; i < end; ++i) out[i] = E::store(in[i] * scale);
+        for (int64_t i = begin; i < end; ++i) out[i] = narrow<S>(in[i] * scale);
       });
     });
   });
@@ -211,13 +211,13 @@ void scale_gradient_cpu(const GradientScaling& params) {
 void unscale_gradient_cpu(const GradientScaling& params) {
   parallel_for(0, params.n, kGrain, [&](int64_t begin, int64_t end) {
     simd([=, scale = *params.scale]() DF_INLINE_LAMBDA {
-      with_element(params.in_format, [&](auto element) DF_INLINE_LAMBDA {
-        using E = decltype(element);
-        const auto* in = static_cast<const typename E::Stored*>(params.in);
+      with_format(params.in_format, [&](auto element) DF_INLINE_LAMBDA {
+        using S = decltype(element);
+        const auto* in = static_cast<const S*>(params.in);
         auto* out = static_cast<float*>(params.out);
 #pragma omp simd
         for (int64_t i = begin; i < end; ++i) {
-          const float x = E::load(in[i]);
+          const float x = widen(in[i]);
           out[i] = (is_finite(x) ? x : 0.0f) / scale;
         }
       });
