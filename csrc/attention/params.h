@@ -42,16 +42,17 @@ inline bool has_aligned_rows(const View& view) {
 
 struct SparseAttentionForward {
   AttentionShape shape;
-  View q, k, v, out;
+  View q, k, v;
+  View out;   // dense
   void* lse;  // [B, H, N] contiguous, natural log; float64 where the views are, else float32
 };
 
 struct SparseAttentionBackward {
   AttentionShape shape;
   View dout, q, k, v, out;
-  const void* lse;  // as the forward wrote it
-  View dq, dk, dv;
-  void* delta = nullptr;  // [B, H, N] as lse, scratch of the CUDA kernels
+  const void* lse;        // as the forward wrote it
+  View dq, dk, dv;        // dense
+  void* delta = nullptr;  // [B, H, N] as lse, scratch of the CUDA kernels; null on the CPU
 };
 
 // `shape.batch` counts candidates. The views q, k, v, out are [C, H, D] (token stride 0).

@@ -15,6 +15,7 @@
 
 #include "attention/cpu_pack.h"
 #include "attention/params.h"
+#include "cpu/huge_pages.h"
 #include "cpu/tile_math.h"
 
 namespace dalle_fast {
@@ -166,6 +167,7 @@ void forward(const SparseAttentionForward& p, const Mask& mask) {
   const int tiles = TileOf<P>::count_of(problem);
   const int64_t heads = int64_t{shape.batch} * shape.heads, threads = torch::stable::get_num_threads();
   const int64_t splits = std::clamp<int64_t>((threads + heads - 1) / heads, 1, tiles);
+  advise_huge(p.out.data, heads * problem.seq_len * shape.channels * sizeof(Storage));
 
   torch::stable::parallel_for(0, heads * splits, 1, [&](int64_t begin, int64_t end) {
     Buffer<T> keys(problem.keys_size()), values(problem.rows_size());
@@ -206,8 +208,12 @@ void backward(const SparseAttentionBackward& p, const Mask& mask) {
   using P = Problem<T, Mask>;
   const P problem(mask, shape.channels);
   const int tiles = TileOf<P>::count_of(problem);
+  const int64_t heads = int64_t{shape.batch} * shape.heads;
+  for (const View& gradient : {p.dq, p.dk, p.dv}) {
+    advise_huge(gradient.data, heads * problem.seq_len * shape.channels * sizeof(Storage));
+  }
 
-  torch::stable::parallel_for(0, int64_t{shape.batch} * shape.heads, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
     Buffer<T> keys(problem.keys_size()), values(problem.keys_size()), key_rows(problem.rows_size());
     Buffer<T> dk(problem.keys_size()), dv(problem.keys_size());
     const int64_t tile_size = kTileRows * problem.width;

@@ -82,7 +82,7 @@ struct QuantizeBackward {
   const Arithmetic<S>* grad_kl;
   S* grad_logits;
   S* grad_codebook;
-  Arithmetic<S>* workspace;  // of the CUDA kernel; null on the CPU
+  Arithmetic<S>* workspace = nullptr;  // of the CUDA kernel; null on the CPU
 };
 
 template <typename S>

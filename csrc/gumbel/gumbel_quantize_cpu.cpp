@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/huge_pages.h"
+#include "cpu/huge_pages.h"
 #include "cpu/simd.h"
 #include "cpu/tile_math.h"
 #include "cpu/vec_math.h"

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <memory>
 
-#include "common/huge_pages.h"
+#include "cpu/huge_pages.h"
 #include "cpu/simd.h"
 #include "gumbel/cpu_passes.h"
 #include "gumbel/cpu_tile.h"

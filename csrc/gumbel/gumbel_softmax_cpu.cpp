@@ -10,7 +10,7 @@
 #include <cmath>
 #include <memory>
 
-#include "common/huge_pages.h"
+#include "cpu/huge_pages.h"
 #include "cpu/simd.h"
 #include "cpu/vec_math.h"
 #include "gumbel/cpu_passes.h"

@@ -5,7 +5,7 @@ typedef float Vector __attribute__((vector_size(4 * DF_LANES), aligned(4), may_a
 typedef uint32_t Words __attribute__((vector_size(4 * DF_LANES), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * DF_LANES), aligned(4), may_alias));
 
-constexpr int kVectors = kPanel / DF_LANES;  // registers for the outputs of a panel
+constexpr int kVectors = kPanelOutputs / DF_LANES;  // registers for the outputs of a panel
 
 // Input `k` of a line, for the outputs of register `v`, as float32.
 template <WeightFormat format>
@@ -23,16 +23,16 @@ DF_TARGET DF_ALWAYS_INLINE void load_weights(const char* line, int k, int v, Vec
 
 // An int8 panel as a float32 panel, for rows enough to make that worth it.
 DF_TARGET inline void widen(const char* panel, int64_t lines, char* wide) {
-  for (const char* line = panel; line < panel + lines * kLine; line += kLine) {
-    for (int k = 0; k < line_depth(WeightFormat::kInt8); ++k, wide += kLine) {
+  for (const char* line = panel; line < panel + lines * kLineBytes; line += kLineBytes) {
+    for (int k = 0; k < line_depth(WeightFormat::kInt8); ++k, wide += kLineBytes) {
       for (int v = 0; v < kVectors; ++v)
         load_weights<WeightFormat::kInt8>(line, k, v, reinterpret_cast<Vector*>(wide)[v]);
     }
   }
 }
 
-// sums[kRows, kPanels, kPanel] = x[kRows, in] times kPanels panels. Meanwhile the memory from `next` on is fetched, a
-// stretch of next_step bytes for each line.
+// sums[kRows, kPanels, kPanelOutputs] = x[kRows, in] times kPanels panels. Meanwhile the memory from `next` on is
+// fetched, a stretch of next_step bytes for each line.
 template <WeightFormat format, int kRows, int kPanels>
 DF_TARGET void tile(const float* x, int64_t in, const char* panels, int64_t panel_bytes, const char* next,
                     int64_t next_step, float* sums) {
@@ -50,7 +50,7 @@ DF_TARGET void tile(const float* x, int64_t in, const char* panels, int64_t pane
     }
   };
   int64_t d = 0;
-  for (; d + kDepth <= in; d += kDepth, panels += kLine) {
+  for (; d + kDepth <= in; d += kDepth, panels += kLineBytes) {
     for (int p = 0; p < kPanels; ++p, next += next_step) __builtin_prefetch(next);
     add_line(d, panels, kDepth);
   }
@@ -58,7 +58,7 @@ DF_TARGET void tile(const float* x, int64_t in, const char* panels, int64_t pane
   for (int r = 0; r < kRows; ++r) {
     for (int p = 0; p < kPanels; ++p) {
       for (int v = 0; v < kVectors; ++v) {
-        reinterpret_cast<Vector*>(sums + (r * kPanels + p) * kPanel)[v] = sum[r][p][v];
+        reinterpret_cast<Vector*>(sums + (r * kPanels + p) * kPanelOutputs)[v] = sum[r][p][v];
       }
     }
   }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/format.h"
+#include "cpu/huge_pages.h"
 #include "cpu/simd.h"
 #include "resblock/resblock.h"
 #include "resblock/scale_state.h"
@@ -157,13 +158,18 @@ void backward_rows(const ResidualLayerNormBackward<T>& p, int64_t begin, int64_t
 
 template <typename T>
 void residual_layer_norm_cpu(const ResidualLayerNorm<T>& params) {
+  const int64_t n = params.rows * params.width;
+  if (params.branch != nullptr) advise_huge(params.total, n * sizeof(T));
+  advise_huge(params.normed, params.normed_format, n);
   parallel_for(0, params.rows, row_grain(params.width),
                [&](int64_t begin, int64_t end) { forward_rows(params, begin, end); });
 }
 
 template <typename T>
 void residual_layer_norm_backward_cpu(const ResidualLayerNormBackward<T>& params) {
-  const int64_t width = params.width;
+  const int64_t width = params.width, n = params.rows * width;
+  advise_huge(params.grad_x, n * sizeof(T));
+  if (params.grad_branch != nullptr) advise_huge(params.grad_branch, params.branch_format, n);
   const int64_t block_rows = std::max(row_grain(width), (params.rows + kMaxBlocks - 1) / kMaxBlocks);
   const int64_t blocks = (params.rows + block_rows - 1) / block_rows;
   std::vector<T> partials(blocks * 2 * width);  // [blocks, weight and bias, width]
@@ -195,6 +201,7 @@ template void residual_layer_norm_backward_cpu(const ResidualLayerNormBackward<f
 template void residual_layer_norm_backward_cpu(const ResidualLayerNormBackward<double>&);
 
 void scale_gradient_cpu(const GradientScaling& params) {
+  advise_huge(params.out, params.out_format, params.n);
   parallel_for(0, params.n, kGrain, [&](int64_t begin, int64_t end) {
     simd([=, scale = *params.scale]() DF_INLINE_LAMBDA {
       with_format(params.out_format, [&](auto element) DF_INLINE_LAMBDA {
@@ -209,6 +216,7 @@ void scale_gradient_cpu(const GradientScaling& params) {
 }
 
 void unscale_gradient_cpu(const GradientScaling& params) {
+  advise_huge(params.out, params.out_format, params.n);
   parallel_for(0, params.n, kGrain, [&](int64_t begin, int64_t end) {
     simd([=, scale = *params.scale]() DF_INLINE_LAMBDA {
       with_format(params.in_format, [&](auto element) DF_INLINE_LAMBDA {

@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/format.h"
+
 namespace dalle_fast {
 
 // To be called before anything is written. Only advice: nothing depends on whether it is taken.
@@ -19,6 +21,10 @@ inline void advise_huge(void* data, size_t bytes) {
   const uintptr_t end = (address + bytes) / kHugePage * kHugePage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
+}
+
+inline void advise_huge(void* data, Format format, int64_t elements) {
+  with_format(format, [&](auto element) { advise_huge(data, elements * sizeof(element)); });
 }
 
 }  // namespace dalle_fast
