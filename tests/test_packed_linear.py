@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from helpers.tolerances import FORWARD, error
@@ -171,10 +173,10 @@ def test_the_op_guards_its_memory():
     panels, scales = torch.ops.dalle_fast.pack_linear(weight, torch.int8)
     op = torch.ops.dalle_fast.packed_linear
     for arguments, message in [
-        ((x, panels[:1].clone(), scales, bias, 18), r"panels: expected int8 \[2, 6, 64\] on cpu, got int8 \[1, 6, 64\] on cpu"),
-        ((x, panels, scales[:5].clone(), bias, 18), r"scales: expected float32 \[18\] on cpu, got float32 \[5\] on cpu"),
-        ((x, panels, scales, bias[:5].clone(), 18), r"bias: expected float32 \[18\] on cpu, got float32 \[5\] on cpu"),
-        ((x.double(), panels, scales, bias, 18), r"x: expected float32 \[3, 21\] on cpu, got float64 \[3, 21\] on cpu"),
+        ((x, panels[:1].clone(), scales, bias, 18), "panels: expected int8 [2, 6, 64] on cpu, got int8 [1, 6, 64] on"),
+        ((x, panels, scales[:5].clone(), bias, 18), "scales: expected float32 [18] on cpu, got float32 [5] on cpu"),
+        ((x, panels, scales, bias[:5].clone(), 18), "bias: expected float32 [18] on cpu, got float32 [5] on cpu"),
+        ((x.double(), panels, scales, bias, 18), "x: expected float32 [3, 21] on cpu, got float64 [3, 21] on cpu"),
     ]:
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(RuntimeError, match=re.escape(message)):
             op(*arguments)

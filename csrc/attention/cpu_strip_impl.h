@@ -1,7 +1,4 @@
-// The kernels of strip_kernels.h for one instruction set; strip_kernels.cpp includes this file once for each, inside a
-// namespace, with DF_TARGET (the attribute that selects it) and DF_VECTOR_BYTES (the size of its registers) defined.
-// Hence no include guard. GCC lowers a vector by the attribute of the function that it is written in, so every function
-// here carries it.
+// The kernels of attention/cpu_strip.h for one instruction set (cpu/each_simd.h).
 
 #define DF_KERNEL DF_TARGET static
 #define DF_INLINE DF_TARGET DF_ALWAYS_INLINE

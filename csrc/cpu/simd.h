@@ -34,6 +34,14 @@ DF_AVX512 auto run_avx512(Body body) {
 }
 #endif
 
+// One of three things of the same name in the namespaces that cpu/each_simd.h makes: the one for this processor.
+#ifdef DF_X86
+#define DF_BEST(name) \
+  (simd_level() == Simd::kAvx512 ? avx512::name : simd_level() == Simd::kAvx2 ? avx2::name : portable::name)
+#else
+#define DF_BEST(name) (portable::name)
+#endif
+
 // Calls a lambda of plain loops, compiled for each instruction set: simd([=]() DF_INLINE_LAMBDA { ... }). Everything
 // that it calls must be DF_ALWAYS_INLINE, or stays portable.
 #define DF_INLINE_LAMBDA __attribute__((always_inline))

@@ -1,11 +1,10 @@
-// The product of a few rows and a few panels, for one instruction set: included once for each, inside a namespace of
-// its own, with DF_TARGET (a function attribute) and DF_LANES (floats in a register) defined.
+// The product of a few rows and a few panels, for one instruction set (cpu/each_simd.h).
 
-typedef float Vector __attribute__((vector_size(4 * DF_LANES), aligned(4), may_alias));
-typedef uint32_t Words __attribute__((vector_size(4 * DF_LANES), aligned(4), may_alias));
-typedef int32_t Integers __attribute__((vector_size(4 * DF_LANES), aligned(4), may_alias));
+typedef float Vector __attribute__((vector_size(DF_VECTOR_BYTES), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(DF_VECTOR_BYTES), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(DF_VECTOR_BYTES), aligned(4), may_alias));
 
-constexpr int kVectors = kPanelOutputs / DF_LANES;  // registers for the outputs of a panel
+constexpr int kVectors = kPanelOutputs * 4 / DF_VECTOR_BYTES;  // registers for the outputs of a panel
 
 // Input `k` of a line, for the outputs of register `v`, as float32.
 template <WeightFormat format>
@@ -22,7 +21,7 @@ DF_TARGET DF_ALWAYS_INLINE void load_weights(const char* line, int k, int v, Vec
 }
 
 // An int8 panel as a float32 panel, for rows enough to make that worth it.
-DF_TARGET inline void widen(const char* panel, int64_t lines, char* wide) {
+DF_TARGET inline void unpack_int8(const char* panel, int64_t lines, char* wide) {
   for (const char* line = panel; line < panel + lines * kLineBytes; line += kLineBytes) {
     for (int k = 0; k < line_depth(WeightFormat::kInt8); ++k, wide += kLineBytes) {
       for (int v = 0; v < kVectors; ++v)
@@ -82,4 +81,4 @@ constexpr Tile kTiles[kMaxRows] = {tile_of<format, 1>(), tile_of<format, 2>(), t
                                    tile_of<format, 4>(), tile_of<format, 5>(), tile_of<format, 6>()};
 
 constexpr Kernels kKernels = {
-    {kTiles<WeightFormat::kFloat32>, kTiles<WeightFormat::kBFloat16>, kTiles<WeightFormat::kInt8>}, widen};
+    {kTiles<WeightFormat::kFloat32>, kTiles<WeightFormat::kBFloat16>, kTiles<WeightFormat::kInt8>}, unpack_int8};

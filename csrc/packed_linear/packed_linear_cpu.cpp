@@ -20,7 +20,7 @@ using torch::stable::parallel_for;
 constexpr int64_t kGrain = 65536;  // weights worth a thread
 constexpr int kMaxRows = 6;        // of a tile
 constexpr int kMaxPanels = 8;
-constexpr int64_t kMinGroupsToWiden = 3;
+constexpr int64_t kFewestGroupsToUnpack = 3;
 
 // The product of a fixed number of rows with several panels, and with one.
 struct Tile {
@@ -32,43 +32,12 @@ struct Tile {
 
 // What an instruction set has.
 struct Kernels {
-  const Tile* tiles[3];  // by format; then by rows, from 1
-  void (*widen)(const char* panel, int64_t lines, char* wide);
+  const Tile* tiles[3];                                               // by format; then by rows, from 1
+  void (*unpack_int8)(const char* panel, int64_t lines, char* wide);  // a panel of int8 as one of float32
 };
 
-namespace portable {
-#define DF_TARGET
-#define DF_LANES 4
-#include "packed_linear/cpu_tile.h"
-#undef DF_TARGET
-#undef DF_LANES
-}  // namespace portable
-
-#ifdef DF_X86
-namespace avx2 {
-#define DF_TARGET DF_AVX2
-#define DF_LANES 8
-#include "packed_linear/cpu_tile.h"
-#undef DF_TARGET
-#undef DF_LANES
-}  // namespace avx2
-
-namespace avx512 {
-#define DF_TARGET DF_AVX512
-#define DF_LANES 16
-#include "packed_linear/cpu_tile.h"
-#undef DF_TARGET
-#undef DF_LANES
-}  // namespace avx512
-#endif
-
-const Kernels& kernels() {
-#ifdef DF_X86
-  if (simd_level() == Simd::kAvx512) return avx512::kKernels;
-  if (simd_level() == Simd::kAvx2) return avx2::kKernels;
-#endif
-  return portable::kKernels;
-}
+#define DF_EACH_SIMD "packed_linear/cpu_tile.h"
+#include "cpu/each_simd.h"
 
 int64_t lines_of(int64_t in_features, WeightFormat format) { return divide_up(in_features, line_depth(format)); }
 
@@ -86,14 +55,15 @@ void store(const PackedLinear& p, const float* sums, int64_t sums_row, int64_t r
 }
 
 void multiply_panels(const PackedLinear& p, int64_t begin, int64_t end) {
+  const Kernels& kernels = DF_BEST(kKernels);
   const int64_t panel_bytes = lines_of(p.in_features, p.format) * kLineBytes;
   const int64_t groups = divide_up(p.rows, kMaxRows);  // of rows, of nearly equal size
-  const bool widen = p.format == WeightFormat::kInt8 && groups >= kMinGroupsToWiden;
-  const WeightFormat format = widen ? WeightFormat::kFloat32 : p.format;
-  const Tile* tiles = kernels().tiles[static_cast<int>(format)];
+  const bool unpack = p.format == WeightFormat::kInt8 && groups >= kFewestGroupsToUnpack;
+  const WeightFormat format = unpack ? WeightFormat::kFloat32 : p.format;
+  const Tile* tiles = kernels.tiles[static_cast<int>(format)];
   const int64_t tile_bytes = lines_of(p.in_features, format) * kLineBytes;
   const int64_t step = tiles[divide_up(p.rows, groups) - 1].panels;
-  const int64_t wide_bytes = widen ? lines_of(p.in_features, p.format) * line_depth(p.format) * kLineBytes : 0;
+  const int64_t wide_bytes = unpack ? lines_of(p.in_features, p.format) * line_depth(p.format) * kLineBytes : 0;
   std::vector<char> wide(step * wide_bytes);
   alignas(kLineBytes) float sums[kMaxRows * kMaxPanels * kPanelOutputs];
   for (int64_t panel = begin; panel < end; panel += step) {
@@ -102,9 +72,9 @@ void multiply_panels(const PackedLinear& p, int64_t begin, int64_t end) {
     // The next panels, a share of them with each group of rows.
     const char* next = panels + (panel + 2 * step <= end ? step * panel_bytes : 0);
     const int64_t next_step = panel_bytes * kLineBytes / (tile_bytes * groups);
-    if (widen) {
+    if (unpack) {
       for (int64_t i = 0; i < count; ++i) {
-        kernels().widen(panels + i * panel_bytes, panel_bytes / kLineBytes, wide.data() + i * wide_bytes);
+        kernels.unpack_int8(panels + i * panel_bytes, panel_bytes / kLineBytes, wide.data() + i * wide_bytes);
       }
       panels = wide.data();
     }
@@ -113,7 +83,7 @@ void multiply_panels(const PackedLinear& p, int64_t begin, int64_t end) {
       const Tile& tile = tiles[rows - 1];
       const float* x = p.x + row * p.in_features;
       const char* share = next + count * panel_bytes * group / groups;
-      const int64_t stride = widen ? wide_bytes : panel_bytes;
+      const int64_t stride = unpack ? wide_bytes : panel_bytes;
       if (count == tile.panels) {
         tile.several(x, p.in_features, panels, stride, share, next_step, sums);
         store(p, sums, count * kPanelOutputs, row, rows, panel * kPanelOutputs);
