@@ -8,7 +8,7 @@
 #include <immintrin.h>
 #endif
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 namespace {
 
 template <typename T>
@@ -192,4 +192,4 @@ void add_rows_of_group(CacheRows<double> rows, int channels, const double* weigh
   add_group_portable(rows, channels, weights, pitch, out);
 }
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 
 constexpr int kLanes = 8;  // channels come in multiples of it, and candidates in groups of as many
 
@@ -33,4 +33,4 @@ void add_rows(CacheRows<double> rows, int channels, const double* weights, doubl
 void add_rows_of_group(CacheRows<float> rows, int channels, const float* weights, int64_t pitch, float* out);
 void add_rows_of_group(CacheRows<double> rows, int channels, const double* weights, int64_t pitch, double* out);
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

@@ -8,7 +8,7 @@
 
 #include "cpu/simd.h"
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 namespace {
 
 #define DF_EACH_SIMD "attention/cpu_strip_impl.h"
@@ -24,4 +24,4 @@ StripKernels<T> strip_kernels(int64_t width) {
 template StripKernels<float> strip_kernels<float>(int64_t width);
 template StripKernels<double> strip_kernels<double>(int64_t width);
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

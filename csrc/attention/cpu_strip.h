@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 
 constexpr int kStripRows = 6;
 
@@ -69,4 +69,4 @@ struct StripKernels {
 template <typename T>
 StripKernels<T> strip_kernels(int64_t width);
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

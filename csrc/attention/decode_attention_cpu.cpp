@@ -15,6 +15,9 @@
 #include "cpu/tile_math.h"
 
 namespace dalle_fast {
+
+using namespace attention;
+
 namespace {
 
 constexpr int kBlock = 32;  // candidates of a task, a multiple of kLanes

@@ -13,12 +13,15 @@
 #include <memory>
 #include <new>
 
-#include "attention/cpu_pack.h"
+#include "attention/cpu_plan.h"
 #include "attention/params.h"
 #include "cpu/huge_pages.h"
 #include "cpu/tile_math.h"
 
 namespace dalle_fast {
+
+using namespace attention;
+
 namespace {
 
 constexpr int kTileStrips = 8;
@@ -72,7 +75,7 @@ struct TileOf {
             continue;
           }
           const Storage* row = from.data + problem.token(strips[s].first + r) * from.token;
-          copy_row(row, stride, problem.channels, scale, to);
+          pack_row(row, stride, problem.channels, scale, to);
         }
       }
     });
@@ -91,7 +94,7 @@ struct TileOf {
     const Head<Storage> to(view, b, h);
     with_channel_stride(to.channel, [&](auto stride) {
       for_each_query([&](int row, int64_t token) {
-        copy_row(from + row * problem.width, problem.channels, scales[row], to.data + token * to.token, stride);
+        unpack_row(from + row * problem.width, problem.channels, scales[row], to.data + token * to.token, stride);
       });
     });
   }
@@ -123,7 +126,7 @@ struct TileOf {
   template <typename T>
   void score(const T* rows, T* keys, T* scores) const {
     for_each_panel([&](int first, int n, int slot, int panel) {
-      const Keys<T> at = keys_at(keys, problem, slot);
+      const KeyColumns<T> at = keys_at(keys, problem, slot);
       problem.kernels.score(problem.width, n, rows + first * kStripRows * problem.width, at.data, at.row,
                             scores + first * problem.scores_strip + panel * kPanelSize<T>, problem.scores_strip);
     });
@@ -133,7 +136,7 @@ struct TileOf {
   template <typename T>
   void accumulate(const T* rows, const T* weights, T* keys) const {
     for_each_panel([&](int first, int n, int slot, int panel) {
-      const Keys<T> at = keys_at(keys, problem, slot);
+      const KeyColumns<T> at = keys_at(keys, problem, slot);
       problem.kernels.accumulate(problem.width, n, rows + first * kStripRows * problem.width,
                                  weights + first * problem.scores_strip + panel * kPanelSize<T>, problem.scores_strip,
                                  at.data, at.row);
