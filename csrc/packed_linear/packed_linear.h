@@ -11,8 +11,8 @@ namespace dalle_fast {
 
 enum class WeightFormat { kFloat32, kBFloat16, kInt8 };
 
-constexpr int64_t kPanelOutputs = 16;  // outputs
-constexpr int64_t kLineBytes = 64;     // bytes
+constexpr int64_t kPanelOutputs = 16;
+constexpr int64_t kLineBytes = 64;
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

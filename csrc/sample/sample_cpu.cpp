@@ -23,7 +23,7 @@
 namespace dalle_fast {
 namespace {
 
-constexpr int64_t kChunk = 512;
+constexpr int64_t kChunkCodes = 512;  // that are scored together
 constexpr float kDropped = -std::numeric_limits<float>::infinity();
 // More than twice the error of a float32 score within reach of the largest, at most 20 away from it: 1e-5.
 constexpr float kMargin = 0x1p-14f;
@@ -88,7 +88,7 @@ void keep_top_k(float* row, int64_t n, float max, int64_t k) {
 }
 
 // exp(x) for x <= 0 in units of 2^-30, so that sums of weights are exact; 1e-14 before rounding.
-DF_ALWAYS_INLINE int32_t weight(double x) {
+DF_ALWAYS_INLINE int32_t scaled_exp(double x) {
   constexpr double kRound = 0x1.8p52;  // adding it rounds to an integer, kept in the low bits
   const double clamped = x < -40.0 ? -40.0 : x;
   const double shifted = clamped * 1.4426950408889634 + kRound;
@@ -118,7 +118,7 @@ void keep_top_p(float* row, int64_t n, float max, double temperature, double p, 
   const int64_t total = simd([=]() DF_INLINE_LAMBDA {
     int64_t sum = 0;
     for (int64_t i = 0; i < n; ++i) {
-      weights[i] = weight((static_cast<double>(row[i]) - max) / temperature);
+      weights[i] = scaled_exp((static_cast<double>(row[i]) - max) / temperature);
       sum += weights[i];
     }
     return sum;
@@ -163,12 +163,12 @@ double exact_noise(uint64_t seed, int64_t element) {
 template <typename LogitAt>
 int64_t draw(const Sample& s, uint64_t seed, int64_t first, float* row, float max, LogitAt logit_at) {
   const auto inverse = static_cast<float>(std::clamp<double>(1 / s.temperature, FLT_MIN, FLT_MAX));
-  alignas(64) float noise[kChunk];
+  alignas(64) float noise[kChunkCodes];
   float best = std::numeric_limits<float>::lowest();  // above what was dropped
   double best_exact = -std::numeric_limits<double>::infinity();
   int64_t code = -1;
-  for (int64_t begin = 0; begin < s.codes; begin += kChunk) {
-    const int64_t count = std::min(kChunk, s.codes - begin);
+  for (int64_t begin = 0; begin < s.codes; begin += kChunkCodes) {
+    const int64_t count = std::min(kChunkCodes, s.codes - begin);
     float* scores = row + begin;
     gumbel_noise_cpu(seed, first + begin, count, noise);
     const float chunk_best = add_noise(scores, noise, count, max, inverse);
