@@ -1,5 +1,5 @@
-// Bound by memory: one pass, 12 bytes a parameter in and 8 out, beside which fit one square root and one division.
-// Elementwise: what is left over by whole blocks is padded to one, so that every element is computed alike.
+// Bound by memory: one pass reads 12 bytes per parameter and writes 8, which hides one square root and one division.
+// The elements after the last whole block are padded to a block, so that every element is computed alike.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 namespace dalle_fast {
 namespace {
 
-constexpr int64_t kBlock = 16;              // elements, of every instruction set's registers a multiple
+constexpr int64_t kBlock = 16;              // elements, a multiple of every register
 constexpr int64_t kGrain = 16384 / kBlock;  // blocks worth a thread
 
 #define DF_EACH_SIMD "adamw16/cpu_lanes.h"

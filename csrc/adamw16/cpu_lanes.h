@@ -1,5 +1,5 @@
-// The update of as many parameters as a register holds, for one instruction set (cpu/each_simd.h). Compilers turn the
-// minima and selects of minifloat.h into something three times as long, so only any processor's update is written so.
+// The update of as many parameters as a register holds, for one instruction set (cpu/each_simd.h). Compilers make
+// three times as much of the minima and selects of common/minifloat.h, so only the portable update uses them.
 
 #if DF_VECTOR_BYTES == 16
 // Parameters by value: the compiler sees that the stores cannot change them.
@@ -13,8 +13,8 @@ typedef uint32_t Words __attribute__((vector_size(DF_VECTOR_BYTES), aligned(4), 
 
 constexpr int kLanes = DF_VECTOR_BYTES / 4, kParts = kBlock / kLanes;
 
-// 16-bit codes to and from 32-bit lanes. The masks of AVX-512 are full; without them GCC 12 warns about its own
-// headers.
+// 16-bit codes to and from 32-bit lanes. The masks of AVX-512 are full: without them, GCC 12 warns about its
+// own headers.
 #if DF_VECTOR_BYTES == 64
 DF_TARGET DF_ALWAYS_INLINE Integers load_codes(const uint16_t* codes) {
   return reinterpret_cast<Integers>(

@@ -1,5 +1,6 @@
 // With AVX2, eight sums stay in registers: of eight rows, or of four candidates and two registers of channels. A group
-// is a register of candidates: the scores of eight rows and eight candidates are a square, turned before it is stored.
+// is one register of candidates: the scores of eight rows and eight candidates are a square, transposed before it is
+// stored.
 #include "attention/cpu_decode.h"
 
 #include "cpu/simd.h"
@@ -62,7 +63,7 @@ DF_AVX2 void score_avx2(CacheRows<float> rows, int channels, const float* query,
 }
 
 // square[r][c] -> out[c * pitch + r]
-DF_AVX2 inline void store_turned(const __m256 (&square)[kDecodeLanes], float* out, int64_t pitch) {
+DF_AVX2 inline void store_transposed(const __m256 (&square)[kDecodeLanes], float* out, int64_t pitch) {
   __m256 pairs[kDecodeLanes], fours[kDecodeLanes];
   for (int r = 0; r < kDecodeLanes; r += 2) {
     pairs[r] = _mm256_unpacklo_ps(square[r], square[r + 1]);
@@ -99,7 +100,7 @@ DF_AVX2 void score_group_avx2(CacheRows<float> rows, int channels, const float* 
       }
       for (int r = 0; r < kDecodeLanes; ++r) pairs[level][r] = sum[r];
     }
-    store_turned(pairs[3], scores + i, pitch);
+    store_transposed(pairs[3], scores + i, pitch);
   }
 }
 

@@ -8,8 +8,8 @@ namespace dalle_fast::attention {
 
 constexpr int kDecodeLanes = 8;  // channels come in multiples of it, and candidates in groups of as many
 
-// n rows of T, channels side by side, row i at data + offset[i]. Offsets go on to a multiple of kDecodeLanes; what the
-// last of them point at is read, and never used.
+// n rows of T, channels side by side, row i at data + offset[i]. Offsets are padded to a multiple of
+// kDecodeLanes; the rows of the padding are read, but not used.
 template <typename T>
 struct CacheRows {
   const T* data;

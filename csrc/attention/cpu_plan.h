@@ -1,6 +1,6 @@
-// What sparse_attention plans once per call and copies once per head. The plan says which keys each strip of queries
+// The plan of a call of sparse_attention and the copies of a head. The plan says which keys each strip of queries
 // attends to: it follows from the mask alone, and all heads share it. Queries, keys, values and gradients are copied
-// between the tensors of the call and the order in which the kernels of cpu_strip.h read them.
+// between the tensors of the call and the order in which the kernels of attention/cpu_strip.h read them.
 #pragma once
 
 #include <algorithm>
@@ -65,7 +65,7 @@ struct AttentionPlan {
     strips.push_back(strip);
   }
 
-  // What the strip's queries see of each run, joined where that takes no more panels.
+  // The keys that the strip's queries see of each run, joined where that takes no more panels.
   template <typename Mask>
   void add_image_spans(const Mask& mask, const Strip& strip, int last) {
     for (int i = 0; i < mask.runs(); ++i) {
@@ -193,7 +193,7 @@ void for_each_panel(const P& problem, F&& f) {
   }
 }
 
-// Calls f(first channel, channels) for each panel's worth of them.
+// Calls f(first channel, channels) for kKeys channels at a time.
 template <typename P, typename F>
 void for_each_block(const P& problem, F&& f) {
   int d = 0;
@@ -232,7 +232,7 @@ void pack_rows(const Head<const Storage>& from, const P& problem, T* to) {
   });
 }
 
-// `rows` is room for kKeys rows.
+// `rows`: scratch for kKeys rows.
 template <typename Storage, typename P, typename T>
 void pack_keys(const Head<const Storage>& from, const P& problem, T* rows, T* to) {
   constexpr int64_t kBlock = P::kKeys * P::kKeys;

@@ -1,4 +1,4 @@
-// attention/cpu_strip_impl.h, compiled for each instruction set, and the choice between them.
+// Compiles attention/cpu_strip_impl.h for each instruction set and chooses between them.
 #include "attention/cpu_strip.h"
 
 #include <algorithm>

@@ -1,5 +1,5 @@
 // One task is a head and up to 32 candidates of one prompt. It stores their new keys and values, scores the text and
-// the cached tokens that the mask keeps, and weighs their values. The text of a head is read once a task, in pieces
+// the cached tokens that the mask keeps, and weighs their values. The text of a head is read once per task, in pieces
 // that stay in the cache while one group of candidates after the other uses them; a candidate's own window is read
 // once. Rows that are not T with their channels side by side (16-bit formats, other strides) are converted, a piece at
 // a time.
@@ -20,7 +20,7 @@ using namespace attention;
 
 namespace {
 
-constexpr int kTaskCandidates = 32;  // candidates of a task, a multiple of kDecodeLanes
+constexpr int kTaskCandidates = 32;  // a multiple of kDecodeLanes
 constexpr int kPieceRows = 64;       // rows of the text, a multiple of kDecodeLanes
 constexpr int kFewestGrouped = 3;    // candidates that are worth a group
 
@@ -57,7 +57,7 @@ void copy_elements(const Storage* from, int64_t from_stride, int n, Storage* to,
   }
 }
 
-// Offsets of n rows, as CacheRows wants them: row(i) is the index of row i in memory.
+// Offsets of n rows for CacheRows: row(i) is the index of row i in memory.
 template <typename Row>
 std::vector<int64_t> row_offsets(int n, int64_t stride, const Row& row) {
   std::vector<int64_t> offsets(round_up(n, kDecodeLanes));
@@ -66,7 +66,7 @@ std::vector<int64_t> row_offsets(int n, int64_t stride, const Row& row) {
   return offsets;
 }
 
-// What a thread works in. What is beyond the candidates or the keys is read, but not used.
+// Scratch of a thread. Elements past the candidates or the keys are read, but not used.
 template <typename T>
 struct Scratch {
   Scratch(int candidates, int padded, int keys, int pieces)
@@ -138,7 +138,7 @@ class Decoder {
     return {view, n, row_offsets(n, view.token, [&](int i) { return window[i]; })};
   }
 
-  // Whether the rows can be used where they are.
+  // True if the kernels can use the rows in place.
   bool is_direct(const VisibleRows& keys) const {
     return std::is_same_v<Storage, T> && keys.view.channel == 1 && channels_ == padded_;
   }
@@ -222,7 +222,7 @@ class Decoder {
   const DecodeAttention& p_;
   const int slot_;  // of the new token
   const int channels_, padded_;
-  const int repeat_;  // candidates of a prompt
+  const int repeat_;  // candidates per prompt
   const VisibleRows text_k_, text_v_, window_k_, window_v_;
   const std::vector<int64_t> piece_;  // offsets of converted rows
 };

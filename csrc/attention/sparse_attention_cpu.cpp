@@ -27,7 +27,7 @@ namespace {
 constexpr int kTileStrips = 8;
 constexpr int kTileRows = kTileStrips * kStripRows;
 
-// Scores are in units of log 2: the kernels' exponential is that of 2.
+// Scores are in units of log 2, since the kernels compute powers of 2.
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // Zeroed and aligned to cache lines.
@@ -49,7 +49,7 @@ class Buffer {
   int64_t size_;
 };
 
-// Several strips.
+// Some neighbouring strips.
 template <typename P>
 struct TileOf {
   const P& problem;

@@ -1,4 +1,4 @@
-// Checks of an op's arguments before any kernel sees an address, and the addresses. The Python functions report bad
+// Checks of an op's arguments, before any kernel sees an address, and the addresses. The Python functions report bad
 // input in more detail; these guard direct calls through torch.ops. Errors read "name: expected X, got Y".
 #pragma once
 
@@ -65,13 +65,13 @@ inline void check_dtype(ScalarType dtype, const char* name, std::initializer_lis
   STD_TORCH_CHECK(false, name, ": expected ", list, ", got ", name_of(dtype));
 }
 
-// x has elements, and as many dimensions as `sizes` says: "[B, H, N, D]".
+// x is not empty and has `rank` dimensions, which `sizes` names: "[B, H, N, D]".
 inline void check_rank(const Tensor& x, const char* name, int64_t rank, const char* sizes) {
   STD_TORCH_CHECK(x.dim() == rank && x.numel() > 0, name, ": expected a non-empty ", sizes, ", got ",
                   list_of(x.sizes()));
 }
 
-// x has these sizes, any strides, and lies where `like` does.
+// x has this dtype and these sizes, any strides, and is on the device of `like`.
 inline void check(const Tensor& x, const char* name, ScalarType dtype, Sizes sizes, const Tensor& like) {
   STD_TORCH_CHECK(x.scalar_type() == dtype && x.sizes() == sizes && x.device() == like.device(), name, ": expected ",
                   name_of(dtype), " ", list_of(sizes), " on ", device_of(like), ", got ", name_of(x.scalar_type()), " ",
@@ -87,7 +87,7 @@ inline void check_contiguous(const Tensor& x, const char* name, ScalarType dtype
   check_contiguous(x, name);
 }
 
-// x has `numel` elements side by side, of any sizes, and lies where `like` does.
+// x has this dtype and `numel` contiguous elements, in any shape, and is on the device of `like`.
 inline void check_elements(const Tensor& x, const char* name, ScalarType dtype, int64_t numel, const Tensor& like) {
   STD_TORCH_CHECK(x.scalar_type() == dtype && x.numel() == numel && x.device() == like.device(), name, ": expected ",
                   numel, numel == 1 ? " element" : " elements", " of ", name_of(dtype), " on ", device_of(like),
@@ -108,7 +108,7 @@ inline ScalarType arithmetic_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// The address of what a kernel reads; null for an argument that was not given.
+// Address of a tensor that the kernel reads; null where the argument was not given.
 template <typename T>
 const T* input(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());
@@ -118,7 +118,7 @@ const T* input(const std::optional<Tensor>& x) {
   return x ? input<T>(*x) : nullptr;
 }
 
-// The address of what a kernel writes.
+// Address of a tensor that the kernel writes.
 template <typename T>
 T* output(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());

@@ -1,4 +1,4 @@
-// How an op gets from its checks to a kernel: the same C++ function serves the CPU and CUDA.
+// From the checks of an op to its kernel: one C++ function serves the CPU and CUDA.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>

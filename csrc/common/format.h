@@ -50,7 +50,7 @@ DF_HOST_DEVICE DF_ALWAYS_INLINE float widen(Half x) {
   return y;
 #else
   const int32_t bits = static_cast<int32_t>(static_cast<uint32_t>(x.bits) << 16), size = (bits & INT32_MAX) >> 3;
-  // The exponent is 112 more in float32. 224 more make infinity and NaN what they are; the factor makes up for it.
+  // The exponent is 112 more in float32. 224 more keep infinity and NaN; the factor takes the rest back.
   const float normal = float_from_bits(size + (224 << 23)) * 0x1p-112f;
   const float magnitude = size < 0x0400 << 13 ? static_cast<float>(size) * 0x1p-37f : normal;
   return float_from_bits(bits_from_float(magnitude) | (bits & INT32_MIN));

@@ -7,5 +7,5 @@
 #define DF_HOST_DEVICE
 #endif
 
-// For what loops call: a function that is not inlined is not compiled for the instruction set of its caller.
+// For functions that vectorised loops call: only when inlined are they compiled for the instruction set of the caller.
 #define DF_ALWAYS_INLINE inline __attribute__((always_inline))

@@ -1,8 +1,10 @@
-// Compiles a header once for each instruction set: with DF_EACH_SIMD defined as its path, inside an anonymous
-// namespace, this file includes it in the namespaces portable, avx2 and avx512. There DF_TARGET is the function
-// attribute that selects the instruction set, and DF_VECTOR_BYTES the size of its registers. GCC lowers a vector by the
-// attribute of the function that it is written in, so every function of such a header carries DF_TARGET. DF_BEST(name)
-// is the name for this processor. Hence no include guard, here nor there.
+// Compiles a header once per instruction set. Define DF_EACH_SIMD as the header's path and include this file in an
+// anonymous namespace: it includes the header in the namespaces portable, avx2 and avx512, where DF_TARGET is the
+// function attribute that selects the instruction set and DF_VECTOR_BYTES the size of its registers. DF_BEST(name) is
+// the entity of that name for this processor.
+//
+// GCC lowers a vector by the attribute of the function that it is written in, so every function of such a header
+// carries DF_TARGET. Neither file has an include guard.
 
 namespace portable {
 #define DF_TARGET

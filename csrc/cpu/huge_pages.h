@@ -1,4 +1,4 @@
-// Large outputs on huge pages: where memory is new, touching it page by page costs more than most ops on it.
+// Huge pages for large outputs: in new memory, a page fault every 4 KB costs more than most ops.
 #pragma once
 
 #ifdef __linux__
@@ -12,7 +12,7 @@
 
 namespace dalle_fast {
 
-// To be called before anything is written. Only advice: nothing depends on whether it is taken.
+// To be called before anything is written. Only advice: no result depends on it.
 inline void advise_huge(void* data, size_t bytes) {
 #ifdef __linux__
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;

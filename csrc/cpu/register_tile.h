@@ -1,9 +1,9 @@
-// Registers as vectors, and the tile of a matrix product that fits them, for one instruction set: to be included by the
-// headers that cpu/each_simd.h compiles.
+// Vector types of one register, and the tile of a matrix product that the registers hold, for one instruction set:
+// included by headers that cpu/each_simd.h compiles.
 
 template <typename T>
 struct Register {
-  // Any address will do that is aligned as the elements are.
+  // Aligned as its elements are.
   typedef T Vector __attribute__((vector_size(DF_VECTOR_BYTES), aligned(alignof(T)), may_alias));
   using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   typedef Int Ints __attribute__((vector_size(DF_VECTOR_BYTES)));

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kTileRows = 6;
 
-// A tile of the product: as many rows as the function is for, one cache line of columns.
+// One tile of the product: a fixed number of rows by one cache line of columns.
 template <typename T>
 using GemmRows = void(int64_t depth, Left<T> a, const T* b, int64_t b_row, T* c, int64_t c_row, bool accumulate);
 

@@ -1,4 +1,4 @@
-// The passes over a tile that make noisy logits, exponentials of them, and gradients.
+// The passes over a tile: noisy logits, their exponentials, and gradients.
 #pragma once
 
 #include <algorithm>
@@ -14,17 +14,17 @@
 namespace dalle_fast::gumbel {
 
 // At tau = 1 there is a short cut: exp(logit + noise) = exp(logit) / E with E = -log u, and the KL needs exp(logit) as
-// well: one exponential and one logarithm an element, where it is two of each otherwise.
+// well: one exponential and one logarithm per element instead of two of each.
 inline bool short_cut(const GumbelShape& s) { return s.tau == 1; }
 
-// What is known of each pixel after some of the codes, [pixels] each.
+// Running maxima and sums of each pixel over the codes so far, [pixels] each.
 template <typename T>
 struct PixelSums {
   T* best;             // largest noisy logit; in the short cut exp(noisy - plain_max), until finish_best
   T* noisy_sum;        // of exp((noisy - reference) / tau)
   T* plain_max;        // largest logit
   T* plain_sum;        // of exp(logit - plain_max)
-  T* plain_weighted;   // of the same times (logit - plain_max)
+  T* plain_weighted;   // of the same, weighted by (logit - plain_max)
   int32_t* code;       // of best
   const T* reference;  // best, or plain_max in a short cut
 
@@ -75,7 +75,7 @@ DF_ALWAYS_INLINE void plain_max_group_body(TileRows<const T> logits, int64_t pix
   }
 }
 
-// First pass over a tile: the maxima in `sums` grow by its own. Noisy logits into `noisy` [kTileArea], except in the
+// First pass over a tile: updates the maxima in `sums`. Noisy logits into `noisy` [kTileArea], except in the
 // short cut, which needs only the logits' maximum.
 template <typename T>
 void maxima_tile(const GumbelShape& s, const GumbelTile& t, TileRows<const T> logits, T* noisy, PixelSums<T> sums) {
@@ -199,7 +199,7 @@ void sum_kl(const GumbelShape& s, const T* stats, T* kl) {
   }
 }
 
-// What the backward knows of a tile's pixels, [pixels] each.
+// Statistics of a tile's pixels for the backward, [pixels] each.
 template <typename T>
 struct PixelStats {
   const T *noisy_reference, *noisy_log_sum, *plain_lse, *kl;

@@ -1,6 +1,6 @@
-// What the Gumbel kernels share: tiles [codes, pixels] of the grid, from and to either layout. Passes over a tile take
-// kGroupCodes codes at a time, so that what they keep for each pixel is loaded and stored once for all of these, while
-// memory is read along its rows.
+// Tiles [codes, pixels] of the grid, from and to either layout, for all Gumbel kernels. Passes over a tile take
+// kGroupCodes codes at a time: memory is read along its rows, and the sums of each pixel are loaded and stored once per
+// group.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -15,15 +15,15 @@
 
 namespace dalle_fast::gumbel {
 
-constexpr int64_t kChunkCodes = 48;    // codes
-constexpr int64_t kTilePixels = 1024;  // pixels
-constexpr int64_t kTilePitch =
-    kTilePixels + 16;  // elements from a tile's row to the next: an odd number of cache lines
+constexpr int64_t kChunkCodes = 48;
+constexpr int64_t kTilePixels = 1024;
+// Elements from a row of a tile to the next: an odd number of cache lines.
+constexpr int64_t kTilePitch = kTilePixels + 16;
 constexpr int64_t kTileArea = kChunkCodes * kTilePitch;
 constexpr int64_t kGroupCodes = 4;
 
 struct GumbelTile {
-  int64_t image, chunk, code, codes, pixel, pixels;  // its first code and pixel, and how many
+  int64_t image, chunk, code, codes, pixel, pixels;  // `code` and `pixel` are the first
 
   int64_t offset(const GumbelShape& s, GridStrides strides) const {
     return image * s.codes * s.pixels + code * strides.code + pixel * strides.pixel;
@@ -69,16 +69,16 @@ struct TileRows {
   TileRows from(int64_t code) const { return {row(code), stride}; }
 };
 
-// Fetches the codes of one pixel ahead in channels_last memory. Pixels lie far apart there, which no hardware foresees,
-// often by a power of two, of which the cache holds few: so not far ahead.
+// Prefetches the codes of one pixel in channels_last memory, where pixels lie too far apart for the hardware to
+// foresee. The distance is often a power of two, of which the cache holds few: so not far ahead.
 template <typename S>
 DF_ALWAYS_INLINE void prefetch_codes(const S* pixel, int64_t codes) {
   for (int64_t c = 0; c < codes; c += 64 / sizeof(S)) __builtin_prefetch(pixel + c);
 }
 
-constexpr int64_t kPixelsAhead = 6;  // pixels
+constexpr int64_t kPixelsAhead = 6;
 
-// Whether kernels work on the rows of a grid where they lie.
+// True if kernels work on the rows of a grid in place.
 template <typename S>
 bool in_place(GridStrides strides) {
   return std::is_same_v<S, Arithmetic<S>> && strides.pixel == 1;
@@ -144,7 +144,7 @@ void for_each_group(int64_t rows, const Body& body) {
   for (; row < rows; ++row) body(std::integral_constant<int64_t, 1>{}, row);
 }
 
-// A group of noise, as random words.
+// The noise of a group of codes, as random words.
 struct NoiseGroup {
   alignas(64) uint32_t words[kGroupCodes * kTilePixels];
 

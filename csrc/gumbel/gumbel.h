@@ -18,7 +18,7 @@ struct GridStrides {
 
 struct GumbelShape {
   int64_t batch, codes, pixels;
-  const int64_t* seed;  // where the kernel runs, so that no step waits for it
+  const int64_t* seed;  // on the device of the kernel, so that no step waits for it
   double tau;
 };
 

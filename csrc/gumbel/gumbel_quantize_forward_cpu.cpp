@@ -1,6 +1,6 @@
-// The relaxed sample times the codebook, without the sample in memory. A task is kProductPixels pixels of one image. It
-// goes through all codes in chunks with running maxima, as attention goes through keys: sums and the product so far are
-// rescaled where a maximum grew.
+// The relaxed sample multiplied by the codebook, without the sample in memory. A task is kProductPixels pixels of one
+// image. It goes through all codes in chunks with running maxima, as attention goes through keys: sums and the product
+// so far are rescaled where a maximum grew.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -33,7 +33,7 @@ struct Running {
   }
 };
 
-// Makes the sums relative to the new maxima; the factor for what was summed before is left in old_reference.
+// Makes the sums relative to the new maxima; leaves the factor of the earlier sums in old_reference.
 template <typename T>
 DF_ALWAYS_INLINE void rescale_body(Running<T>* r, const T* reference, bool short_cut, int64_t pixels, T inverse_tau) {
 #pragma omp simd

@@ -1,6 +1,6 @@
-// Two steps, each parallel over fixed pieces: draw the noise again, write y to the place of the gradient and sum
-// y * dy over the codes of a chunk; then, with the sums of all chunks added in order, replace y by the gradient. y in
-// 16 bits would be rounded twice: there, the second step draws the noise once more.
+// Two steps, each parallel over fixed pieces: draw the noise again, write y where the gradient will be and sum y * dy
+// over the codes of a chunk; then, with the sums of all chunks added in order, replace y by the gradient. y in 16 bits
+// would be rounded twice: there, the second step draws the noise once more.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>

@@ -20,7 +20,7 @@ DF_TARGET DF_ALWAYS_INLINE void load_weights(const char* line, int k, int v, Vec
   }
 }
 
-// An int8 panel as a float32 panel, for rows enough to make that worth it.
+// An int8 panel as a float32 panel: worth it for many rows.
 DF_TARGET inline void unpack_int8(const char* panel, int64_t lines, char* wide) {
   for (const char* line = panel; line < panel + lines * kLineBytes; line += kLineBytes) {
     for (int k = 0; k < line_depth(WeightFormat::kInt8); ++k, wide += kLineBytes) {
@@ -30,8 +30,8 @@ DF_TARGET inline void unpack_int8(const char* panel, int64_t lines, char* wide) 
   }
 }
 
-// sums[kRows, kPanels, kPanelOutputs] = x[kRows, in] times kPanels panels. Meanwhile the memory from `next` on is
-// fetched, a stretch of next_step bytes for each line.
+// sums[kRows, kPanels, kPanelOutputs] = x[kRows, in] multiplied by kPanels panels. Meanwhile the memory
+// from `next` on is fetched, next_step bytes per line.
 template <WeightFormat format, int kRows, int kPanels>
 DF_TARGET void tile(const float* x, int64_t in, const char* panels, int64_t panel_bytes, const char* next,
                     int64_t next_step, float* sums) {
@@ -63,8 +63,8 @@ DF_TARGET void tile(const float* x, int64_t in, const char* panels, int64_t pane
   }
 }
 
-// How many panels are read side by side: enough sums in flight to cover the latency of a multiply-add, and few enough
-// for the registers.
+// Number of panels that are read side by side: enough sums in flight to cover the latency of a multiply-add, and few
+// enough for the registers.
 constexpr int side_by_side(int rows) {
   const int panels = (rows == 1 ? 8 : rows <= 3 ? 4 : 2) / kVectors;
   return panels > 1 ? panels : 1;

@@ -20,7 +20,7 @@ WeightFormat checked_format(ScalarType dtype, const char* name) {
                                          : WeightFormat::kInt8;
 }
 
-// Of the panels: of a weight [out, in], lines of a panel, and weights of a line.
+// The panels of a weight [out, in]: [panels, lines of a panel, weights of a line].
 std::vector<int64_t> panel_sizes(int64_t out, int64_t in, WeightFormat format) {
   return {divide_up(out, kPanelOutputs), divide_up(in, line_depth(format)), line_depth(format) * kPanelOutputs};
 }
@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor> pack_linear(const Tensor& weight, ScalarType dtype) {
   return {panels, scales};
 }
 
-// Without a call through torch's dispatcher where nothing is to be done: that costs as much as all of the checks.
+// contiguous() only where needed: a call through torch's dispatcher costs as much as all of the checks.
 Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 Tensor packed_linear(const Tensor& x, const Tensor& panels, const Tensor& scales, const std::optional<Tensor>& bias,

@@ -1,8 +1,8 @@
 // Linear layers on a few rows, with packed weights: parameters of the kernels, without torch.
 //
 // Weights [out, in] are packed into panels of kPanelOutputs outputs, and a panel into lines of one cache line each:
-// kPanelOutputs outputs of float32, two consecutive inputs of kPanelOutputs outputs of bfloat16, or four of int8. What
-// is missing at the end of the last panel or line is zero.
+// kPanelOutputs outputs of float32, two consecutive inputs of kPanelOutputs outputs of bfloat16, or four of int8. The
+// ends of the last panel and of the last lines are zeros.
 #pragma once
 
 #include <cstdint>

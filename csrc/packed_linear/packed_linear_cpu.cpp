@@ -30,7 +30,7 @@ struct Tile {
   Run several, single;
 };
 
-// What an instruction set has.
+// The kernels of an instruction set.
 struct Kernels {
   const Tile* tiles[3];                                               // by format; then by rows, from 1
   void (*unpack_int8)(const char* panel, int64_t lines, char* wide);  // a panel of int8 as one of float32

@@ -130,7 +130,7 @@ bool is_double(const Tensor& stream, const char* name) {
   return stream.scalar_type() == ScalarType::Double;
 }
 
-// The scaling concerns the backward alone; autograd finds it among the arguments.
+// The scaling is for the backward alone; autograd takes it from the arguments.
 std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm(const Tensor& x, const OptionalTensor& branch,
                                                                const Tensor& weight, const Tensor& bias, double eps,
                                                                ScalarType dtype, const OptionalTensor& scale_in,
@@ -151,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm_backward(
                                                      scale_in, scale_out, nonfinite);
 }
 
-// `in` becomes `out`, one of them float32.
+// From `in` to `out`, one of them float32.
 GradientScaling scaling(const Tensor& in, const Tensor& scale, const Tensor& out) {
   GradientScaling params;
   params.in_format = checked_format(in.scalar_type(), "grad", ScalarType::Float);

@@ -1,7 +1,7 @@
 // One thread takes whole rows: a row is read from memory once and stays in the cache for the two passes of its mean and
 // variance. The gradients of weight and bias are sums over rows: each of a fixed number of row blocks writes its own
-// partial sum, and the partials are added in order, so that the result does not depend on the number of threads. What
-// is Inf or NaN in a scaled gradient becomes 0 before it reaches any sum.
+// partial sum, and the partials are added in order, so that the result does not depend on the number of threads. Inf
+// and NaN in a scaled gradient become 0 before they reach any sum.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -85,12 +85,12 @@ void forward_rows(const ResidualLayerNorm<double>& p, int64_t begin, int64_t end
   simd([=]() DF_INLINE_LAMBDA { forward_rows_body(p, begin, end); });
 }
 
-// What a block of rows adds up and works with.
+// Sums and scratch of a block of rows.
 template <typename T>
 struct BlockGradients {
   T *weight, *bias;    // [width], zero at first
   int32_t* nonfinite;  // zero at first
-  T* normal_grad;      // [width], room for a row's gradient before weight and bias
+  T* normal_grad;      // [width], scratch for a row's gradient before weight and bias
   const T* zeros;      // [width]
 };
 

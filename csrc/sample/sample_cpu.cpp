@@ -23,7 +23,7 @@
 namespace dalle_fast {
 namespace {
 
-constexpr int64_t kChunkCodes = 512;  // that are scored together
+constexpr int64_t kChunkCodes = 512;  // scored together
 constexpr float kDropped = -std::numeric_limits<float>::infinity();
 // More than twice the error of a float32 score within reach of the largest, at most 20 away from it: 1e-5.
 constexpr float kMargin = 0x1p-14f;
@@ -212,7 +212,7 @@ void sample_rows(const Sample& params) {
 void sample_cpu(const Sample& params) {
   with_format(params.format, [&](auto element) {
     using S = decltype(element);
-    if constexpr (!std::is_same_v<S, double>) sample_rows<S>(params);  // which sample.cpp refuses
+    if constexpr (!std::is_same_v<S, double>) sample_rows<S>(params);  // sample.cpp refuses float64
   });
 }
 
