@@ -1,7 +1,7 @@
 """The 16-bit number formats of Adam's moments (section 2.4, appendix D), named sign-exponent-significand.
 
 "1-6-9" stores running means, "0-6-10" running variances. Both have 6 bits of exponent: float16 reaches down to 6e-8,
-these to 1e-18. The kernels of :func:`dalle_fast.adamw16` have their own codec in ``csrc/minifloat.h``.
+these to 1e-18. The kernels of :func:`dalle_fast.adamw16` have their own codec in ``csrc/common/minifloat.h``.
 """
 
 from __future__ import annotations

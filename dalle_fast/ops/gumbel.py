@@ -100,7 +100,7 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 
 
 def _statistics(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Empty kl [B], codes [B, h, w] and stats [B, 4, h, w] (csrc/gumbel.h), as the kernels return them."""
+    """Empty kl [B], codes [B, h, w] and stats [B, 4, h, w] (csrc/gumbel/gumbel.h), as the kernels return them."""
     batch, _, height, width = logits.shape
     dtype = torch.promote_types(logits.dtype, torch.float32)
     kl, stats = logits.new_empty(batch, dtype=dtype), logits.new_empty(batch, 4, height, width, dtype=dtype)
