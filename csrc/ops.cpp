@@ -1,7 +1,7 @@
-// Every op's schema. Each op's checks are in <op>.cpp, its kernels in cpu/<op>_cpu.cpp and cuda/<op>_cuda.cu, and its
-// documentation, fake and autograd in dalle_fast/ops/<op>.py.
+// The schema of every op. In its folder an op has its checks (<op>.cpp) and kernels (<op>_cpu.cpp, <op>_cuda.cu);
+// documentation, fake and autograd are in dalle_fast/ops/<op>.py.
 //
-// A mask travels as five integers: kind (mask.h), text_len, height, width, kernel.
+// A mask is passed as five integers: kind (common/mask.h), text_len, height, width, kernel.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
@@ -61,9 +61,9 @@ STABLE_TORCH_LIBRARY(dalle_fast, m) {
 
   // Optimizer
   m.def(
-      "adamw16(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] means, Tensor(c!)[] variances, Tensor step, Tensor "
-      "lr, "
-      "float beta1, float beta2, float eps, Tensor weight_decay, Tensor? unscale, Tensor? clip, Tensor? skip) -> ()");
+      "adamw16(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] means, Tensor(c!)[] variances, Tensor step, "
+      "Tensor lr, float beta1, float beta2, float eps, Tensor weight_decay, Tensor? unscale, Tensor? clip, "
+      "Tensor? skip) -> ()");
   m.def("gradient_norm(Tensor[] grads, Tensor? unscale, Tensor? skip) -> (Tensor norm, Tensor skipped)");
 }
 

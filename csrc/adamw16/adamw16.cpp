@@ -7,73 +7,68 @@
 #include <tuple>
 #include <vector>
 
+#include "common/checks.h"
 #include "common/dispatch.h"
 
 namespace dalle_fast {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-void check(const Tensor& x, const char* name, ScalarType dtype, int64_t numel, const Tensor& param) {
-  STD_TORCH_CHECK(x.device() == param.device() && x.scalar_type() == dtype && x.numel() == numel, name, ": expected ",
-                  numel, " elements of ", torch::headeronly::toString(dtype), " on ", device_name(param), ", got ",
-                  x.numel(), " of ", torch::headeronly::toString(x.scalar_type()), " on ", device_name(x));
-}
-
-// x must be laid out as param.
-void check(const Tensor& x, const char* name, ScalarType dtype, const Tensor& param) {
-  check(x, name, dtype, param.numel(), param);
+// x has the sizes and strides of param. Strides of size-1 dimensions carry no meaning and are not compared.
+void check_layout(const Tensor& x, const char* name, ScalarType dtype, const Tensor& param) {
+  check(x, name, dtype, param.sizes(), param);
   for (int64_t d = 0; d < param.dim(); ++d) {
-    STD_TORCH_CHECK(x.dim() == param.dim() && (param.size(d) == 1 || x.stride(d) == param.stride(d)), name,
-                    ": expected the memory layout of param");
+    STD_TORCH_CHECK(param.size(d) == 1 || x.stride(d) == param.stride(d), name, ": expected the strides of params ",
+                    list_of(param.strides()), ", got ", list_of(x.strides()));
   }
 }
 
-template <typename T>
-const T* checked_option(const std::optional<Tensor>& x, const char* name, ScalarType dtype, size_t numel,
-                        const Tensor& param) {
-  if (!x) return nullptr;
-  check(*x, name, dtype, static_cast<int64_t>(numel), param);
-  STD_TORCH_CHECK(x->is_contiguous(), name, ": expected contiguous memory");
-  return static_cast<const T*>(x->const_data_ptr());
+void check_option(const std::optional<Tensor>& x, const char* name, ScalarType dtype, int64_t numel,
+                  const Tensor& param) {
+  if (x) check_elements(*x, name, dtype, numel, param);
 }
 
 void adamw16(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& means,
              const std::vector<Tensor>& variances, const Tensor& step, const Tensor& lr, double beta1, double beta2,
              double eps, const Tensor& weight_decay, const std::optional<Tensor>& unscale,
              const std::optional<Tensor>& clip, const std::optional<Tensor>& skip) {
-  const size_t n = params.size();
-  STD_TORCH_CHECK(grads.size() == n && means.size() == n && variances.size() == n, "grads, means, variances: expected ",
-                  n, " of each, as many as params");
-  if (n == 0) return;
-  std::vector<AdamW16Tensor> tensors;
-  for (size_t i = 0; i < n; ++i) {
+  STD_TORCH_CHECK(grads.size() == params.size() && means.size() == params.size() && variances.size() == params.size(),
+                  "grads, means, variances: expected ", params.size(), " of each, as many as params, got ",
+                  grads.size(), ", ", means.size(), ", ", variances.size());
+  if (params.empty()) return;
+  const Tensor& first = params[0];
+  const int64_t n = static_cast<int64_t>(params.size());
+  std::vector<AdamW16Tensor> tensors(n);
+  for (int64_t i = 0; i < n; ++i) {
     const Tensor& param = params[i];
-    check(param, "params", ScalarType::Float, param.numel(), params[0]);
-    check(grads[i], "grads", ScalarType::Float, param);
-    check(means[i], "means", ScalarType::Short, param);
-    check(variances[i], "variances", ScalarType::Short, param);
-    tensors.push_back({param.numel(), static_cast<float*>(param.mutable_data_ptr()),
-                       static_cast<const float*>(grads[i].const_data_ptr()),
-                       static_cast<uint16_t*>(means[i].mutable_data_ptr()),
-                       static_cast<uint16_t*>(variances[i].mutable_data_ptr())});
+    check(param, "params", ScalarType::Float, param.sizes(), first);
+    check_layout(grads[i], "grads", ScalarType::Float, param);
+    check_layout(means[i], "means", ScalarType::Short, param);
+    check_layout(variances[i], "variances", ScalarType::Short, param);
+    tensors[i].n = param.numel();
+    tensors[i].param = output<float>(param);
+    tensors[i].grad = input<float>(grads[i]);
+    tensors[i].mean = output<uint16_t>(means[i]);
+    tensors[i].variance = output<uint16_t>(variances[i]);
   }
-  check(step, "step", ScalarType::Long, 1, params[0]);
-  check(lr, "lr", ScalarType::Float, 1, params[0]);
+  check_elements(step, "step", ScalarType::Long, 1, first);
+  check_elements(lr, "lr", ScalarType::Float, 1, first);
+  check_elements(weight_decay, "weight_decay", ScalarType::Float, n, first);
+  check_option(unscale, "unscale", ScalarType::Float, n, first);
+  check_option(clip, "clip", ScalarType::Float, 1, first);
+  check_option(skip, "skip", ScalarType::Bool, n, first);
   AdamW16 all;
-  all.tensors = static_cast<int64_t>(n);
+  all.tensors = n;
   all.tensor = tensors.data();
   all.beta1 = beta1;
   all.beta2 = beta2;
   all.eps = eps;
-  all.step = static_cast<const int64_t*>(step.const_data_ptr());
-  all.lr = static_cast<const float*>(lr.const_data_ptr());
-  all.weight_decay = checked_option<float>(weight_decay, "weight_decay", ScalarType::Float, n, params[0]);
-  all.unscale = checked_option<float>(unscale, "unscale", ScalarType::Float, n, params[0]);
-  all.clip = checked_option<float>(clip, "clip", ScalarType::Float, 1, params[0]);
-  all.skip = checked_option<bool>(skip, "skip", ScalarType::Bool, n, params[0]);
-  DF_RUN(adamw16, params[0], all);
+  all.step = input<int64_t>(step);
+  all.lr = input<float>(lr);
+  all.weight_decay = input<float>(weight_decay);
+  all.unscale = input<float>(unscale);
+  all.clip = input<float>(clip);
+  all.skip = input<bool>(skip);
+  DF_RUN(adamw16, first, all);
 }
 
 std::tuple<Tensor, Tensor> gradient_norm(const std::vector<Tensor>& grads, const std::optional<Tensor>& unscale,
@@ -81,14 +76,16 @@ std::tuple<Tensor, Tensor> gradient_norm(const std::vector<Tensor>& grads, const
   STD_TORCH_CHECK(!grads.empty(), "grads: expected at least one tensor, got none");
   const Tensor& first = grads[0];
   const int64_t n = static_cast<int64_t>(grads.size());
-  std::vector<GradientTensor> tensors;
+  std::vector<GradientTensor> tensors(n);
   int64_t chunks = 0;
-  for (const Tensor& grad : grads) {
-    check(grad, "grads", ScalarType::Float, grad.numel(), first);
-    STD_TORCH_CHECK(grad.is_contiguous(), "grads: expected contiguous memory");
-    tensors.push_back({grad.numel(), static_cast<const float*>(grad.const_data_ptr())});
-    chunks += norm_chunks(grad.numel());
+  for (int64_t i = 0; i < n; ++i) {
+    check_contiguous(grads[i], "grads", ScalarType::Float, grads[i].sizes(), first);
+    tensors[i].n = grads[i].numel();
+    tensors[i].grad = input<float>(grads[i]);
+    chunks += norm_chunks(tensors[i].n);
   }
+  check_option(unscale, "unscale", ScalarType::Float, n, first);
+  check_option(skip, "skip", ScalarType::Bool, n, first);
   Tensor norm = torch::stable::new_empty(first, {}, ScalarType::Float);
   Tensor skipped = torch::stable::new_empty(first, {n}, ScalarType::Bool);
   Tensor sums = torch::stable::new_empty(first, {chunks + n}, ScalarType::Double);
@@ -96,11 +93,11 @@ std::tuple<Tensor, Tensor> gradient_norm(const std::vector<Tensor>& grads, const
   all.tensors = n;
   all.chunks = chunks;
   all.tensor = tensors.data();
-  all.unscale = checked_option<float>(unscale, "unscale", ScalarType::Float, grads.size(), first);
-  all.skip = checked_option<bool>(skip, "skip", ScalarType::Bool, grads.size(), first);
-  all.sums = static_cast<double*>(sums.mutable_data_ptr());
-  all.norm = static_cast<float*>(norm.mutable_data_ptr());
-  all.skipped = static_cast<bool*>(skipped.mutable_data_ptr());
+  all.unscale = input<float>(unscale);
+  all.skip = input<bool>(skip);
+  all.sums = output<double>(sums);
+  all.norm = output<float>(norm);
+  all.skipped = output<bool>(skipped);
   DF_RUN(gradient_norm, first, all);
   return {norm, skipped};
 }

@@ -30,12 +30,12 @@ struct AdamW16 {
   const int64_t* step;        // one, from 1
   const float* lr;            // one
   const float* weight_decay;  // [tensors]
-  const float* unscale;       // [tensors], what each gradient is multiplied by
-  const float* clip;          // one, what every gradient is multiplied by
-  const bool* skip;           // [tensors], whose update is left out
+  const float* unscale;       // [tensors], factors of the gradients
+  const float* clip;          // one factor of all gradients
+  const bool* skip;           // [tensors], true for those that stay as they are
 };
 
-// What is the same for all elements of a tensor. The update is step_size * mean / (sqrt(variance) + eps), with the
+// The same for all elements of a tensor. The update is step_size * mean / (sqrt(variance) + eps), with the
 // corrections of both moments in step_size and eps.
 struct AdamW16Rates {
   float mean_rate, variance_rate, beta2;  // 1 - beta1, 1 - beta2
@@ -66,7 +66,7 @@ constexpr float kMaxVariance = 5.0f;  // appendix D
 DF_HOST_DEVICE inline void adamw16_element(const AdamW16Rates& rates, float grad, float& param, uint16_t& mean_code,
                                            uint16_t& variance_code) {
 #ifdef __CUDA_ARCH__
-  grad = __fmul_rn(grad, rates.factor);  // rounded, not fused: as if the gradient had been multiplied before
+  grad = __fmul_rn(grad, rates.factor);  // rounded, not fused: as if the gradient had been multiplied beforehand
 #else
   grad *= rates.factor;
 #endif
@@ -102,7 +102,7 @@ struct GradientNorm {
   bool* skipped;         // [tensors]
 };
 
-// What tensor i adds to the square of the norm, from the sum of its gradient's squares; false if it is skipped.
+// Square of the norm of tensor i, from the sum of its gradient's squares; false if it is skipped.
 DF_HOST_DEVICE inline bool gradient_norm_counts(const GradientNorm& p, int64_t i, double sum, double& square) {
   const double unscale = p.unscale != nullptr ? p.unscale[i] : 1.0;
   sum *= unscale * unscale;

@@ -1,5 +1,5 @@
-// Bound by memory: one pass, 12 bytes a parameter in and 8 out, beside which fit one square root and one division.
-// Elementwise: what is left over by whole blocks is padded to one, so that every element is computed alike.
+// Bound by memory: one pass reads 12 bytes per parameter and writes 8, which hides one square root and one division.
+// The elements after the last whole block are padded to a block, so that every element is computed alike.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -14,43 +14,14 @@
 namespace dalle_fast {
 namespace {
 
-constexpr int64_t kBlock = 16;              // elements, of every instruction set's registers a multiple
+constexpr int64_t kBlock = 16;              // elements, a multiple of every register
 constexpr int64_t kGrain = 16384 / kBlock;  // blocks worth a thread
 
-// Parameters by value: the compiler sees that the stores cannot change them.
-namespace portable {
-void update(AdamW16Tensor p, AdamW16Rates rates, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) adamw16_element(rates, p.grad[i], p.param[i], p.mean[i], p.variance[i]);
-}
-}  // namespace portable
-
-#ifdef DF_X86
-namespace avx2 {
-#define DF_TARGET DF_AVX2
-#define DF_LANES 8
-#include "adamw16/cpu_lanes.h"
-#undef DF_TARGET
-#undef DF_LANES
-}  // namespace avx2
-
-namespace avx512 {
-#define DF_TARGET DF_AVX512
-#define DF_LANES 16
-#include "adamw16/cpu_lanes.h"
-#undef DF_TARGET
-#undef DF_LANES
-}  // namespace avx512
-#endif
-
-void update(const AdamW16Tensor& p, const AdamW16Rates& rates, int64_t begin, int64_t end) {
-#ifdef DF_X86
-  if (simd_level() == Simd::kAvx512) return avx512::update(p, rates, begin, end);
-  if (simd_level() == Simd::kAvx2) return avx2::update(p, rates, begin, end);
-#endif
-  portable::update(p, rates, begin, end);
-}
+#define DF_EACH_SIMD "adamw16/cpu_lanes.h"
+#include "cpu/each_simd.h"
 
 void update_tensor(const AdamW16Tensor& p, const AdamW16Rates& rates) {
+  const auto update = DF_BEST(update);
   const int64_t whole = p.n / kBlock;
   torch::stable::parallel_for(0, whole, kGrain,
                               [&](int64_t begin, int64_t end) { update(p, rates, begin * kBlock, end * kBlock); });

@@ -1,16 +1,21 @@
-// The update of as many parameters as a register holds, for one instruction set: included once for each, inside a
-// namespace of its own, with DF_TARGET (a function attribute) and DF_LANES (floats in a register) defined. Compilers
-// turn the minima and selects of minifloat.h into something three times as long.
+// The update of as many parameters as a register holds, for one instruction set (cpu/each_simd.h). Compilers make
+// three times as much of the minima and selects of common/minifloat.h, so only the portable update uses them.
 
-typedef float Floats __attribute__((vector_size(4 * DF_LANES), aligned(4), may_alias));
-typedef int32_t Integers __attribute__((vector_size(4 * DF_LANES), aligned(4), may_alias));
-typedef uint32_t Words __attribute__((vector_size(4 * DF_LANES), aligned(4), may_alias));
+#if DF_VECTOR_BYTES == 16
+// Parameters by value: the compiler sees that the stores cannot change them.
+inline void update(AdamW16Tensor p, AdamW16Rates rates, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) adamw16_element(rates, p.grad[i], p.param[i], p.mean[i], p.variance[i]);
+}
+#else
+typedef float Floats __attribute__((vector_size(DF_VECTOR_BYTES), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(DF_VECTOR_BYTES), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(DF_VECTOR_BYTES), aligned(4), may_alias));
 
-constexpr int kParts = kBlock / DF_LANES;
+constexpr int kLanes = DF_VECTOR_BYTES / 4, kParts = kBlock / kLanes;
 
-// 16-bit codes to and from 32-bit lanes. The masks of AVX-512 are full; without them GCC 12 warns about its own
-// headers.
-#if DF_LANES == 16
+// 16-bit codes to and from 32-bit lanes. The masks of AVX-512 are full: without them, GCC 12 warns about its
+// own headers.
+#if DF_VECTOR_BYTES == 64
 DF_TARGET DF_ALWAYS_INLINE Integers load_codes(const uint16_t* codes) {
   return reinterpret_cast<Integers>(
       _mm512_maskz_cvtepu16_epi32(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes))));
@@ -64,7 +69,7 @@ DF_TARGET inline void update(AdamW16Tensor p, AdamW16Rates rates, int64_t begin,
   for (int64_t block = begin; block < end; block += kBlock) {
     Integers means[kParts], variances[kParts];
     for (int part = 0; part < kParts; ++part) {
-      const int64_t i = block + part * DF_LANES;
+      const int64_t i = block + part * kLanes;
       const Floats grad = *reinterpret_cast<const Floats*>(p.grad + i) * rates.factor;
       Floats mean = decode_mean(load_codes(p.mean + i));
       mean += rates.mean_rate * (grad - mean);
@@ -83,3 +88,4 @@ DF_TARGET inline void update(AdamW16Tensor p, AdamW16Rates rates, int64_t begin,
     store_codes(variances, p.variance + block);
   }
 }
+#endif

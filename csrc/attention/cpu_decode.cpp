@@ -1,5 +1,6 @@
 // With AVX2, eight sums stay in registers: of eight rows, or of four candidates and two registers of channels. A group
-// is a register of candidates: the scores of eight rows and eight candidates are a square, turned before it is stored.
+// is one register of candidates: the scores of eight rows and eight candidates are a square, transposed before it is
+// stored.
 #include "attention/cpu_decode.h"
 
 #include "cpu/simd.h"
@@ -8,18 +9,18 @@
 #include <immintrin.h>
 #endif
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 namespace {
 
 template <typename T>
 void score_portable(CacheRows<T> rows, int channels, const T* query, int64_t query_stride, T* scores) {
   for (int64_t i = 0; i < rows.n; ++i) {
     const T* row = rows.data + rows.offset[i];
-    T sum[kLanes] = {};
-    for (int d = 0; d < channels; d += kLanes) {
-      for (int j = 0; j < kLanes; ++j) sum[j] += row[d + j] * query[(d + j) * query_stride];
+    T sum[kDecodeLanes] = {};
+    for (int d = 0; d < channels; d += kDecodeLanes) {
+      for (int j = 0; j < kDecodeLanes; ++j) sum[j] += row[d + j] * query[(d + j) * query_stride];
     }
-    for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int half = kDecodeLanes / 2; half > 0; half /= 2) {
       for (int j = 0; j < half; ++j) sum[j] += sum[j + half];
     }
     scores[i] = sum[0];
@@ -36,23 +37,23 @@ void add_portable(CacheRows<T> rows, int channels, const T* weights, T* out) {
 
 template <typename T>
 void score_group_portable(CacheRows<T> rows, int channels, const T* queries, T* scores, int64_t pitch) {
-  for (int c = 0; c < kLanes; ++c) score_portable(rows, channels, queries + c, kLanes, scores + c * pitch);
+  for (int c = 0; c < kDecodeLanes; ++c) score_portable(rows, channels, queries + c, kDecodeLanes, scores + c * pitch);
 }
 
 template <typename T>
 void add_group_portable(CacheRows<T> rows, int channels, const T* weights, int64_t pitch, T* out) {
-  for (int c = 0; c < kLanes; ++c) add_portable(rows, channels, weights + c * pitch, out + c * channels);
+  for (int c = 0; c < kDecodeLanes; ++c) add_portable(rows, channels, weights + c * pitch, out + c * channels);
 }
 
 #ifdef DF_X86
 DF_AVX2 void score_avx2(CacheRows<float> rows, int channels, const float* query, float* scores) {
-  for (int64_t i = 0; i < rows.n; i += kLanes) {
-    const float* row[kLanes];
-    for (int r = 0; r < kLanes; ++r) row[r] = rows.data + rows.offset[i + r];
-    __m256 sum[kLanes] = {};
-    for (int d = 0; d < channels; d += kLanes) {
+  for (int64_t i = 0; i < rows.n; i += kDecodeLanes) {
+    const float* row[kDecodeLanes];
+    for (int r = 0; r < kDecodeLanes; ++r) row[r] = rows.data + rows.offset[i + r];
+    __m256 sum[kDecodeLanes] = {};
+    for (int d = 0; d < channels; d += kDecodeLanes) {
       const __m256 q = _mm256_loadu_ps(query + d);
-      for (int r = 0; r < kLanes; ++r) sum[r] = _mm256_fmadd_ps(_mm256_loadu_ps(row[r] + d), q, sum[r]);
+      for (int r = 0; r < kDecodeLanes; ++r) sum[r] = _mm256_fmadd_ps(_mm256_loadu_ps(row[r] + d), q, sum[r]);
     }
     const __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(sum[0], sum[1]), _mm256_hadd_ps(sum[2], sum[3]));
     const __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(sum[4], sum[5]), _mm256_hadd_ps(sum[6], sum[7]));
@@ -62,19 +63,19 @@ DF_AVX2 void score_avx2(CacheRows<float> rows, int channels, const float* query,
 }
 
 // square[r][c] -> out[c * pitch + r]
-DF_AVX2 inline void store_turned(const __m256 (&square)[kLanes], float* out, int64_t pitch) {
-  __m256 pairs[kLanes], fours[kLanes];
-  for (int r = 0; r < kLanes; r += 2) {
+DF_AVX2 inline void store_transposed(const __m256 (&square)[kDecodeLanes], float* out, int64_t pitch) {
+  __m256 pairs[kDecodeLanes], fours[kDecodeLanes];
+  for (int r = 0; r < kDecodeLanes; r += 2) {
     pairs[r] = _mm256_unpacklo_ps(square[r], square[r + 1]);
     pairs[r + 1] = _mm256_unpackhi_ps(square[r], square[r + 1]);
   }
-  for (int r = 0; r < kLanes; r += 4) {
+  for (int r = 0; r < kDecodeLanes; r += 4) {
     fours[r] = _mm256_shuffle_ps(pairs[r], pairs[r + 2], 0x44);
     fours[r + 1] = _mm256_shuffle_ps(pairs[r], pairs[r + 2], 0xEE);
     fours[r + 2] = _mm256_shuffle_ps(pairs[r + 1], pairs[r + 3], 0x44);
     fours[r + 3] = _mm256_shuffle_ps(pairs[r + 1], pairs[r + 3], 0xEE);
   }
-  for (int c = 0; c < kLanes / 2; ++c) {
+  for (int c = 0; c < kDecodeLanes / 2; ++c) {
     _mm256_storeu_ps(out + c * pitch, _mm256_permute2f128_ps(fours[c], fours[c + 4], 0x20));
     _mm256_storeu_ps(out + (c + 4) * pitch, _mm256_permute2f128_ps(fours[c], fours[c + 4], 0x31));
   }
@@ -82,24 +83,24 @@ DF_AVX2 inline void store_turned(const __m256 (&square)[kLanes], float* out, int
 
 // As in score_avx2, every eighth channel has its own sum, and the sums are added in pairs: the same bits.
 DF_AVX2 void score_group_avx2(CacheRows<float> rows, int channels, const float* queries, float* scores, int64_t pitch) {
-  for (int64_t i = 0; i < rows.n; i += kLanes) {
-    const float* row[kLanes];
-    for (int r = 0; r < kLanes; ++r) row[r] = rows.data + rows.offset[i + r];
-    __m256 pairs[4][kLanes];  // sums of 1, 2, 4 and 8 of the eight
+  for (int64_t i = 0; i < rows.n; i += kDecodeLanes) {
+    const float* row[kDecodeLanes];
+    for (int r = 0; r < kDecodeLanes; ++r) row[r] = rows.data + rows.offset[i + r];
+    __m256 pairs[4][kDecodeLanes];  // sums of 1, 2, 4 and 8 of the eight
 #pragma GCC unroll 8
-    for (int j = 0; j < kLanes; ++j) {
-      __m256 sum[kLanes] = {};
-      for (int64_t d = j; d < channels; d += kLanes) {
-        const __m256 q = _mm256_loadu_ps(queries + d * kLanes);
-        for (int r = 0; r < kLanes; ++r) sum[r] = _mm256_fmadd_ps(_mm256_broadcast_ss(row[r] + d), q, sum[r]);
+    for (int j = 0; j < kDecodeLanes; ++j) {
+      __m256 sum[kDecodeLanes] = {};
+      for (int64_t d = j; d < channels; d += kDecodeLanes) {
+        const __m256 q = _mm256_loadu_ps(queries + d * kDecodeLanes);
+        for (int r = 0; r < kDecodeLanes; ++r) sum[r] = _mm256_fmadd_ps(_mm256_broadcast_ss(row[r] + d), q, sum[r]);
       }
       int level = 0;
       for (int done = j + 1; done % 2 == 0; done /= 2, ++level) {
-        for (int r = 0; r < kLanes; ++r) sum[r] = _mm256_add_ps(pairs[level][r], sum[r]);
+        for (int r = 0; r < kDecodeLanes; ++r) sum[r] = _mm256_add_ps(pairs[level][r], sum[r]);
       }
-      for (int r = 0; r < kLanes; ++r) pairs[level][r] = sum[r];
+      for (int r = 0; r < kDecodeLanes; ++r) pairs[level][r] = sum[r];
     }
-    store_turned(pairs[3], scores + i, pitch);
+    store_transposed(pairs[3], scores + i, pitch);
   }
 }
 
@@ -110,13 +111,13 @@ DF_AVX2 void add_avx2(CacheRows<float> rows, const float* weights, int64_t pitch
 #pragma GCC unroll 8
   for (int c = 0; c < kCandidates; ++c) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kRegisters; ++j) sum[c][j] = _mm256_loadu_ps(out + c * out_pitch + j * kLanes);
+    for (int j = 0; j < kRegisters; ++j) sum[c][j] = _mm256_loadu_ps(out + c * out_pitch + j * kDecodeLanes);
   }
   for (int64_t i = 0; i < rows.n; ++i) {
     const float* row = rows.data + rows.offset[i];
     __m256 value[kRegisters];
 #pragma GCC unroll 8
-    for (int j = 0; j < kRegisters; ++j) value[j] = _mm256_loadu_ps(row + j * kLanes);
+    for (int j = 0; j < kRegisters; ++j) value[j] = _mm256_loadu_ps(row + j * kDecodeLanes);
 #pragma GCC unroll 8
     for (int c = 0; c < kCandidates; ++c) {
       const __m256 weight = _mm256_broadcast_ss(weights + c * pitch + i);
@@ -127,7 +128,7 @@ DF_AVX2 void add_avx2(CacheRows<float> rows, const float* weights, int64_t pitch
 #pragma GCC unroll 8
   for (int c = 0; c < kCandidates; ++c) {
 #pragma GCC unroll 8
-    for (int j = 0; j < kRegisters; ++j) _mm256_storeu_ps(out + c * out_pitch + j * kLanes, sum[c][j]);
+    for (int j = 0; j < kRegisters; ++j) _mm256_storeu_ps(out + c * out_pitch + j * kDecodeLanes, sum[c][j]);
   }
 }
 
@@ -135,7 +136,7 @@ DF_AVX2 void add_avx2(CacheRows<float> rows, const float* weights, int64_t pitch
 template <int kCandidates, int kRegisters>
 void add_channels(CacheRows<float> rows, int channels, const float* weights, int64_t pitch, float* out,
                   int64_t out_pitch) {
-  constexpr int kStep = kRegisters * kLanes;
+  constexpr int kStep = kRegisters * kDecodeLanes;
   for (; channels >= kStep; channels -= kStep, rows.data += kStep, out += kStep) {
     add_avx2<kCandidates, kRegisters>(rows, weights, pitch, out, out_pitch);
   }
@@ -192,4 +193,4 @@ void add_rows_of_group(CacheRows<double> rows, int channels, const double* weigh
   add_group_portable(rows, channels, weights, pitch, out);
 }
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

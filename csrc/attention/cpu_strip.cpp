@@ -1,4 +1,4 @@
-// strip_kernels_impl.h, compiled for each instruction set, and the choice between them.
+// Compiles attention/cpu_strip_impl.h for each instruction set and chooses between them.
 #include "attention/cpu_strip.h"
 
 #include <algorithm>
@@ -8,53 +8,20 @@
 
 #include "cpu/simd.h"
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 namespace {
 
-namespace portable {
-#define DF_TARGET
-#define DF_VECTOR_BYTES 16
-#include "attention/cpu_strip_impl.h"
-#undef DF_TARGET
-#undef DF_VECTOR_BYTES
-}  // namespace portable
-
-#ifdef DF_X86
-namespace avx2 {
-#define DF_TARGET DF_AVX2
-#define DF_VECTOR_BYTES 32
-#include "attention/cpu_strip_impl.h"
-#undef DF_TARGET
-#undef DF_VECTOR_BYTES
-}  // namespace avx2
-
-namespace avx512 {
-#define DF_TARGET DF_AVX512
-#define DF_VECTOR_BYTES 64
-#include "attention/cpu_strip_impl.h"
-#undef DF_TARGET
-#undef DF_VECTOR_BYTES
-}  // namespace avx512
-#endif
+#define DF_EACH_SIMD "attention/cpu_strip_impl.h"
+#include "cpu/each_simd.h"
 
 }  // namespace
 
 template <typename T>
 StripKernels<T> strip_kernels(int64_t width) {
-#ifdef DF_X86
-  switch (simd_level()) {
-    case Simd::kAvx512:
-      return avx512::kernels<T>(width);
-    case Simd::kAvx2:
-      return avx2::kernels<T>(width);
-    case Simd::kPortable:
-      break;
-  }
-#endif
-  return portable::kernels<T>(width);
+  return DF_BEST(kernels<T>)(width);
 }
 
 template StripKernels<float> strip_kernels<float>(int64_t width);
 template StripKernels<double> strip_kernels<double>(int64_t width);
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

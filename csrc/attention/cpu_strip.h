@@ -1,5 +1,5 @@
-// Attention on strips of kStripRows queries by panels of kPanelKeys keys: the tile of a product that fits the
-// registers.
+// Attention on strips of kStripRows queries by panels of kPanelKeys keys: the tile of a product that the registers
+// hold.
 //
 // The scores of a strip are its panels one after another, each [kStripRows, kPanelKeys]. A panel of keys is read where
 // it lies in a transposed matrix [channels, keys], and may start at any key. Matrices of rows are kept kPanelKeys
@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 
 constexpr int kStripRows = 6;
 
@@ -69,4 +69,4 @@ struct StripKernels {
 template <typename T>
 StripKernels<T> strip_kernels(int64_t width);
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

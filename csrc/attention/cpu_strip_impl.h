@@ -1,72 +1,9 @@
-// The kernels of strip_kernels.h for one instruction set; strip_kernels.cpp includes this file once for each, inside a
-// namespace, with DF_TARGET (the attribute that selects it) and DF_VECTOR_BYTES (the size of its registers) defined.
-// Hence no include guard. GCC lowers a vector by the attribute of the function that it is written in, so every function
-// here carries it.
+// The kernels of attention/cpu_strip.h for one instruction set (cpu/each_simd.h).
 
 #define DF_KERNEL DF_TARGET static
 #define DF_INLINE DF_TARGET DF_ALWAYS_INLINE
 
-template <typename T>
-struct Register {
-  // Any address will do that is aligned as the elements are.
-  typedef T Vector __attribute__((vector_size(DF_VECTOR_BYTES), aligned(alignof(T)), may_alias));
-  using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  typedef Int Ints __attribute__((vector_size(DF_VECTOR_BYTES)));
-  static constexpr int kLanes = DF_VECTOR_BYTES / sizeof(T);
-};
-
-template <typename T>
-using Vector = typename Register<T>::Vector;
-template <typename T>
-using Ints = typename Register<T>::Ints;
-template <typename T>
-constexpr int kLanes = Register<T>::kLanes;
-
-constexpr int kVectors = 64 / DF_VECTOR_BYTES;  // to a panel's row
-
-template <typename T>
-DF_INLINE Vector<T>& at(T* p, int i) {
-  return reinterpret_cast<Vector<T>*>(p)[i];
-}
-template <typename T>
-DF_INLINE const Vector<T>& at(const T* p, int i) {
-  return reinterpret_cast<const Vector<T>*>(p)[i];
-}
-
-// A tile of kRows rows by one panel of columns, in registers.
-template <typename T, int kRows>
-struct Tile {
-  Vector<T> sum[kRows][kVectors];
-
-  DF_INLINE void zero() {
-    for (int r = 0; r < kRows; ++r) {
-      for (int i = 0; i < kVectors; ++i) sum[r][i] = Vector<T>{};
-    }
-  }
-  DF_INLINE void load(const T* c, int64_t row) {
-    for (int r = 0; r < kRows; ++r) {
-      for (int i = 0; i < kVectors; ++i) sum[r][i] = at(c + r * row, i);
-    }
-  }
-  DF_INLINE void store(T* c, int64_t row) const {
-    for (int r = 0; r < kRows; ++r) {
-      for (int i = 0; i < kVectors; ++i) at(c + r * row, i) = sum[r][i];
-    }
-  }
-  // += a b, where a[r, k] lies at a[r * a_row + k * a_depth] and b[k] at b[k * b_row]. Strides may be constants.
-  template <typename Row, typename Depth, typename BRow>
-  DF_INLINE void add(int64_t depth, const T* a, Row a_row, Depth a_depth, const T* b, BRow b_row) {
-#pragma GCC unroll 4
-    for (int64_t k = 0; k < depth; ++k) {
-      Vector<T> row[kVectors];
-      for (int i = 0; i < kVectors; ++i) row[i] = at(b + k * b_row, i);
-      for (int r = 0; r < kRows; ++r) {
-        const T value = a[r * a_row + k * a_depth];
-        for (int i = 0; i < kVectors; ++i) sum[r][i] += value * row[i];
-      }
-    }
-  }
-};
+#include "cpu/register_tile.h"
 
 template <int64_t n>
 using Constant = std::integral_constant<int64_t, n>;
@@ -101,7 +38,7 @@ template <typename T, typename Width>
 DF_INLINE void score_body(Width width, int strips, const T* queries, const T* keys, int64_t keys_row, T* scores,
                           int64_t scores_strip) {
   for (int s = 0; s < strips; ++s) {
-    Tile<T, kStripRows> tile;
+    RegisterTile<T, kStripRows> tile;
     tile.zero();
     tile.add(width, queries + s * kStripRows * width, width, Constant<1>(), keys, keys_row);
     tile.store(scores + s * scores_strip, kPanelKeys<T>);
@@ -166,7 +103,7 @@ DF_INLINE T sum_of(Vector<T> x) {
 
 template <typename T>
 DF_KERNEL void softmax(int panels, T* scores, T* maxima, T* sums) {
-  Tile<T, kStripRows> most;
+  RegisterTile<T, kStripRows> most;
   most.load(scores, kPanelKeys<T>);
   for (int p = 1; p < panels; ++p) {
     for (int r = 0; r < kStripRows; ++r) {
@@ -215,7 +152,7 @@ DF_KERNEL void softmax_backward(int panels, T* scores, T* dp, const T* lse, cons
 template <typename T, typename Width>
 DF_INLINE void weigh_body(Width width, const T* weights, const KeySpan* spans, int count, const T* rows, T* out) {
   constexpr Constant<kPanelKeys<T>> kKeys;
-  Tile<T, kStripRows> tile;
+  RegisterTile<T, kStripRows> tile;
   tile.zero();
   for (int i = 0; i < count; ++i) {
     const T* row = rows + spans[i].slot * kKeys;
@@ -236,7 +173,7 @@ DF_INLINE void weigh_body(Width width, const T* weights, const KeySpan* spans, i
 template <int kRows, typename T, typename Width>
 DF_INLINE void accumulate_rows(Width width, int strips, const T* queries, const T* weights, int64_t weights_strip,
                                T* keys, int64_t keys_row) {
-  Tile<T, kRows> tile;
+  RegisterTile<T, kRows> tile;
   tile.load(keys, keys_row);
   for (int s = 0; s < strips; ++s) {
     tile.add(kStripRows, queries + s * kStripRows * width, Constant<1>(), width, weights + s * weights_strip,
@@ -249,7 +186,7 @@ template <typename T, typename Width>
 DF_INLINE void accumulate_body(Width width, int strips, const T* queries, const T* weights, int64_t weights_strip,
                                T* keys, int64_t keys_row) {
   if (strips == 1) {  // too few rows to pay for tiles of keys: the weights stay in registers instead
-    Tile<T, kStripRows> row;
+    RegisterTile<T, kStripRows> row;
     row.load(weights, kPanelKeys<T>);
     for (int64_t d = 0; d < width; ++d) {
       T* key = keys + d * keys_row;
@@ -276,7 +213,7 @@ DF_INLINE void accumulate_body(Width width, int strips, const T* queries, const 
 
 // kWidth: 0 for any.
 template <typename T, int64_t kWidth>
-struct Kernels {
+struct KernelsOfWidth {
   using Width = std::conditional_t<kWidth == 0, int64_t, Constant<kWidth>>;
   DF_INLINE static Width width_of(int64_t width) {
     if constexpr (kWidth == 0) {
@@ -304,13 +241,13 @@ template <typename T>
 StripKernels<T> kernels(int64_t width) {
   switch (width) {
     case 32:
-      return Kernels<T, 32>::kTable;
+      return KernelsOfWidth<T, 32>::kTable;
     case 64:
-      return Kernels<T, 64>::kTable;
+      return KernelsOfWidth<T, 64>::kTable;
     case 128:
-      return Kernels<T, 128>::kTable;
+      return KernelsOfWidth<T, 128>::kTable;
     default:
-      return Kernels<T, 0>::kTable;
+      return KernelsOfWidth<T, 0>::kTable;
   }
 }
 

@@ -1,4 +1,4 @@
-// What the attention kernels of every backend are handed; no torch here.
+// Parameters of the attention kernels of every backend, without torch.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace dalle_fast {
 
-// A tensor [B, H, N, D], or of fewer dimensions: then the leading strides are 0.
+// A tensor [B, H, N, D]; the token stride of a [B, H, D] is 0.
 struct View {
   void* data;
   int64_t batch, head, token, channel;  // strides in elements
@@ -26,14 +26,14 @@ struct AttentionShape {
   double scale;   // of the scores
 };
 
-// Whether CUDA's tensor cores take the shape; then the views' channels must lie side by side and their rows be aligned
+// True if CUDA's tensor cores take the shape; then the views' channels must lie side by side and their rows be aligned
 // to 16 bytes.
 inline bool on_tensor_cores(const AttentionShape& shape) {
   const bool half = shape.format == Format::kBFloat16 || shape.format == Format::kFloat16;
   return half && shape.channels % 8 == 0 && shape.channels <= 128;
 }
 
-// Whether rows can be read 16 bytes at a time.
+// True if rows can be read 16 bytes at a time.
 inline bool has_aligned_rows(const View& view) {
   constexpr int64_t kElements = 8;  // of 16 bits
   return view.channel == 1 && view.batch % kElements == 0 && view.head % kElements == 0 &&
@@ -42,19 +42,20 @@ inline bool has_aligned_rows(const View& view) {
 
 struct SparseAttentionForward {
   AttentionShape shape;
-  View q, k, v, out;
+  View q, k, v;
+  View out;   // dense
   void* lse;  // [B, H, N] contiguous, natural log; float64 where the views are, else float32
 };
 
 struct SparseAttentionBackward {
   AttentionShape shape;
   View dout, q, k, v, out;
-  const void* lse;  // as the forward wrote it
-  View dq, dk, dv;
-  void* delta = nullptr;  // [B, H, N] as lse, scratch of the CUDA kernels
+  const void* lse;        // as the forward wrote it
+  View dq, dk, dv;        // dense
+  void* delta = nullptr;  // [B, H, N] as lse, scratch of the CUDA kernels; null on the CPU
 };
 
-// `shape.batch` counts candidates. The views q, k, v, out are [C, H, D] (token stride 0).
+// `shape.batch` counts candidates. The views q, k, v, out are [C, H, D].
 struct DecodeAttention {
   AttentionShape shape;
   int prompts;  // candidates p * C / prompts ... of text p
@@ -65,7 +66,7 @@ struct DecodeAttention {
   const int64_t* position;
 };
 
-// Whether an image token has that raster index.
+// True if an image token has that raster index.
 DF_HOST_DEVICE inline bool is_inside(int64_t position, const Grid& grid) {
   return position >= 0 && position < grid.image_len();
 }

@@ -7,25 +7,27 @@
 //
 // Nothing is shared between tasks and every sum has a fixed order: results do not depend on the number of threads.
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
 #include <memory>
 #include <new>
 
-#include "attention/cpu_pack.h"
+#include "attention/cpu_plan.h"
 #include "attention/params.h"
+#include "cpu/huge_pages.h"
 #include "cpu/tile_math.h"
 
 namespace dalle_fast {
+
+using namespace attention;
+
 namespace {
 
 constexpr int kTileStrips = 8;
 constexpr int kTileRows = kTileStrips * kStripRows;
 
-// Scores are in units of log 2: the kernels' exponential is that of 2.
+// Scores are in units of log 2, since the kernels compute powers of 2.
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // Zeroed and aligned to cache lines.
@@ -47,7 +49,7 @@ class Buffer {
   int64_t size_;
 };
 
-// Several strips.
+// Some neighbouring strips.
 template <typename P>
 struct TileOf {
   const P& problem;
@@ -73,7 +75,7 @@ struct TileOf {
             continue;
           }
           const Storage* row = from.data + problem.token(strips[s].first + r) * from.token;
-          copy_row(row, stride, problem.channels, scale, to);
+          pack_row(row, stride, problem.channels, scale, to);
         }
       }
     });
@@ -92,7 +94,7 @@ struct TileOf {
     const Head<Storage> to(view, b, h);
     with_channel_stride(to.channel, [&](auto stride) {
       for_each_query([&](int row, int64_t token) {
-        copy_row(from + row * problem.width, problem.channels, scales[row], to.data + token * to.token, stride);
+        unpack_row(from + row * problem.width, problem.channels, scales[row], to.data + token * to.token, stride);
       });
     });
   }
@@ -124,7 +126,7 @@ struct TileOf {
   template <typename T>
   void score(const T* rows, T* keys, T* scores) const {
     for_each_panel([&](int first, int n, int slot, int panel) {
-      const Keys<T> at = keys_at(keys, problem, slot);
+      const KeyColumns<T> at = keys_at(keys, problem, slot);
       problem.kernels.score(problem.width, n, rows + first * kStripRows * problem.width, at.data, at.row,
                             scores + first * problem.scores_strip + panel * kPanelSize<T>, problem.scores_strip);
     });
@@ -134,7 +136,7 @@ struct TileOf {
   template <typename T>
   void accumulate(const T* rows, const T* weights, T* keys) const {
     for_each_panel([&](int first, int n, int slot, int panel) {
-      const Keys<T> at = keys_at(keys, problem, slot);
+      const KeyColumns<T> at = keys_at(keys, problem, slot);
       problem.kernels.accumulate(problem.width, n, rows + first * kStripRows * problem.width,
                                  weights + first * problem.scores_strip + panel * kPanelSize<T>, problem.scores_strip,
                                  at.data, at.row);
@@ -159,14 +161,16 @@ struct TileOf {
   }
 };
 
-template <typename Storage, typename T, typename Mask>
+template <typename Storage, typename Mask>
 void forward(const SparseAttentionForward& p, const Mask& mask) {
+  using T = Arithmetic<Storage>;
   const AttentionShape& shape = p.shape;
   using P = Problem<T, Mask>;
   const P problem(mask, shape.channels);
   const int tiles = TileOf<P>::count_of(problem);
   const int64_t heads = int64_t{shape.batch} * shape.heads, threads = torch::stable::get_num_threads();
   const int64_t splits = std::clamp<int64_t>((threads + heads - 1) / heads, 1, tiles);
+  advise_huge(p.out.data, heads * problem.seq_len * shape.channels * sizeof(Storage));
 
   torch::stable::parallel_for(0, heads * splits, 1, [&](int64_t begin, int64_t end) {
     Buffer<T> keys(problem.keys_size()), values(problem.rows_size());
@@ -200,14 +204,19 @@ void forward(const SparseAttentionForward& p, const Mask& mask) {
   });
 }
 
-template <typename Storage, typename T, typename Mask>
+template <typename Storage, typename Mask>
 void backward(const SparseAttentionBackward& p, const Mask& mask) {
+  using T = Arithmetic<Storage>;
   const AttentionShape& shape = p.shape;
   using P = Problem<T, Mask>;
   const P problem(mask, shape.channels);
   const int tiles = TileOf<P>::count_of(problem);
+  const int64_t heads = int64_t{shape.batch} * shape.heads;
+  for (const View& gradient : {p.dq, p.dk, p.dv}) {
+    advise_huge(gradient.data, heads * problem.seq_len * shape.channels * sizeof(Storage));
+  }
 
-  torch::stable::parallel_for(0, int64_t{shape.batch} * shape.heads, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
     Buffer<T> keys(problem.keys_size()), values(problem.keys_size()), key_rows(problem.rows_size());
     Buffer<T> dk(problem.keys_size()), dv(problem.keys_size());
     const int64_t tile_size = kTileRows * problem.width;
@@ -262,31 +271,13 @@ void backward(const SparseAttentionBackward& p, const Mask& mask) {
 
 void sparse_attention_forward_cpu(const SparseAttentionForward& params) {
   with_mask(params.shape.kind, params.shape.grid, [&](const auto& mask) {
-    switch (params.shape.format) {
-      case Format::kFloat32:
-        return forward<float, float>(params, mask);
-      case Format::kFloat64:
-        return forward<double, double>(params, mask);
-      case Format::kBFloat16:
-        return forward<c10::BFloat16, float>(params, mask);
-      case Format::kFloat16:
-        return forward<c10::Half, float>(params, mask);
-    }
+    with_format(params.shape.format, [&](auto element) { forward<decltype(element)>(params, mask); });
   });
 }
 
 void sparse_attention_backward_cpu(const SparseAttentionBackward& params) {
   with_mask(params.shape.kind, params.shape.grid, [&](const auto& mask) {
-    switch (params.shape.format) {
-      case Format::kFloat32:
-        return backward<float, float>(params, mask);
-      case Format::kFloat64:
-        return backward<double, double>(params, mask);
-      case Format::kBFloat16:
-        return backward<c10::BFloat16, float>(params, mask);
-      case Format::kFloat16:
-        return backward<c10::Half, float>(params, mask);
-    }
+    with_format(params.shape.format, [&](auto element) { backward<decltype(element)>(params, mask); });
   });
 }
 

@@ -1,14 +1,9 @@
-// How an op gets from its checks to a kernel: the same C++ function serves the CPU and CUDA.
+// From the checks of an op to its kernel: one C++ function serves the CPU and CUDA.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
-
-#include <string>
-
-#include "common/format.h"
-#include "common/huge_pages.h"
 
 #ifdef DALLE_FAST_CUDA
 #include "common/runtime.h"
@@ -25,33 +20,6 @@ inline bool on_cuda(const torch::stable::Tensor& x) {
 #else
   return false;
 #endif
-}
-
-inline Format format_of(torch::headeronly::ScalarType dtype, const char* name) {
-  using torch::headeronly::ScalarType;
-  switch (dtype) {
-    case ScalarType::Float:
-      return Format::kFloat32;
-    case ScalarType::Double:
-      return Format::kFloat64;
-    case ScalarType::BFloat16:
-      return Format::kBFloat16;
-    default:
-      STD_TORCH_CHECK(dtype == ScalarType::Half, name, ": expected float32, float64, bfloat16 or float16, got ",
-                      torch::headeronly::toString(dtype));
-      return Format::kFloat16;
-  }
-}
-
-// For error messages: "the CPU" or "CUDA device 1".
-inline std::string device_name(const torch::stable::Tensor& x) {
-  return x.is_cpu() ? "the CPU" : "CUDA device " + std::to_string(x.get_device_index());
-}
-
-// To be called on new outputs before anything is written.
-inline torch::stable::Tensor with_huge_pages(torch::stable::Tensor x) {
-  if (x.is_cpu()) advise_huge(x.mutable_data_ptr(), x.numel() * x.element_size());
-  return x;
 }
 
 #ifdef DALLE_FAST_CUDA

@@ -1,4 +1,4 @@
-// Which image token may attend to which: the masks of the paper (appendix B.1), for host and device.
+// The attention masks of the paper (appendix B.1): which image token sees which; for host and device.
 //
 // Text is the same for every kind and is not here: text sees earlier text and itself, an image token sees all text.
 // All positions below are image positions 0 .. image_len - 1 in the mask's own order, in which what a query sees lies
@@ -10,7 +10,8 @@
 //   last_query(k)          no later query sees k; grows with k
 //   runs, run(q, i)        the keys of q as `runs` ascending ranges, each possibly empty; both ends grow with q
 //   token, position        own order -> raster, and back
-//   cache_len, cache_slot  decoding: slots needed, and the slot of a position; what is still visible never collides
+//   cache_len, cache_slot  decoding: slots needed, and the slot of a position; tokens that can still be seen never
+//   share one
 #pragma once
 
 #include "common/host_device.h"
@@ -41,7 +42,7 @@ struct Grid {
   DF_HOST_DEVICE static int larger(int a, int b) { return a > b ? a : b; }
 };
 
-// What most masks share: raster order, the query as its own last key, one run.
+// Shared by most masks: raster order, the query as its own last key, one run.
 struct RasterMask : Grid {
   DF_HOST_DEVICE int last_key(int q) const { return q; }
   DF_HOST_DEVICE int runs() const { return 1; }

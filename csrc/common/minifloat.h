@@ -1,5 +1,5 @@
 // The 16-bit formats of appendix D: exponent bias 60, no denormals, code 0 is zero, rounding half away from zero,
-// saturation at the largest value. 1-6-9 has a sign, of zero, too; 0-6-10 has none (negative input becomes zero).
+// saturation at the largest value. 1-6-9 has a sign, also of zero; 0-6-10 has none (negative input becomes zero).
 #pragma once
 
 #include <cstdint>

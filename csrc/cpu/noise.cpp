@@ -1,4 +1,4 @@
-// Rows of Philox words, four blocks a register where the processor has AVX2, and what becomes of them.
+// Philox words, four blocks per register with AVX2, and the uniform and Gumbel numbers made of them.
 #include "cpu/noise.h"
 
 #include <algorithm>
@@ -25,7 +25,7 @@ void draw_blocks(uint64_t seed, uint64_t block, int64_t blocks, uint32_t* words)
 }
 
 #ifdef DF_X86
-// Four blocks a register, each word in the low half of a 64-bit lane, where vpmuludq wants it: compilers do not find
+// Four blocks per register, each word in the low half of a 64-bit lane, where vpmuludq wants it: compilers do not find
 // this form of the widening product. Several registers in flight hide its latency.
 DF_AVX2 void draw_blocks_avx2(uint64_t seed, uint64_t block, int64_t blocks, uint32_t* words) {
   const __m256i mul0 = _mm256_set1_epi64x(0xD2511F53u), mul1 = _mm256_set1_epi64x(0xCD9E8D57u);
@@ -83,7 +83,7 @@ void random_words(uint64_t seed, int64_t first, int64_t n, uint32_t* out) {
   constexpr auto draw = draw_blocks;
 #endif
   int64_t done = 0;
-  if (first % 4 == 0) {  // whole draws go straight to their place
+  if (first % 4 == 0) {  // whole groups of blocks go straight to `out`
     done = n / kWords * kWords;
     draw(seed, static_cast<uint64_t>(first / 4), done / 4, out);
   }

@@ -1,3 +1,4 @@
+// The instruction set of this process: what the processor has, lowered by DALLE_FAST_SIMD.
 #include "cpu/simd.h"
 
 #include <cstdlib>

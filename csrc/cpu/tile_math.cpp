@@ -1,9 +1,10 @@
-// The product keeps a tile of 6 rows by one cache line of columns in registers (12 of the 16 AVX registers); everything
-// else is loops that the compiler vectorises.
+// The product keeps a tile of 6 rows by one cache line of columns in registers (12 of the 16 of AVX2); everything else
+// is loops that the compiler vectorises.
 #include "cpu/tile_math.h"
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "cpu/simd.h"
 #include "cpu/vec_math.h"
@@ -11,83 +12,25 @@
 namespace dalle_fast {
 namespace {
 
-constexpr int kRows = 6;
+constexpr int kTileRows = 6;
 
-// The product of one tile, for any processor.
-template <typename T, int kTileRows>
-struct PortableTile {
-  static void run(int64_t depth, Left<T> a, const T* b, int64_t b_row, T* c, int64_t c_row, bool accumulate) {
-    T sum[kTileRows][kColumns<T>] = {};
-    if (accumulate) {
-      for (int r = 0; r < kTileRows; ++r) std::copy_n(c + r * c_row, kColumns<T>, sum[r]);
-    }
-    for (int64_t d = 0; d < depth; ++d) {
-      for (int r = 0; r < kTileRows; ++r) {
-        const T value = a.data[r * a.row + d * a.depth];
-        for (int j = 0; j < kColumns<T>; ++j) sum[r][j] += value * b[d * b_row + j];
-      }
-    }
-    for (int r = 0; r < kTileRows; ++r) std::copy_n(sum[r], kColumns<T>, c + r * c_row);
-  }
-};
+// One tile of the product: a fixed number of rows by one cache line of columns.
+template <typename T>
+using GemmRows = void(int64_t depth, Left<T> a, const T* b, int64_t b_row, T* c, int64_t c_row, bool accumulate);
 
-#ifdef DF_X86
-template <typename T, int kTileRows>
-struct Avx2Tile {
-  // Half a cache line: a register. Aligned as its elements are, so that any address will do.
-  typedef T Vector __attribute__((vector_size(32), aligned(alignof(T)), may_alias));
-
-  DF_AVX2 static void run(int64_t depth, Left<T> a, const T* b, int64_t b_row, T* c, int64_t c_row, bool accumulate) {
-    constexpr int64_t kHalf = kColumns<T> / 2;
-    Vector low[kTileRows] = {}, high[kTileRows] = {};
-    if (accumulate) {
-      for (int r = 0; r < kTileRows; ++r) {
-        low[r] = *reinterpret_cast<const Vector*>(c + r * c_row);
-        high[r] = *reinterpret_cast<const Vector*>(c + r * c_row + kHalf);
-      }
-    }
-    for (int64_t d = 0; d < depth; ++d) {
-      const Vector b_low = *reinterpret_cast<const Vector*>(b + d * b_row);
-      const Vector b_high = *reinterpret_cast<const Vector*>(b + d * b_row + kHalf);
-      for (int r = 0; r < kTileRows; ++r) {
-        const T value = a.data[r * a.row + d * a.depth];
-        low[r] += value * b_low;
-        high[r] += value * b_high;
-      }
-    }
-    for (int r = 0; r < kTileRows; ++r) {
-      *reinterpret_cast<Vector*>(c + r * c_row) = low[r];
-      *reinterpret_cast<Vector*>(c + r * c_row + kHalf) = high[r];
-    }
-  }
-};
-#else
-template <typename T, int kTileRows>
-using Avx2Tile = PortableTile<T, kTileRows>;
-#endif
-
-template <template <typename, int> class Tile, typename T>
-void gemm_tiles(int64_t rows, int64_t columns, int64_t depth, Left<T> a, const T* b, int64_t b_row, T* c, int64_t c_row,
-                bool accumulate) {
-  using Run = void (*)(int64_t, Left<T>, const T*, int64_t, T*, int64_t, bool);
-  static constexpr Run kRun[kRows] = {Tile<T, 1>::run, Tile<T, 2>::run, Tile<T, 3>::run,
-                                      Tile<T, 4>::run, Tile<T, 5>::run, Tile<T, 6>::run};
-  for (int64_t column = 0; column < columns; column += kColumns<T>) {
-    for (int64_t row = 0; row < rows; row += kRows) {
-      const int64_t height = std::min<int64_t>(kRows, rows - row);
-      kRun[height - 1](depth, {a.data + row * a.row, a.row, a.depth}, b + column, b_row, c + row * c_row + column,
-                       c_row, accumulate);
-    }
-  }
-}
+#define DF_EACH_SIMD "cpu/tile_math_impl.h"
+#include "cpu/each_simd.h"
 
 template <typename T>
 void gemm_any(int64_t rows, int64_t columns, int64_t depth, Left<T> a, const T* b, int64_t b_row, T* c, int64_t c_row,
               bool accumulate) {
-  if (simd_level() >= Simd::kAvx2) {
-    gemm_tiles<Avx2Tile>(rows, columns, depth, a, b, b_row, c, c_row, accumulate);
-  } else {
-    gemm_tiles<PortableTile>(rows, columns, depth, a, b, b_row, c, c_row, accumulate);
+  GemmRows<T>* const* gemm_rows = DF_BEST(kGemmRows<T>);
+  for (int64_t column = 0; column < columns; column += kColumns<T>) {
+    for (int64_t row = 0; row < rows; row += kTileRows) {
+      const int64_t height = std::min<int64_t>(kTileRows, rows - row);
+      gemm_rows[height - 1](depth, {a.data + row * a.row, a.row, a.depth}, b + column, b_row, c + row * c_row + column,
+                            c_row, accumulate);
+    }
   }
 }
 

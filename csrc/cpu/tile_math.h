@@ -22,8 +22,8 @@ struct Left {
 };
 
 // c[rows, columns] = a[rows, depth] b[depth, columns], or += with `accumulate`. The sum over depth is in order, and
-// does not depend on how many rows or columns a call covers. `columns` is rounded up to kColumns; b and c must have as
-// many.
+// does not depend on how many rows or columns a call covers. `columns` is rounded up to a multiple of kColumns; b and c
+// must have as many.
 void gemm(int64_t rows, int64_t columns, int64_t depth, Left<float> a, const float* b, int64_t b_row, float* c,
           int64_t c_row, bool accumulate);
 void gemm(int64_t rows, int64_t columns, int64_t depth, Left<double> a, const double* b, int64_t b_row, double* c,

@@ -3,23 +3,11 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
-#include "cpu/simd.h"
+#include "common/format.h"
+#include "common/host_device.h"
 
 namespace dalle_fast {
-
-DF_ALWAYS_INLINE float float_from_bits(int32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof(x));
-  return x;
-}
-
-DF_ALWAYS_INLINE int32_t bits_from_float(float x) {
-  int32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  return bits;
-}
 
 // For x up to 88; 0 below -87, where the result would soon be denormal; NaN for NaN.
 DF_ALWAYS_INLINE float vec_exp(float x) {
@@ -44,7 +32,7 @@ DF_ALWAYS_INLINE float vec_log(float x) {
   const int32_t offset = bits - 0x3F3504F3;  // sqrt(1/2): the mantissa m lies in [sqrt(1/2), sqrt(2))
   const int32_t exponent = offset >> 23;
   const float f = float_from_bits(bits - static_cast<int32_t>(static_cast<uint32_t>(exponent) << 23)) - 1.0f;
-  // Minimax fit of (log(1 + f) - f) / f^2, summed in pairs: the chain of dependent products is what takes the time.
+  // Minimax fit of (log(1 + f) - f) / f^2, summed in pairs, since the chain of dependent products takes the time.
   const float f2 = f * f, f4 = f2 * f2;
   const float p0 = (-0.4999999161f + 0.3333395022f * f) + (-0.2500175527f + 0.1996207206f * f) * f2;
   const float p4 = (-0.1657050770f + 0.1491797399f * f) + (-0.1430752557f + 0.0873484679f * f) * f2;

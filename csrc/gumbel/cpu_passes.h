@@ -1,4 +1,4 @@
-// The passes over a tile that make noisy logits, exponentials of them, and gradients.
+// The passes over a tile: noisy logits, their exponentials, and gradients.
 #pragma once
 
 #include <algorithm>
@@ -11,20 +11,20 @@
 #include "gumbel/cpu_tile.h"
 #include "gumbel/gumbel.h"
 
-namespace dalle_fast {
+namespace dalle_fast::gumbel {
 
 // At tau = 1 there is a short cut: exp(logit + noise) = exp(logit) / E with E = -log u, and the KL needs exp(logit) as
-// well: one exponential and one logarithm an element, where it is two of each otherwise.
+// well: one exponential and one logarithm per element instead of two of each.
 inline bool short_cut(const GumbelShape& s) { return s.tau == 1; }
 
-// What is known of each pixel after some of the codes, [pixels] each.
+// Running maxima and sums of each pixel over the codes so far, [pixels] each.
 template <typename T>
 struct PixelSums {
   T* best;             // largest noisy logit; in the short cut exp(noisy - plain_max), until finish_best
   T* noisy_sum;        // of exp((noisy - reference) / tau)
   T* plain_max;        // largest logit
   T* plain_sum;        // of exp(logit - plain_max)
-  T* plain_weighted;   // of the same times (logit - plain_max)
+  T* plain_weighted;   // of the same, weighted by (logit - plain_max)
   int32_t* code;       // of best
   const T* reference;  // best, or plain_max in a short cut
 
@@ -40,7 +40,7 @@ struct PixelSums {
 };
 
 template <int64_t kRows, typename T>
-DF_ALWAYS_INLINE void noisy_group_body(Rows<const T> logits, const uint32_t* words, int64_t code, int64_t pixels,
+DF_ALWAYS_INLINE void noisy_group_body(TileRows<const T> logits, const uint32_t* words, int64_t code, int64_t pixels,
                                        T* noisy, PixelSums<T> sums) {
 #pragma omp simd
   for (int64_t p = 0; p < pixels; ++p) {
@@ -49,8 +49,8 @@ DF_ALWAYS_INLINE void noisy_group_body(Rows<const T> logits, const uint32_t* wor
 #pragma GCC unroll 4
     for (int64_t r = 0; r < kRows; ++r) {
       const T logit = logits.data[r * logits.stride + p];
-      const T value = logit + static_cast<T>(gumbel_from_word(words[r * kTile + p]));
-      noisy[r * kPitch + p] = value;
+      const T value = logit + static_cast<T>(gumbel_from_word(words[r * kTilePixels + p]));
+      noisy[r * kTilePitch + p] = value;
       best_code = value > best ? static_cast<int32_t>(code + r) : best_code;
       best = value > best ? value : best;
       plain_max = logit > plain_max ? logit : plain_max;
@@ -62,7 +62,7 @@ DF_ALWAYS_INLINE void noisy_group_body(Rows<const T> logits, const uint32_t* wor
 }
 
 template <int64_t kRows, typename T>
-DF_ALWAYS_INLINE void plain_max_group_body(Rows<const T> logits, int64_t pixels, T* plain_max) {
+DF_ALWAYS_INLINE void plain_max_group_body(TileRows<const T> logits, int64_t pixels, T* plain_max) {
 #pragma omp simd
   for (int64_t p = 0; p < pixels; ++p) {
     T max = plain_max[p];
@@ -75,10 +75,10 @@ DF_ALWAYS_INLINE void plain_max_group_body(Rows<const T> logits, int64_t pixels,
   }
 }
 
-// First pass over a tile: the maxima in `sums` grow by its own. Noisy logits into `noisy` [kArea], except in the short
-// cut, which needs only the logits' maximum.
+// First pass over a tile: updates the maxima in `sums`. Noisy logits into `noisy` [kTileArea], except in the
+// short cut, which needs only the logits' maximum.
 template <typename T>
-void maxima_tile(const GumbelShape& s, const GumbelTile& t, Rows<const T> logits, T* noisy, PixelSums<T> sums) {
+void maxima_tile(const GumbelShape& s, const GumbelTile& t, TileRows<const T> logits, T* noisy, PixelSums<T> sums) {
   NoiseGroup noise;
   for_each_group(t.codes, [&](auto count, int64_t row) {
     constexpr int64_t kRows = decltype(count)::value;
@@ -89,14 +89,14 @@ void maxima_tile(const GumbelShape& s, const GumbelTile& t, Rows<const T> logits
     }
     noise.draw(s, t, row, kRows);
     simd([=, words = &noise.words[0], code = t.code + row, pixels = t.pixels]() DF_INLINE_LAMBDA {
-      noisy_group_body<kRows, T>(logits.from(row), words, code, pixels, noisy + row * kPitch, sums);
+      noisy_group_body<kRows, T>(logits.from(row), words, code, pixels, noisy + row * kTilePitch, sums);
     });
   });
 }
 
 template <int64_t kRows, typename T>
-DF_ALWAYS_INLINE void exp_group_body(Rows<const T> logits, const T* noisy, int64_t pixels, T inverse_tau, Rows<T> y,
-                                     PixelSums<T> sums) {
+DF_ALWAYS_INLINE void exp_group_body(TileRows<const T> logits, const T* noisy, int64_t pixels, T inverse_tau,
+                                     TileRows<T> y, PixelSums<T> sums) {
 #pragma omp simd
   for (int64_t p = 0; p < pixels; ++p) {
     const T best = sums.best[p], plain_max = sums.plain_max[p];
@@ -107,7 +107,7 @@ DF_ALWAYS_INLINE void exp_group_body(Rows<const T> logits, const T* noisy, int64
       const T plain = vec_exp(below);
       plain_sum += plain;
       plain_weighted += plain * below;
-      const T value = vec_exp((noisy[r * kPitch + p] - best) * inverse_tau);
+      const T value = vec_exp((noisy[r * kTilePitch + p] - best) * inverse_tau);
       noisy_sum += value;
       y.data[r * y.stride + p] = value;
     }
@@ -119,8 +119,8 @@ DF_ALWAYS_INLINE void exp_group_body(Rows<const T> logits, const T* noisy, int64
 
 // The same for the short cut.
 template <int64_t kRows, typename T>
-DF_ALWAYS_INLINE void ratio_group_body(Rows<const T> logits, const uint32_t* words, int64_t code, int64_t pixels,
-                                       Rows<T> y, PixelSums<T> sums) {
+DF_ALWAYS_INLINE void ratio_group_body(TileRows<const T> logits, const uint32_t* words, int64_t code, int64_t pixels,
+                                       TileRows<T> y, PixelSums<T> sums) {
 #pragma omp simd
   for (int64_t p = 0; p < pixels; ++p) {
     T best = sums.best[p];
@@ -133,7 +133,7 @@ DF_ALWAYS_INLINE void ratio_group_body(Rows<const T> logits, const uint32_t* wor
       const T plain = vec_exp(below);
       plain_sum += plain;
       plain_weighted += plain * below;
-      const T value = plain / static_cast<T>(exponential_from_word(words[r * kTile + p]));
+      const T value = plain / static_cast<T>(exponential_from_word(words[r * kTilePixels + p]));
       best_code = value > best ? static_cast<int32_t>(code + r) : best_code;
       best = value > best ? value : best;
       noisy_sum += value;
@@ -149,7 +149,7 @@ DF_ALWAYS_INLINE void ratio_group_body(Rows<const T> logits, const uint32_t* wor
 
 // Second pass: y = exp((noisy - reference) / tau); adds to the sums of these and of the logits' exponentials.
 template <typename T>
-void exp_tile(const GumbelShape& s, const GumbelTile& t, Rows<const T> logits, const T* noisy, Rows<T> y,
+void exp_tile(const GumbelShape& s, const GumbelTile& t, TileRows<const T> logits, const T* noisy, TileRows<T> y,
               PixelSums<T> sums) {
   NoiseGroup noise;
   for_each_group(t.codes, [&](auto count, int64_t row) {
@@ -162,7 +162,7 @@ void exp_tile(const GumbelShape& s, const GumbelTile& t, Rows<const T> logits, c
       return;
     }
     simd([=, pixels = t.pixels, inverse_tau = static_cast<T>(1 / s.tau)]() DF_INLINE_LAMBDA {
-      exp_group_body<kRows, T>(logits.from(row), noisy + row * kPitch, pixels, inverse_tau, y.from(row), sums);
+      exp_group_body<kRows, T>(logits.from(row), noisy + row * kTilePitch, pixels, inverse_tau, y.from(row), sums);
     });
   });
 }
@@ -199,7 +199,7 @@ void sum_kl(const GumbelShape& s, const T* stats, T* kl) {
   }
 }
 
-// What the backward knows of a tile's pixels, [pixels] each.
+// Statistics of a tile's pixels for the backward, [pixels] each.
 template <typename T>
 struct PixelStats {
   const T *noisy_reference, *noisy_log_sum, *plain_lse, *kl;
@@ -213,14 +213,14 @@ struct PixelStats {
 
 // y of a group of rows from the statistics.
 template <int64_t kRows, typename T>
-DF_ALWAYS_INLINE void soft_group_body(Rows<const T> logits, const uint32_t* words, int64_t pixels, T inverse_tau,
-                                      PixelStats<T> stats, Rows<T> y) {
+DF_ALWAYS_INLINE void soft_group_body(TileRows<const T> logits, const uint32_t* words, int64_t pixels, T inverse_tau,
+                                      PixelStats<T> stats, TileRows<T> y) {
 #pragma omp simd
   for (int64_t p = 0; p < pixels; ++p) {
     const T noisy_reference = stats.noisy_reference[p], noisy_log_sum = stats.noisy_log_sum[p];
 #pragma GCC unroll 4
     for (int64_t r = 0; r < kRows; ++r) {
-      const T noise = static_cast<T>(gumbel_from_word(words[r * kTile + p]));
+      const T noise = static_cast<T>(gumbel_from_word(words[r * kTilePixels + p]));
       const T below = logits.data[r * logits.stride + p] + noise - noisy_reference;
       y.data[r * y.stride + p] = vec_exp(below * inverse_tau - noisy_log_sum);
     }
@@ -229,7 +229,7 @@ DF_ALWAYS_INLINE void soft_group_body(Rows<const T> logits, const uint32_t* word
 
 // y of a tile from the statistics; its noise is drawn again.
 template <typename T>
-void soft_tile(const GumbelShape& s, const GumbelTile& t, Rows<const T> logits, const T* stats, Rows<T> y) {
+void soft_tile(const GumbelShape& s, const GumbelTile& t, TileRows<const T> logits, const T* stats, TileRows<T> y) {
   const PixelStats<T> pixel_stats(s, t, stats);
   NoiseGroup noise;
   for_each_group(t.codes, [&](auto count, int64_t row) {
@@ -254,8 +254,8 @@ DF_ALWAYS_INLINE void grad_row_body(const T* logits, const T* dy, const T* dot, 
 }
 
 template <typename T>
-void grad_tile(const GumbelShape& s, const GumbelTile& t, Rows<const T> logits, Rows<const T> dy, const T* dot,
-               T grad_kl, const T* stats, Rows<T> grad) {
+void grad_tile(const GumbelShape& s, const GumbelTile& t, TileRows<const T> logits, TileRows<const T> dy, const T* dot,
+               T grad_kl, const T* stats, TileRows<T> grad) {
   simd([=, codes = t.codes, pixels = t.pixels, pixel_stats = PixelStats<T>(s, t, stats),
         inverse_tau = static_cast<T>(1 / s.tau), log_codes = static_cast<T>(std::log(static_cast<double>(s.codes)))]()
            DF_INLINE_LAMBDA {
@@ -266,4 +266,4 @@ void grad_tile(const GumbelShape& s, const GumbelTile& t, Rows<const T> logits, 
            });
 }
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::gumbel

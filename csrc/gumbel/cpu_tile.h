@@ -1,6 +1,6 @@
-// What the Gumbel kernels share: tiles [codes, pixels] of the grid, from and to either layout. Passes over a tile take
-// kGroup codes at a time, so that what they keep for each pixel is loaded and stored once for all of these, while
-// memory is read along its rows.
+// Tiles [codes, pixels] of the grid, from and to either layout, for all Gumbel kernels. Passes over a tile take
+// kGroupCodes codes at a time: memory is read along its rows, and the sums of each pixel are loaded and stored once per
+// group.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -8,33 +8,34 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "cpu/convert.h"
+#include "common/format.h"
 #include "cpu/noise.h"
 #include "cpu/simd.h"
 #include "gumbel/gumbel.h"
 
-namespace dalle_fast {
+namespace dalle_fast::gumbel {
 
-constexpr int64_t kChunk = 48;          // codes
-constexpr int64_t kTile = 1024;         // pixels
-constexpr int64_t kPitch = kTile + 16;  // elements from a tile's row to the next: an odd number of cache lines
-constexpr int64_t kArea = kChunk * kPitch;
-constexpr int64_t kGroup = 4;
+constexpr int64_t kChunkCodes = 48;
+constexpr int64_t kTilePixels = 1024;
+// Elements from a row of a tile to the next: an odd number of cache lines.
+constexpr int64_t kTilePitch = kTilePixels + 16;
+constexpr int64_t kTileArea = kChunkCodes * kTilePitch;
+constexpr int64_t kGroupCodes = 4;
 
 struct GumbelTile {
-  int64_t image, chunk, code, codes, pixel, pixels;  // its first code and pixel, and how many
+  int64_t image, chunk, code, codes, pixel, pixels;  // `code` and `pixel` are the first
 
   int64_t offset(const GumbelShape& s, GridStrides strides) const {
     return image * s.codes * s.pixels + code * strides.code + pixel * strides.pixel;
   }
 };
 
-inline int64_t chunk_count(const GumbelShape& s) { return (s.codes + kChunk - 1) / kChunk; }
+inline int64_t chunk_count(const GumbelShape& s) { return (s.codes + kChunkCodes - 1) / kChunkCodes; }
 
 // Calls body(tile) for an image's tiles of a chunk, of up to `most` pixels each.
 template <typename Body>
 void for_each_tile_of_chunk(const GumbelShape& s, int64_t image, int64_t chunk, int64_t most, const Body& body) {
-  const int64_t code = chunk * kChunk, codes = std::min(kChunk, s.codes - code);
+  const int64_t code = chunk * kChunkCodes, codes = std::min(kChunkCodes, s.codes - code);
   for (int64_t pixel = 0; pixel < s.pixels; pixel += most) {
     body(GumbelTile{image, chunk, code, codes, pixel, std::min(most, s.pixels - pixel)});
   }
@@ -45,7 +46,7 @@ template <typename Body>
 void for_each_tile(const GumbelShape& s, const Body& body) {
   const int64_t chunks = chunk_count(s);
   torch::stable::parallel_for(0, s.batch * chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) for_each_tile_of_chunk(s, i / chunks, i % chunks, kTile, body);
+    for (int64_t i = begin; i < end; ++i) for_each_tile_of_chunk(s, i / chunks, i % chunks, kTilePixels, body);
   });
 }
 
@@ -54,58 +55,38 @@ template <typename Body>
 void for_each_tile_backwards(const GumbelShape& s, const Body& body) {
   const int64_t chunks = chunk_count(s);
   torch::stable::parallel_for(0, s.batch * chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = end; i-- > begin;) for_each_tile_of_chunk(s, i / chunks, i % chunks, kTile, body);
+    for (int64_t i = end; i-- > begin;) for_each_tile_of_chunk(s, i / chunks, i % chunks, kTilePixels, body);
   });
 }
 
 // Rows of a tile, in the grid itself or in a buffer.
 template <typename T>
-struct Rows {
+struct TileRows {
   T* data;
   int64_t stride;  // in elements
 
   T* row(int64_t code) const { return data + code * stride; }
-  Rows from(int64_t code) const { return {row(code), stride}; }
+  TileRows from(int64_t code) const { return {row(code), stride}; }
 };
 
-template <typename S>
-DF_ALWAYS_INLINE Arithmetic<S> widen(S x) {
-  if constexpr (std::is_same_v<S, BFloat16>)
-    return load_bfloat16(x.bits);
-  else if constexpr (std::is_same_v<S, Half>)
-    return load_float16(x.bits);
-  else
-    return x;
-}
-
-template <typename S>
-DF_ALWAYS_INLINE S narrow(Arithmetic<S> x) {
-  if constexpr (std::is_same_v<S, BFloat16>)
-    return {store_bfloat16(x)};
-  else if constexpr (std::is_same_v<S, Half>)
-    return {store_float16(x)};
-  else
-    return x;
-}
-
-// Fetches the codes of one pixel ahead in channels_last memory. Pixels lie far apart there, which no hardware foresees,
-// often by a power of two, of which the cache holds few: so not far ahead.
+// Prefetches the codes of one pixel in channels_last memory, where pixels lie too far apart for the hardware to
+// foresee. The distance is often a power of two, of which the cache holds few: so not far ahead.
 template <typename S>
 DF_ALWAYS_INLINE void prefetch_codes(const S* pixel, int64_t codes) {
   for (int64_t c = 0; c < codes; c += 64 / sizeof(S)) __builtin_prefetch(pixel + c);
 }
 
-constexpr int64_t kAhead = 6;  // pixels
+constexpr int64_t kPixelsAhead = 6;
 
-// Whether kernels work on the rows of a grid where they lie.
+// True if kernels work on the rows of a grid in place.
 template <typename S>
 bool in_place(GridStrides strides) {
   return std::is_same_v<S, Arithmetic<S>> && strides.pixel == 1;
 }
 
-// The tile [codes, pixels] at `grid`: where it lies, or copied to `buffer` [kArea].
+// The tile [codes, pixels] at `grid`: where it lies, or copied to `buffer` [kTileArea].
 template <typename S, typename T = Arithmetic<S>>
-Rows<const T> read_tile(const S* grid, GridStrides strides, int64_t codes, int64_t pixels, T* buffer) {
+TileRows<const T> read_tile(const S* grid, GridStrides strides, int64_t codes, int64_t pixels, T* buffer) {
   if constexpr (std::is_same_v<S, T>) {
     if (in_place<S>(strides)) return {grid, strides.code};
   }
@@ -113,66 +94,66 @@ Rows<const T> read_tile(const S* grid, GridStrides strides, int64_t codes, int64
     if (strides.pixel == 1) {
       for (int64_t c = 0; c < codes; ++c) {
 #pragma omp simd
-        for (int64_t p = 0; p < pixels; ++p) buffer[c * kPitch + p] = widen<S>(grid[c * strides.code + p]);
+        for (int64_t p = 0; p < pixels; ++p) buffer[c * kTilePitch + p] = widen(grid[c * strides.code + p]);
       }
     } else {
       for (int64_t p = 0; p < pixels; ++p) {
         const S* row = grid + p * strides.pixel;
-        if (p + kAhead < pixels) prefetch_codes(row + kAhead * strides.pixel, codes);
-        for (int64_t c = 0; c < codes; ++c) buffer[c * kPitch + p] = widen<S>(row[c]);
+        if (p + kPixelsAhead < pixels) prefetch_codes(row + kPixelsAhead * strides.pixel, codes);
+        for (int64_t c = 0; c < codes; ++c) buffer[c * kTilePitch + p] = widen(row[c]);
       }
     }
   });
-  return {buffer, kPitch};
+  return {buffer, kTilePitch};
 }
 
 // Where to write a tile: to the grid itself or to `buffer`, which write_tile then copies to the grid.
 template <typename S, typename T = Arithmetic<S>>
-Rows<T> tile_to_write(S* grid, GridStrides strides, T* buffer) {
+TileRows<T> tile_to_write(S* grid, GridStrides strides, T* buffer) {
   if constexpr (std::is_same_v<S, T>) {
     if (in_place<S>(strides)) return {grid, strides.code};
   }
-  return {buffer, kPitch};
+  return {buffer, kTilePitch};
 }
 
 template <typename S, typename T = Arithmetic<S>>
-void write_tile(Rows<T> tile, S* grid, GridStrides strides, int64_t codes, int64_t pixels) {
+void write_tile(TileRows<T> tile, S* grid, GridStrides strides, int64_t codes, int64_t pixels) {
   if (in_place<S>(strides)) return;
   simd([=]() DF_INLINE_LAMBDA {
     if (strides.pixel == 1) {
       for (int64_t c = 0; c < codes; ++c) {
 #pragma omp simd
-        for (int64_t p = 0; p < pixels; ++p) grid[c * strides.code + p] = narrow<S>(tile.data[c * kPitch + p]);
+        for (int64_t p = 0; p < pixels; ++p) grid[c * strides.code + p] = narrow<S>(tile.data[c * kTilePitch + p]);
       }
     } else {
       for (int64_t p = 0; p < pixels; ++p) {
         S* row = grid + p * strides.pixel;
-        if (p + kAhead < pixels) prefetch_codes(row + kAhead * strides.pixel, codes);
-        for (int64_t c = 0; c < codes; ++c) row[c] = narrow<S>(tile.data[c * kPitch + p]);
+        if (p + kPixelsAhead < pixels) prefetch_codes(row + kPixelsAhead * strides.pixel, codes);
+        for (int64_t c = 0; c < codes; ++c) row[c] = narrow<S>(tile.data[c * kTilePitch + p]);
       }
     }
   });
 }
 
-// Calls body(Count{}, first row) for groups of kGroup rows and for those that remain, one by one; Count is a
+// Calls body(Count{}, first row) for groups of kGroupCodes rows and for those that remain, one by one; Count is a
 // std::integral_constant.
 template <typename Body>
 void for_each_group(int64_t rows, const Body& body) {
   int64_t row = 0;
-  for (; row + kGroup <= rows; row += kGroup) body(std::integral_constant<int64_t, kGroup>{}, row);
+  for (; row + kGroupCodes <= rows; row += kGroupCodes) body(std::integral_constant<int64_t, kGroupCodes>{}, row);
   for (; row < rows; ++row) body(std::integral_constant<int64_t, 1>{}, row);
 }
 
-// A group of noise, as random words.
+// The noise of a group of codes, as random words.
 struct NoiseGroup {
-  alignas(64) uint32_t words[kGroup * kTile];
+  alignas(64) uint32_t words[kGroupCodes * kTilePixels];
 
   void draw(const GumbelShape& s, const GumbelTile& t, int64_t row, int64_t rows) {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t first = (t.image * s.codes + t.code + row + r) * s.pixels + t.pixel;
-      random_words(static_cast<uint64_t>(*s.seed), first, t.pixels, words + r * kTile);
+      random_words(static_cast<uint64_t>(*s.seed), first, t.pixels, words + r * kTilePixels);
     }
   }
 };
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::gumbel

@@ -3,15 +3,15 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <optional>
 #include <tuple>
 
+#include "common/checks.h"
 #include "common/dispatch.h"
+#include "common/format.h"
 
 namespace dalle_fast {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Strides of size-1 dimensions carry no meaning and are not compared.
 bool has_strides(const Tensor& x, const int64_t (&strides)[4]) {
@@ -21,58 +21,26 @@ bool has_strides(const Tensor& x, const int64_t (&strides)[4]) {
   return true;
 }
 
-GridStrides grid_strides(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.numel() > 0, name, ": expected a non-empty [B, K, h, w], got ", x.dim(),
-                  " dimensions and ", x.numel(), " elements");
+// Of x [B, K, h, w].
+GridStrides checked_strides(const Tensor& x, const char* name) {
   const int64_t codes = x.size(1), width = x.size(3), pixels = x.size(2) * width;
   if (has_strides(x, {codes * pixels, pixels, width, 1})) return {pixels, 1};
   STD_TORCH_CHECK(has_strides(x, {codes * pixels, 1, width * codes, codes}), name,
-                  ": expected contiguous or channels_last memory");
+                  ": expected contiguous or channels_last memory, got strides ", list_of(x.strides()));
   return {1, codes};
 }
 
-void check(const Tensor& x, const char* name, ScalarType dtype, int64_t numel, const Tensor& logits) {
-  STD_TORCH_CHECK(x.device() == logits.device() && x.scalar_type() == dtype && x.numel() == numel, name, ": expected ",
-                  numel, " elements of ", torch::headeronly::toString(dtype), " on ", device_name(logits), ", got ",
-                  x.numel(), " of ", torch::headeronly::toString(x.scalar_type()), " on ", device_name(x));
-}
-
-template <typename T>
-const T* in(const Tensor& x) {
-  return static_cast<const T*>(x.const_data_ptr());
-}
-
-template <typename T>
-T* out(Tensor& x) {
-  return static_cast<T*>(x.mutable_data_ptr());
-}
-
 GumbelShape checked_shape(const Tensor& logits, const Tensor& seed, double tau) {
+  check_rank(logits, "logits", 4, "[B, K, h, w]");
   STD_TORCH_CHECK(tau > 0, "tau: expected a positive number, got ", tau);
-  check(seed, "seed", ScalarType::Long, 1, logits);
-  return {logits.size(0), logits.size(1), logits.size(2) * logits.size(3), in<int64_t>(seed), tau};
-}
-
-// Calls body(S{}) for the type that logits are stored in.
-template <typename Body>
-auto with_storage(const Tensor& logits, const Body& body) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return body(float{});
-    case ScalarType::Double:
-      return body(double{});
-    case ScalarType::BFloat16:
-      return body(BFloat16{});
-    default:
-      STD_TORCH_CHECK(logits.scalar_type() == ScalarType::Half,
-                      "logits: expected float32, float64, bfloat16 or float16, got ",
-                      torch::headeronly::toString(logits.scalar_type()));
-      return body(Half{});
-  }
-}
-
-ScalarType arithmetic_type(const Tensor& logits) {
-  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  check_elements(seed, "seed", ScalarType::Long, 1, logits);
+  GumbelShape shape;
+  shape.batch = logits.size(0);
+  shape.codes = logits.size(1);
+  shape.pixels = logits.size(2) * logits.size(3);
+  shape.seed = input<int64_t>(seed);
+  shape.tau = tau;
+  return shape;
 }
 
 // kl [B], codes [B, h, w], stats [B, kGumbelStats, h, w].
@@ -84,31 +52,37 @@ std::tuple<Tensor, Tensor, Tensor> new_statistics(const Tensor& logits) {
           torch::stable::new_empty(logits, {batch, kGumbelStats, height, width}, type)};
 }
 
-void check_statistics(const Tensor& grad_kl, const Tensor& logits, const Tensor& stats, const GumbelShape& shape) {
-  check(grad_kl, "grad_kl", arithmetic_type(logits), shape.batch, logits);
-  check(stats, "stats", arithmetic_type(logits), shape.batch * kGumbelStats * shape.pixels, logits);
-  STD_TORCH_CHECK(grad_kl.is_contiguous() && stats.is_contiguous(), "grad_kl, stats: expected contiguous memory");
+void check_statistics(const Tensor& grad_kl, const Tensor& logits, const Tensor& stats) {
+  const int64_t batch = logits.size(0), height = logits.size(2), width = logits.size(3);
+  const ScalarType type = arithmetic_type(logits);
+  check_contiguous(grad_kl, "grad_kl", type, {batch}, logits);
+  check_contiguous(stats, "stats", type, {batch, kGumbelStats, height, width}, logits);
 }
 
-int64_t checked_channels(const Tensor& codebook, const Tensor& logits, const GumbelShape& shape) {
-  STD_TORCH_CHECK(
-      codebook.dim() == 2 && codebook.size(0) == shape.codes && codebook.numel() > 0 && codebook.is_contiguous(),
-      "codebook: expected a contiguous [", shape.codes, ", C]");
-  check(codebook, "codebook", logits.scalar_type(), codebook.numel(), logits);
+int64_t checked_channels(const Tensor& codebook, const Tensor& logits) {
+  check_rank(codebook, "codebook", 2, "[K, C]");
+  check_contiguous(codebook, "codebook", logits.scalar_type(), {logits.size(1), codebook.size(1)}, logits);
   return codebook.size(1);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_softmax(const Tensor& logits, double tau, const Tensor& seed,
                                                           bool hard) {
-  const GridStrides strides = grid_strides(logits, "logits");
   const GumbelShape shape = checked_shape(logits, seed, tau);
+  const GridStrides strides = checked_strides(logits, "logits");
   Tensor y = torch::stable::empty_like(logits);
   auto [kl, codes, stats] = new_statistics(logits);
-  with_storage(logits, [&, &kl = kl, &codes = codes, &stats = stats](auto zero) {
-    using S = decltype(zero);
+  with_format(format_of(logits.scalar_type(), "logits"), [&, &kl = kl, &codes = codes, &stats = stats](auto element) {
+    using S = decltype(element);
     using T = Arithmetic<S>;
-    const GumbelForward<S> params{
-        shape, strides, hard, in<S>(logits), out<S>(y), out<T>(kl), out<int64_t>(codes), out<T>(stats)};
+    GumbelForward<S> params;
+    params.shape = shape;
+    params.strides = strides;
+    params.hard = hard;
+    params.logits = input<S>(logits);
+    params.y = output<S>(y);
+    params.kl = output<T>(kl);
+    params.codes = output<int64_t>(codes);
+    params.stats = output<T>(stats);
     DF_RUN(gumbel_softmax_forward, logits, params);
   });
   return {y, kl, codes, stats};
@@ -116,16 +90,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gumbel_softmax(const Tensor& logits, 
 
 Tensor gumbel_softmax_backward(const Tensor& grad_y, const Tensor& grad_kl, const Tensor& logits, const Tensor& stats,
                                double tau, const Tensor& seed) {
-  const GridStrides strides = grid_strides(logits, "logits"), dy_strides = grid_strides(grad_y, "grad_y");
   const GumbelShape shape = checked_shape(logits, seed, tau);
-  check(grad_y, "grad_y", logits.scalar_type(), logits.numel(), logits);
-  check_statistics(grad_kl, logits, stats, shape);
+  const GridStrides strides = checked_strides(logits, "logits");
+  check(grad_y, "grad_y", logits.scalar_type(), logits.sizes(), logits);
+  const GridStrides dy_strides = checked_strides(grad_y, "grad_y");
+  check_statistics(grad_kl, logits, stats);
   Tensor grad_logits = torch::stable::empty_like(logits);
-  with_storage(logits, [&](auto zero) {
-    using S = decltype(zero);
+  with_format(format_of(logits.scalar_type(), "logits"), [&](auto element) {
+    using S = decltype(element);
     using T = Arithmetic<S>;
-    const GumbelBackward<S> params{shape,        strides,       dy_strides,     in<S>(logits),
-                                   in<T>(stats), in<S>(grad_y), in<T>(grad_kl), out<S>(grad_logits)};
+    GumbelBackward<S> params;
+    params.shape = shape;
+    params.strides = strides;
+    params.dy_strides = dy_strides;
+    params.logits = input<S>(logits);
+    params.stats = input<T>(stats);
+    params.grad_y = input<S>(grad_y);
+    params.grad_kl = input<T>(grad_kl);
+    params.grad_logits = output<S>(grad_logits);
     DF_RUN(gumbel_softmax_backward, logits, params);
   });
   return grad_logits;
@@ -133,21 +115,30 @@ Tensor gumbel_softmax_backward(const Tensor& grad_y, const Tensor& grad_kl, cons
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gumbel_quantize(const Tensor& logits, const Tensor& codebook,
                                                                    double tau, const Tensor& seed, bool hard) {
-  const GridStrides strides = grid_strides(logits, "logits");
   const GumbelShape shape = checked_shape(logits, seed, tau);
-  const int64_t channels = checked_channels(codebook, logits, shape), height = logits.size(2), width = logits.size(3);
+  const GridStrides strides = checked_strides(logits, "logits");
+  const int64_t channels = checked_channels(codebook, logits), height = logits.size(2), width = logits.size(3);
   const bool channels_last = strides.pixel != 1;
   Tensor z = channels_last ? torch::stable::new_empty(logits, {shape.batch, height, width, channels})
                            : torch::stable::new_empty(logits, {shape.batch, channels, height, width});
   Tensor soft = torch::stable::new_empty(logits, {shape.batch, shape.pixels, channels}, arithmetic_type(logits));
   auto [kl, codes, stats] = new_statistics(logits);
-  with_storage(logits, [&, &kl = kl, &codes = codes, &stats = stats](auto zero) {
-    using S = decltype(zero);
+  with_format(format_of(logits.scalar_type(), "logits"), [&, &kl = kl, &codes = codes, &stats = stats](auto element) {
+    using S = decltype(element);
     using T = Arithmetic<S>;
-    const GridStrides z_strides = channels_last ? GridStrides{1, channels} : GridStrides{shape.pixels, 1};
-    const QuantizeForward<S> params{shape,         channels,        strides,   z_strides,  hard,
-                                    in<S>(logits), in<S>(codebook), out<S>(z), out<T>(kl), out<int64_t>(codes),
-                                    out<T>(stats), out<T>(soft)};
+    QuantizeForward<S> params;
+    params.shape = shape;
+    params.channels = channels;
+    params.strides = strides;
+    params.z_strides = channels_last ? GridStrides{1, channels} : GridStrides{shape.pixels, 1};
+    params.hard = hard;
+    params.logits = input<S>(logits);
+    params.codebook = input<S>(codebook);
+    params.z = output<S>(z);
+    params.kl = output<T>(kl);
+    params.codes = output<int64_t>(codes);
+    params.stats = output<T>(stats);
+    params.soft = output<T>(soft);
     DF_RUN(gumbel_quantize_forward, logits, params);
   });
   if (channels_last) z = torch::stable::transpose(torch::stable::transpose(z, 1, 3), 2, 3);  // [B, C, h, w]
@@ -157,39 +148,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gumbel_quantize(const Tensor&
 std::tuple<Tensor, Tensor> gumbel_quantize_backward(const Tensor& grad_z, const Tensor& grad_kl, const Tensor& logits,
                                                     const Tensor& codebook, const Tensor& codes, const Tensor& stats,
                                                     const Tensor& soft, double tau, const Tensor& seed, bool hard) {
-  const GridStrides strides = grid_strides(logits, "logits"), dz_strides = grid_strides(grad_z, "grad_z");
   const GumbelShape shape = checked_shape(logits, seed, tau);
-  const int64_t channels = checked_channels(codebook, logits, shape), positions = shape.batch * shape.pixels;
-  check(grad_z, "grad_z", logits.scalar_type(), positions * channels, logits);
-  check_statistics(grad_kl, logits, stats, shape);
-  check(codes, "codes", ScalarType::Long, positions, logits);
-  check(soft, "soft", arithmetic_type(logits), positions * channels, logits);
-  STD_TORCH_CHECK(codes.is_contiguous() && soft.is_contiguous(), "codes, soft: expected contiguous memory");
+  const GridStrides strides = checked_strides(logits, "logits");
+  const int64_t channels = checked_channels(codebook, logits), height = logits.size(2), width = logits.size(3);
+  check(grad_z, "grad_z", logits.scalar_type(), {shape.batch, channels, height, width}, logits);
+  const GridStrides dz_strides = checked_strides(grad_z, "grad_z");
+  check_statistics(grad_kl, logits, stats);
+  check_contiguous(codes, "codes", ScalarType::Long, {shape.batch, height, width}, logits);
+  check_contiguous(soft, "soft", arithmetic_type(logits), {shape.batch, shape.pixels, channels}, logits);
   Tensor grad_logits = torch::stable::empty_like(logits), grad_codebook = torch::stable::empty_like(codebook);
-  with_storage(logits, [&](auto zero) {
-    using S = decltype(zero);
+  with_format(format_of(logits.scalar_type(), "logits"), [&](auto element) {
+    using S = decltype(element);
     using T = Arithmetic<S>;
-    QuantizeBackward<S> params{shape,
-                               channels,
-                               strides,
-                               dz_strides,
-                               hard,
-                               in<S>(logits),
-                               in<S>(codebook),
-                               in<int64_t>(codes),
-                               in<T>(stats),
-                               in<T>(soft),
-                               in<S>(grad_z),
-                               in<T>(grad_kl),
-                               out<S>(grad_logits),
-                               out<S>(grad_codebook),
-                               nullptr};
-    Tensor workspace;
+    QuantizeBackward<S> params;
+    params.shape = shape;
+    params.channels = channels;
+    params.strides = strides;
+    params.dz_strides = dz_strides;
+    params.hard = hard;
+    params.logits = input<S>(logits);
+    params.codebook = input<S>(codebook);
+    params.codes = input<int64_t>(codes);
+    params.stats = input<T>(stats);
+    params.soft = input<T>(soft);
+    params.grad_z = input<S>(grad_z);
+    params.grad_kl = input<T>(grad_kl);
+    params.grad_logits = output<S>(grad_logits);
+    params.grad_codebook = output<S>(grad_codebook);
 #ifdef DALLE_FAST_CUDA
+    std::optional<Tensor> workspace;
     if (on_cuda(logits)) {
       const int64_t elements = gumbel_quantize_workspace<S>(shape, channels);
       workspace = torch::stable::new_empty(logits, {elements}, arithmetic_type(logits));
-      params.workspace = out<T>(workspace);
+      params.workspace = output<T>(*workspace);
     }
 #endif
     DF_RUN(gumbel_quantize_backward, logits, params);

@@ -2,17 +2,14 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
+
+#include "common/format.h"
 
 #ifdef DALLE_FAST_CUDA
 #include "common/runtime.h"
 #endif
 
 namespace dalle_fast {
-
-// What a kernel computes with. S is how tensors are stored: float, double, BFloat16 or Half.
-template <typename S>
-using Arithmetic = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 // A tensor [B, codes, pixels] that is dense in NCHW (code = pixels, pixel = 1) or channels_last order (1, codes).
 struct GridStrides {
@@ -21,7 +18,7 @@ struct GridStrides {
 
 struct GumbelShape {
   int64_t batch, codes, pixels;
-  const int64_t* seed;  // where the kernel runs, so that no step waits for it
+  const int64_t* seed;  // on the device of the kernel, so that no step waits for it
   double tau;
 };
 
@@ -85,7 +82,7 @@ struct QuantizeBackward {
   const Arithmetic<S>* grad_kl;
   S* grad_logits;
   S* grad_codebook;
-  Arithmetic<S>* workspace;  // of the CUDA kernel; null on the CPU
+  Arithmetic<S>* workspace = nullptr;  // of the CUDA kernel; null on the CPU
 };
 
 template <typename S>

@@ -1,18 +1,21 @@
-// Two steps, each parallel over fixed pieces: draw the noise again, write y to the place of the gradient and sum
-// y * dy over the codes of a chunk; then, with the sums of all chunks added in order, replace y by the gradient. y in
-// 16 bits would be rounded twice: there, the second step draws the noise once more.
+// Two steps, each parallel over fixed pieces: draw the noise again, write y where the gradient will be and sum y * dy
+// over the codes of a chunk; then, with the sums of all chunks added in order, replace y by the gradient. y in 16 bits
+// would be rounded twice: there, the second step draws the noise once more.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <memory>
 
-#include "common/huge_pages.h"
+#include "cpu/huge_pages.h"
 #include "cpu/simd.h"
 #include "gumbel/cpu_passes.h"
 #include "gumbel/cpu_tile.h"
 #include "gumbel/gumbel.h"
 
 namespace dalle_fast {
+
+using namespace gumbel;
+
 namespace {
 
 template <typename T>
@@ -39,11 +42,11 @@ void gumbel_softmax_backward_cpu(const GumbelBackward<S>& params) {
   advise_huge(params.grad_logits, s.batch * s.codes * s.pixels * sizeof(S));
 
   for_each_tile(s, [&](GumbelTile t) {
-    alignas(64) T logits_buffer[kArea], dy_buffer[kArea], y_buffer[kArea];
+    alignas(64) T logits_buffer[kTileArea], dy_buffer[kTileArea], y_buffer[kTileArea];
     S* grad_at = params.grad_logits + t.offset(s, params.strides);
-    const Rows<const T> logits = read(t, params.logits, params.strides, logits_buffer);
-    const Rows<const T> dy = read(t, params.grad_y, params.dy_strides, dy_buffer);
-    const Rows<T> y = kExact ? tile_to_write(grad_at, params.strides, y_buffer) : Rows<T>{y_buffer, kPitch};
+    const TileRows<const T> logits = read(t, params.logits, params.strides, logits_buffer);
+    const TileRows<const T> dy = read(t, params.grad_y, params.dy_strides, dy_buffer);
+    const TileRows<T> y = kExact ? tile_to_write(grad_at, params.strides, y_buffer) : TileRows<T>{y_buffer, kTilePitch};
     soft_tile(s, t, logits, params.stats, y);
     T* dot = dot_at(t.image, t.chunk, t.pixel);
     std::fill_n(dot, t.pixels, T(0));
@@ -62,11 +65,11 @@ void gumbel_softmax_backward_cpu(const GumbelBackward<S>& params) {
   }
 
   for_each_tile_backwards(s, [&](GumbelTile t) {
-    alignas(64) T logits_buffer[kArea], dy_buffer[kArea], grad_buffer[kArea];
+    alignas(64) T logits_buffer[kTileArea], dy_buffer[kTileArea], grad_buffer[kTileArea];
     S* grad_at = params.grad_logits + t.offset(s, params.strides);
-    const Rows<const T> logits = read(t, params.logits, params.strides, logits_buffer);
-    const Rows<const T> dy = read(t, params.grad_y, params.dy_strides, dy_buffer);
-    const Rows<T> grad = tile_to_write(grad_at, params.strides, grad_buffer);
+    const TileRows<const T> logits = read(t, params.logits, params.strides, logits_buffer);
+    const TileRows<const T> dy = read(t, params.grad_y, params.dy_strides, dy_buffer);
+    const TileRows<T> grad = tile_to_write(grad_at, params.strides, grad_buffer);
     if constexpr (kExact) {
       read_tile<S>(grad_at, params.strides, t.codes, t.pixels, grad_buffer);
     } else {

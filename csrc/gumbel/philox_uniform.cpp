@@ -3,23 +3,21 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "common/checks.h"
 #include "common/dispatch.h"
 
 namespace dalle_fast {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 Tensor philox_uniform(const Tensor& seed, int64_t first, int64_t n) {
-  STD_TORCH_CHECK(first >= 0 && n >= 0, "first, n: expected at least 0, got ", first, ", ", n);
-  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "seed: expected one int64");
+  STD_TORCH_CHECK(first >= 0 && n >= 0, "first, n: expected 0 or more, got ", first, ", ", n);
+  check_elements(seed, "seed", ScalarType::Long, 1, seed);
   Tensor drawn = torch::stable::new_empty(seed, {n}, ScalarType::Float);
   PhiloxUniform params;
-  params.seed = static_cast<const int64_t*>(seed.const_data_ptr());
+  params.seed = input<int64_t>(seed);
   params.first = first;
   params.n = n;
-  params.out = static_cast<float*>(drawn.mutable_data_ptr());
+  params.out = output<float>(drawn);
   DF_RUN(philox_uniform, seed, params);
   return drawn;
 }

@@ -1,3 +1,4 @@
+// A row of the noise that all CPU kernels draw.
 #include "cpu/noise.h"
 #include "gumbel/philox_uniform.h"
 

@@ -9,7 +9,7 @@
 namespace dalle_fast {
 namespace {
 
-// Added and taken away again, it rounds a small float to the nearest integer, ties to even, without a call.
+// Added and subtracted again, it rounds a small float to the nearest integer, ties to even, without a call.
 constexpr float kToInteger = 0x1.8p23f;
 
 // The input pixels that one output pixel averages, along one axis.

@@ -26,7 +26,7 @@ struct Candidate {
   int left;  // position of the pair's left token
   int32_t left_token;
   int32_t right_token;
-  int32_t token;  // what the pair becomes
+  int32_t token;  // that the pair becomes
 
   bool operator>(const Candidate& other) const { return std::tie(rank, left) > std::tie(other.rank, other.left); }
 };

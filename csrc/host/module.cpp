@@ -1,4 +1,4 @@
-// The Python module dalle_fast._host: what the data path needs in C++. Heavy calls run without the GIL.
+// The Python module dalle_fast._host: the C++ of the data path. Heavy calls run without the GIL.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

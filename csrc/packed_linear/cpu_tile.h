@@ -1,11 +1,10 @@
-// The product of a few rows and a few panels, for one instruction set: included once for each, inside a namespace of
-// its own, with DF_TARGET (a function attribute) and DF_LANES (floats in a register) defined.
+// The product of a few rows and a few panels, for one instruction set (cpu/each_simd.h).
 
-typedef float Vector __attribute__((vector_size(4 * DF_LANES), aligned(4), may_alias));
-typedef uint32_t Words __attribute__((vector_size(4 * DF_LANES), aligned(4), may_alias));
-typedef int32_t Integers __attribute__((vector_size(4 * DF_LANES), aligned(4), may_alias));
+typedef float Vector __attribute__((vector_size(DF_VECTOR_BYTES), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(DF_VECTOR_BYTES), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(DF_VECTOR_BYTES), aligned(4), may_alias));
 
-constexpr int kVectors = kPanel / DF_LANES;  // registers for the outputs of a panel
+constexpr int kVectors = kPanelOutputs * 4 / DF_VECTOR_BYTES;  // registers for the outputs of a panel
 
 // Input `k` of a line, for the outputs of register `v`, as float32.
 template <WeightFormat format>
@@ -21,18 +20,18 @@ DF_TARGET DF_ALWAYS_INLINE void load_weights(const char* line, int k, int v, Vec
   }
 }
 
-// An int8 panel as a float32 panel, for rows enough to make that worth it.
-DF_TARGET inline void widen(const char* panel, int64_t lines, char* wide) {
-  for (const char* line = panel; line < panel + lines * kLine; line += kLine) {
-    for (int k = 0; k < line_depth(WeightFormat::kInt8); ++k, wide += kLine) {
+// An int8 panel as a float32 panel: worth it for many rows.
+DF_TARGET inline void unpack_int8(const char* panel, int64_t lines, char* wide) {
+  for (const char* line = panel; line < panel + lines * kLineBytes; line += kLineBytes) {
+    for (int k = 0; k < line_depth(WeightFormat::kInt8); ++k, wide += kLineBytes) {
       for (int v = 0; v < kVectors; ++v)
         load_weights<WeightFormat::kInt8>(line, k, v, reinterpret_cast<Vector*>(wide)[v]);
     }
   }
 }
 
-// sums[kRows, kPanels, kPanel] = x[kRows, in] times kPanels panels. Meanwhile the memory from `next` on is fetched, a
-// stretch of next_step bytes for each line.
+// sums[kRows, kPanels, kPanelOutputs] = x[kRows, in] multiplied by kPanels panels. Meanwhile the memory
+// from `next` on is fetched, next_step bytes per line.
 template <WeightFormat format, int kRows, int kPanels>
 DF_TARGET void tile(const float* x, int64_t in, const char* panels, int64_t panel_bytes, const char* next,
                     int64_t next_step, float* sums) {
@@ -50,7 +49,7 @@ DF_TARGET void tile(const float* x, int64_t in, const char* panels, int64_t pane
     }
   };
   int64_t d = 0;
-  for (; d + kDepth <= in; d += kDepth, panels += kLine) {
+  for (; d + kDepth <= in; d += kDepth, panels += kLineBytes) {
     for (int p = 0; p < kPanels; ++p, next += next_step) __builtin_prefetch(next);
     add_line(d, panels, kDepth);
   }
@@ -58,14 +57,14 @@ DF_TARGET void tile(const float* x, int64_t in, const char* panels, int64_t pane
   for (int r = 0; r < kRows; ++r) {
     for (int p = 0; p < kPanels; ++p) {
       for (int v = 0; v < kVectors; ++v) {
-        reinterpret_cast<Vector*>(sums + (r * kPanels + p) * kPanel)[v] = sum[r][p][v];
+        reinterpret_cast<Vector*>(sums + (r * kPanels + p) * kPanelOutputs)[v] = sum[r][p][v];
       }
     }
   }
 }
 
-// How many panels are read side by side: enough sums in flight to cover the latency of a multiply-add, and few enough
-// for the registers.
+// Number of panels that are read side by side: enough sums in flight to cover the latency of a multiply-add, and few
+// enough for the registers.
 constexpr int side_by_side(int rows) {
   const int panels = (rows == 1 ? 8 : rows <= 3 ? 4 : 2) / kVectors;
   return panels > 1 ? panels : 1;
@@ -82,4 +81,4 @@ constexpr Tile kTiles[kMaxRows] = {tile_of<format, 1>(), tile_of<format, 2>(), t
                                    tile_of<format, 4>(), tile_of<format, 5>(), tile_of<format, 6>()};
 
 constexpr Kernels kKernels = {
-    {kTiles<WeightFormat::kFloat32>, kTiles<WeightFormat::kBFloat16>, kTiles<WeightFormat::kInt8>}, widen};
+    {kTiles<WeightFormat::kFloat32>, kTiles<WeightFormat::kBFloat16>, kTiles<WeightFormat::kInt8>}, unpack_int8};

@@ -1,86 +1,80 @@
-// pack_linear, packed_linear: checks, outputs, and the choice of a backend.
+// pack_linear, packed_linear: checks and outputs.
 #include "packed_linear/packed_linear.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "common/checks.h"
+
 namespace dalle_fast {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-WeightFormat format_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return WeightFormat::kFloat32;
-    case ScalarType::BFloat16:
-      return WeightFormat::kBFloat16;
-    case ScalarType::Char:
-      return WeightFormat::kInt8;
-    default:
-      STD_TORCH_CHECK(false, "format: expected float32, bfloat16 or int8, got ", torch::headeronly::toString(dtype));
-  }
+WeightFormat checked_format(ScalarType dtype, const char* name) {
+  check_dtype(dtype, name, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Char});
+  return dtype == ScalarType::Float      ? WeightFormat::kFloat32
+         : dtype == ScalarType::BFloat16 ? WeightFormat::kBFloat16
+                                         : WeightFormat::kInt8;
 }
 
-int64_t element_size(WeightFormat format) { return kLine / (kPanel * line_depth(format)); }
-
-void check(const Tensor& x, const char* name, ScalarType dtype) {
-  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == dtype, name, ": expected contiguous ",
-                  torch::headeronly::toString(dtype), " on the CPU, got ",
-                  torch::headeronly::toString(x.scalar_type()));
-}
-
-void check(const Tensor& x, const char* name, ScalarType dtype, int64_t numel) {
-  check(x, name, dtype);
-  STD_TORCH_CHECK(x.numel() == numel, name, ": expected ", numel, " elements, got ", x.numel());
+// The panels of a weight [out, in]: [panels, lines of a panel, weights of a line].
+std::vector<int64_t> panel_sizes(int64_t out, int64_t in, WeightFormat format) {
+  return {divide_up(out, kPanelOutputs), divide_up(in, line_depth(format)), line_depth(format) * kPanelOutputs};
 }
 
 std::tuple<Tensor, Tensor> pack_linear(const Tensor& weight, ScalarType dtype) {
-  const WeightFormat format = format_of(dtype);
-  check(weight, "weight", ScalarType::Float);
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.numel() > 0, "weight: expected a non-empty [out, in]");
+  const WeightFormat format = checked_format(dtype, "dtype");
+  check_rank(weight, "weight", 2, "[out, in]");
+  check_contiguous(weight, "weight", ScalarType::Float, weight.sizes(), weight);
   const int64_t out = weight.size(0), in = weight.size(1);
-  Tensor panels = torch::stable::new_empty(
-      weight, {divide_up(out, kPanel), divide_up(in, line_depth(format)), kLine / element_size(format)}, dtype);
+  Tensor panels = torch::stable::new_empty(weight, panel_sizes(out, in, format), dtype);
   Tensor scales = torch::stable::new_empty(weight, {format == WeightFormat::kInt8 ? out : 0});
-  pack_linear_cpu({in, out, static_cast<const float*>(weight.const_data_ptr()), format, panels.mutable_data_ptr(),
-                   static_cast<float*>(scales.mutable_data_ptr())});
+  PackLinear params;
+  params.in_features = in;
+  params.out_features = out;
+  params.weight = input<float>(weight);
+  params.format = format;
+  params.panels = panels.mutable_data_ptr();
+  params.scales = output<float>(scales);
+  pack_linear_cpu(params);
   return {panels, scales};
 }
 
-// Without a call through torch's dispatcher where nothing is to be done: that costs as much as all of the checks.
+// contiguous() only where needed: a call through torch's dispatcher costs as much as all of the checks.
 Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 Tensor packed_linear(const Tensor& x, const Tensor& panels, const Tensor& scales, const std::optional<Tensor>& bias,
                      int64_t out_features) {
-  const Tensor rows = dense(x);
-  check(rows, "x", ScalarType::Float);
-  STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0, "x: expected [..., in]");
-  STD_TORCH_CHECK(out_features > 0, "out_features: expected at least 1, got ", out_features);
+  STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0, "x: expected [..., in], got ", list_of(x.sizes()));
+  STD_TORCH_CHECK(out_features > 0, "out_features: expected 1 or more, got ", out_features);
   const int64_t in = x.size(-1);
-  const WeightFormat format = format_of(panels.scalar_type());
-  check(panels, "panels", panels.scalar_type(),
-        divide_up(out_features, kPanel) * divide_up(in, line_depth(format)) * kLine / element_size(format));
-  check(scales, "scales", ScalarType::Float, format == WeightFormat::kInt8 ? out_features : 0);
+  const WeightFormat format = checked_format(panels.scalar_type(), "panels");
+  const Tensor rows = dense(x);
+  check(rows, "x", ScalarType::Float, x.sizes(), panels);
+  check_contiguous(panels, "panels", panels.scalar_type(), panel_sizes(out_features, in, format), panels);
+  check_contiguous(scales, "scales", ScalarType::Float, {format == WeightFormat::kInt8 ? out_features : 0}, panels);
   std::optional<Tensor> addend;
   if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1, "bias: expected [out]");
+    check(*bias, "bias", ScalarType::Float, {out_features}, panels);
     addend = dense(*bias);
-    check(*addend, "bias", ScalarType::Float, out_features);
   }
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = out_features;
   Tensor out = torch::stable::new_empty(x, sizes);
-  packed_linear_cpu({x.numel() / in, in, out_features, static_cast<const float*>(rows.const_data_ptr()), format,
-                     panels.const_data_ptr(), static_cast<const float*>(scales.const_data_ptr()),
-                     addend ? static_cast<const float*>(addend->const_data_ptr()) : nullptr,
-                     static_cast<float*>(out.mutable_data_ptr())});
+  PackedLinear params;
+  params.rows = x.numel() / in;
+  params.in_features = in;
+  params.out_features = out_features;
+  params.x = input<float>(rows);
+  params.format = format;
+  params.panels = panels.const_data_ptr();
+  params.scales = input<float>(scales);
+  params.bias = input<float>(addend);
+  params.out = output<float>(out);
+  packed_linear_cpu(params);
   return out;
 }
 

@@ -1,8 +1,8 @@
 // Linear layers on a few rows, with packed weights: parameters of the kernels, without torch.
 //
-// Weights [out, in] are packed into panels of kPanel outputs, and a panel into lines of one cache line each: kPanel
-// outputs of float32, two consecutive inputs of kPanel outputs of bfloat16, or four of int8. What is missing at the end
-// of the last panel or line is zero.
+// Weights [out, in] are packed into panels of kPanelOutputs outputs, and a panel into lines of one cache line each:
+// kPanelOutputs outputs of float32, two consecutive inputs of kPanelOutputs outputs of bfloat16, or four of int8. The
+// ends of the last panel and of the last lines are zeros.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@ namespace dalle_fast {
 
 enum class WeightFormat { kFloat32, kBFloat16, kInt8 };
 
-constexpr int64_t kPanel = 16;  // outputs
-constexpr int64_t kLine = 64;   // bytes
+constexpr int64_t kPanelOutputs = 16;
+constexpr int64_t kLineBytes = 64;
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -25,7 +25,7 @@ struct PackLinear {
   int64_t in_features, out_features;
   const float* weight;  // [out, in]
   WeightFormat format;
-  void* panels;   // [panels, lines, kLine] bytes
+  void* panels;   // [panels, lines, kLineBytes] bytes
   float* scales;  // [out], int8 only: weight = scale * stored
 };
 

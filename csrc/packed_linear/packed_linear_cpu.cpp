@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/convert.h"
+#include "common/format.h"
 #include "cpu/simd.h"
 #include "packed_linear/packed_linear.h"
 
@@ -20,7 +20,7 @@ using torch::stable::parallel_for;
 constexpr int64_t kGrain = 65536;  // weights worth a thread
 constexpr int kMaxRows = 6;        // of a tile
 constexpr int kMaxPanels = 8;
-constexpr int64_t kMinGroupsToWiden = 3;
+constexpr int64_t kFewestGroupsToUnpack = 3;
 
 // The product of a fixed number of rows with several panels, and with one.
 struct Tile {
@@ -30,45 +30,14 @@ struct Tile {
   Run several, single;
 };
 
-// What an instruction set has.
+// The kernels of an instruction set.
 struct Kernels {
-  const Tile* tiles[3];  // by format; then by rows, from 1
-  void (*widen)(const char* panel, int64_t lines, char* wide);
+  const Tile* tiles[3];                                               // by format; then by rows, from 1
+  void (*unpack_int8)(const char* panel, int64_t lines, char* wide);  // a panel of int8 as one of float32
 };
 
-namespace portable {
-#define DF_TARGET
-#define DF_LANES 4
-#include "packed_linear/cpu_tile.h"
-#undef DF_TARGET
-#undef DF_LANES
-}  // namespace portable
-
-#ifdef DF_X86
-namespace avx2 {
-#define DF_TARGET DF_AVX2
-#define DF_LANES 8
-#include "packed_linear/cpu_tile.h"
-#undef DF_TARGET
-#undef DF_LANES
-}  // namespace avx2
-
-namespace avx512 {
-#define DF_TARGET DF_AVX512
-#define DF_LANES 16
-#include "packed_linear/cpu_tile.h"
-#undef DF_TARGET
-#undef DF_LANES
-}  // namespace avx512
-#endif
-
-const Kernels& kernels() {
-#ifdef DF_X86
-  if (simd_level() == Simd::kAvx512) return avx512::kKernels;
-  if (simd_level() == Simd::kAvx2) return avx2::kKernels;
-#endif
-  return portable::kKernels;
-}
+#define DF_EACH_SIMD "packed_linear/cpu_tile.h"
+#include "cpu/each_simd.h"
 
 int64_t lines_of(int64_t in_features, WeightFormat format) { return divide_up(in_features, line_depth(format)); }
 
@@ -86,25 +55,26 @@ void store(const PackedLinear& p, const float* sums, int64_t sums_row, int64_t r
 }
 
 void multiply_panels(const PackedLinear& p, int64_t begin, int64_t end) {
-  const int64_t panel_bytes = lines_of(p.in_features, p.format) * kLine;
+  const Kernels& kernels = DF_BEST(kKernels);
+  const int64_t panel_bytes = lines_of(p.in_features, p.format) * kLineBytes;
   const int64_t groups = divide_up(p.rows, kMaxRows);  // of rows, of nearly equal size
-  const bool widen = p.format == WeightFormat::kInt8 && groups >= kMinGroupsToWiden;
-  const WeightFormat format = widen ? WeightFormat::kFloat32 : p.format;
-  const Tile* tiles = kernels().tiles[static_cast<int>(format)];
-  const int64_t tile_bytes = lines_of(p.in_features, format) * kLine;
+  const bool unpack = p.format == WeightFormat::kInt8 && groups >= kFewestGroupsToUnpack;
+  const WeightFormat format = unpack ? WeightFormat::kFloat32 : p.format;
+  const Tile* tiles = kernels.tiles[static_cast<int>(format)];
+  const int64_t tile_bytes = lines_of(p.in_features, format) * kLineBytes;
   const int64_t step = tiles[divide_up(p.rows, groups) - 1].panels;
-  const int64_t wide_bytes = widen ? lines_of(p.in_features, p.format) * line_depth(p.format) * kLine : 0;
+  const int64_t wide_bytes = unpack ? lines_of(p.in_features, p.format) * line_depth(p.format) * kLineBytes : 0;
   std::vector<char> wide(step * wide_bytes);
-  alignas(kLine) float sums[kMaxRows * kMaxPanels * kPanel];
+  alignas(kLineBytes) float sums[kMaxRows * kMaxPanels * kPanelOutputs];
   for (int64_t panel = begin; panel < end; panel += step) {
     const int64_t count = std::min(step, end - panel);
     const char* panels = static_cast<const char*>(p.panels) + panel * panel_bytes;
     // The next panels, a share of them with each group of rows.
     const char* next = panels + (panel + 2 * step <= end ? step * panel_bytes : 0);
-    const int64_t next_step = panel_bytes * kLine / (tile_bytes * groups);
-    if (widen) {
+    const int64_t next_step = panel_bytes * kLineBytes / (tile_bytes * groups);
+    if (unpack) {
       for (int64_t i = 0; i < count; ++i) {
-        kernels().widen(panels + i * panel_bytes, panel_bytes / kLine, wide.data() + i * wide_bytes);
+        kernels.unpack_int8(panels + i * panel_bytes, panel_bytes / kLineBytes, wide.data() + i * wide_bytes);
       }
       panels = wide.data();
     }
@@ -113,14 +83,14 @@ void multiply_panels(const PackedLinear& p, int64_t begin, int64_t end) {
       const Tile& tile = tiles[rows - 1];
       const float* x = p.x + row * p.in_features;
       const char* share = next + count * panel_bytes * group / groups;
-      const int64_t stride = widen ? wide_bytes : panel_bytes;
+      const int64_t stride = unpack ? wide_bytes : panel_bytes;
       if (count == tile.panels) {
         tile.several(x, p.in_features, panels, stride, share, next_step, sums);
-        store(p, sums, count * kPanel, row, rows, panel * kPanel);
+        store(p, sums, count * kPanelOutputs, row, rows, panel * kPanelOutputs);
       } else {
         for (int64_t i = 0; i < count; ++i) {
           tile.single(x, p.in_features, panels + i * stride, stride, share, next_step, sums);
-          store(p, sums, kPanel, row, rows, (panel + i) * kPanel);
+          store(p, sums, kPanelOutputs, row, rows, (panel + i) * kPanelOutputs);
         }
       }
     }
@@ -128,23 +98,23 @@ void multiply_panels(const PackedLinear& p, int64_t begin, int64_t end) {
 }
 
 void pack_panel(const PackLinear& p, int64_t panel) {
-  const int64_t depth = line_depth(p.format), bytes = lines_of(p.in_features, p.format) * kLine;
+  const int64_t depth = line_depth(p.format), bytes = lines_of(p.in_features, p.format) * kLineBytes;
   char* data = static_cast<char*>(p.panels) + panel * bytes;
   std::fill_n(data, bytes, 0);
-  for (int64_t j = 0; j < std::min(kPanel, p.out_features - panel * kPanel); ++j) {
-    const float* row = p.weight + (panel * kPanel + j) * p.in_features;
+  for (int64_t j = 0; j < std::min(kPanelOutputs, p.out_features - panel * kPanelOutputs); ++j) {
+    const float* row = p.weight + (panel * kPanelOutputs + j) * p.in_features;
     float scale = 0;
     if (p.format == WeightFormat::kInt8) {
       for (int64_t d = 0; d < p.in_features; ++d) scale = std::max(scale, std::fabs(row[d]));
       scale /= 127;
-      p.scales[panel * kPanel + j] = scale;
+      p.scales[panel * kPanelOutputs + j] = scale;
     }
     for (int64_t d = 0; d < p.in_features; ++d) {
-      const int64_t i = (d / depth * kPanel + j) * depth + d % depth;
+      const int64_t i = (d / depth * kPanelOutputs + j) * depth + d % depth;
       if (p.format == WeightFormat::kFloat32) {
         reinterpret_cast<float*>(data)[i] = row[d];
       } else if (p.format == WeightFormat::kBFloat16) {
-        reinterpret_cast<uint16_t*>(data)[i] = store_bfloat16(row[d]);
+        reinterpret_cast<BFloat16*>(data)[i] = narrow<BFloat16>(row[d]);
       } else if (scale > 0) {
         const float steps = std::nearbyint(row[d] / scale);
         reinterpret_cast<int8_t*>(data)[i] = static_cast<int8_t>(std::min(127.0f, std::max(-127.0f, steps)));
@@ -156,15 +126,15 @@ void pack_panel(const PackLinear& p, int64_t panel) {
 }  // namespace
 
 void pack_linear_cpu(const PackLinear& params) {
-  parallel_for(0, divide_up(params.out_features, kPanel), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, divide_up(params.out_features, kPanelOutputs), 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) pack_panel(params, panel);
   });
 }
 
 void packed_linear_cpu(const PackedLinear& params) {
   if (params.rows == 0) return;
-  const int64_t grain = divide_up(kGrain, params.in_features * kPanel);
-  parallel_for(0, divide_up(params.out_features, kPanel), grain,
+  const int64_t grain = divide_up(kGrain, params.in_features * kPanelOutputs);
+  parallel_for(0, divide_up(params.out_features, kPanelOutputs), grain,
                [&](int64_t begin, int64_t end) { multiply_panels(params, begin, end); });
 }
 

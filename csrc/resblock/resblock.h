@@ -30,20 +30,20 @@ template <typename T>
 struct ResidualLayerNormBackward {
   int64_t rows, width;
   const T* grad_total;      // null: zeros
-  const void* grad_normed;  // times scale_in
+  const void* grad_normed;  // scaled by scale_in
   Format normed_format;
   const float *scale_in, *scale_out;  // one element each; null: 1
   int32_t* nonfinite;  // one element, set to 1 if grad_normed holds Inf or NaN, which count as 0; null: as they are
   const T *total, *weight, *mean, *rstd;
   T* grad_x;
-  void* grad_branch;  // grad_x times scale_out in the branch's format; null if that is grad_x itself
+  void* grad_branch;  // grad_x scaled by scale_out, in the branch's format; null if that is grad_x itself
   Format branch_format;
   T *grad_weight, *grad_bias;  // [width], overwritten
   T* partials;                 // [partial_count, 2, width], scratch of the CUDA kernel
   int partial_count;
 };
 
-// n elements, either of them float32: times the scale, or divided by it, with Inf and NaN taken for 0.
+// n elements, multiplied by the scale, or divided by it with Inf and NaN as 0. One of the formats is float32.
 struct GradientScaling {
   int64_t n;
   const void* in;

@@ -1,7 +1,7 @@
 // One thread takes whole rows: a row is read from memory once and stays in the cache for the two passes of its mean and
 // variance. The gradients of weight and bias are sums over rows: each of a fixed number of row blocks writes its own
-// partial sum, and the partials are added in order, so that the result does not depend on the number of threads. What
-// is Inf or NaN in a scaled gradient becomes 0 before it reaches any sum.
+// partial sum, and the partials are added in order, so that the result does not depend on the number of threads. Inf
+// and NaN in a scaled gradient become 0 before they reach any sum.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -9,7 +9,8 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/convert.h"
+#include "common/format.h"
+#include "cpu/huge_pages.h"
 #include "cpu/simd.h"
 #include "resblock/resblock.h"
 #include "resblock/scale_state.h"
@@ -53,11 +54,11 @@ DF_ALWAYS_INLINE void forward_rows_body(const ResidualLayerNorm<T>& p, int64_t b
     const T* total = x;
     if (p.branch != nullptr) {
       T* out = p.total + row * width;
-      with_element(p.branch_format, [&](auto element) DF_INLINE_LAMBDA {
-        using E = decltype(element);
-        const auto* branch = static_cast<const typename E::Stored*>(p.branch) + row * width;
+      with_format(p.branch_format, [&](auto element) DF_INLINE_LAMBDA {
+        using S = decltype(element);
+        const auto* branch = static_cast<const S*>(p.branch) + row * width;
 #pragma omp simd
-        for (int64_t i = 0; i < width; ++i) out[i] = x[i] + E::load(branch[i]);
+        for (int64_t i = 0; i < width; ++i) out[i] = x[i] + widen(branch[i]);
       });
       total = out;
     }
@@ -65,11 +66,11 @@ DF_ALWAYS_INLINE void forward_rows_body(const ResidualLayerNorm<T>& p, int64_t b
     const T mean = sum_of<T>(width, [&](int64_t i) DF_INLINE_LAMBDA { return total[i]; }) / width;
     const auto square = [&](int64_t i) DF_INLINE_LAMBDA { return (total[i] - mean) * (total[i] - mean); };
     const T rstd = 1 / std::sqrt(sum_of<T>(width, square) / width + static_cast<T>(p.eps));
-    with_element(p.normed_format, [&](auto element) DF_INLINE_LAMBDA {
-      using E = decltype(element);
-      auto* normed = static_cast<typename E::Stored*>(p.normed) + row * width;
+    with_format(p.normed_format, [&](auto element) DF_INLINE_LAMBDA {
+      using S = decltype(element);
+      auto* normed = static_cast<S*>(p.normed) + row * width;
 #pragma omp simd
-      for (int64_t i = 0; i < width; ++i) normed[i] = E::store((total[i] - mean) * rstd * p.weight[i] + p.bias[i]);
+      for (int64_t i = 0; i < width; ++i) normed[i] = narrow<S>((total[i] - mean) * rstd * p.weight[i] + p.bias[i]);
     });
     p.mean[row] = mean;
     p.rstd[row] = rstd;
@@ -84,12 +85,12 @@ void forward_rows(const ResidualLayerNorm<double>& p, int64_t begin, int64_t end
   simd([=]() DF_INLINE_LAMBDA { forward_rows_body(p, begin, end); });
 }
 
-// What a block of rows adds up and works with.
+// Sums and scratch of a block of rows.
 template <typename T>
 struct BlockGradients {
   T *weight, *bias;    // [width], zero at first
   int32_t* nonfinite;  // zero at first
-  T* normal_grad;      // [width], room for a row's gradient before weight and bias
+  T* normal_grad;      // [width], scratch for a row's gradient before weight and bias
   const T* zeros;      // [width]
 };
 
@@ -107,12 +108,12 @@ DF_ALWAYS_INLINE void backward_rows_body(const ResidualLayerNormBackward<T>& p, 
     T* grad_x = p.grad_x + row * width;
     const T mean = p.mean[row], rstd = p.rstd[row];
     T grad_sum = 0, product_sum = 0;
-    with_element(p.normed_format, [&](auto element) DF_INLINE_LAMBDA {
-      using E = decltype(element);
-      const auto* grad_normed = static_cast<const typename E::Stored*>(p.grad_normed) + row * width;
+    with_format(p.normed_format, [&](auto element) DF_INLINE_LAMBDA {
+      using S = decltype(element);
+      const auto* grad_normed = static_cast<const S*>(p.grad_normed) + row * width;
 #pragma omp simd reduction(+ : grad_sum, product_sum) reduction(| : nonfinite)
       for (int64_t i = 0; i < width; ++i) {
-        T value = E::load(grad_normed[i]);
+        T value = widen(grad_normed[i]);
         if constexpr (filter) {
           const bool finite = is_finite(value);
           nonfinite |= finite ? 0 : 1;
@@ -134,11 +135,11 @@ DF_ALWAYS_INLINE void backward_rows_body(const ResidualLayerNormBackward<T>& p, 
       grad_x[i] = grad_total[i] + rstd * (grad[i] - grad_mean - normal * product_mean);
     }
     if (p.grad_branch == nullptr) continue;
-    with_element(p.branch_format, [&](auto element) DF_INLINE_LAMBDA {
-      using E = decltype(element);
-      auto* grad_branch = static_cast<typename E::Stored*>(p.grad_branch) + row * width;
+    with_format(p.branch_format, [&](auto element) DF_INLINE_LAMBDA {
+      using S = decltype(element);
+      auto* grad_branch = static_cast<S*>(p.grad_branch) + row * width;
 #pragma omp simd
-      for (int64_t i = 0; i < width; ++i) grad_branch[i] = E::store(grad_x[i] * scale_out);
+      for (int64_t i = 0; i < width; ++i) grad_branch[i] = narrow<S>(grad_x[i] * scale_out);
     });
   }
   *block.nonfinite |= nonfinite;
@@ -157,13 +158,18 @@ void backward_rows(const ResidualLayerNormBackward<T>& p, int64_t begin, int64_t
 
 template <typename T>
 void residual_layer_norm_cpu(const ResidualLayerNorm<T>& params) {
+  const int64_t n = params.rows * params.width;
+  if (params.branch != nullptr) advise_huge(params.total, n * sizeof(T));
+  advise_huge(params.normed, params.normed_format, n);
   parallel_for(0, params.rows, row_grain(params.width),
                [&](int64_t begin, int64_t end) { forward_rows(params, begin, end); });
 }
 
 template <typename T>
 void residual_layer_norm_backward_cpu(const ResidualLayerNormBackward<T>& params) {
-  const int64_t width = params.width;
+  const int64_t width = params.width, n = params.rows * width;
+  advise_huge(params.grad_x, n * sizeof(T));
+  if (params.grad_branch != nullptr) advise_huge(params.grad_branch, params.branch_format, n);
   const int64_t block_rows = std::max(row_grain(width), (params.rows + kMaxBlocks - 1) / kMaxBlocks);
   const int64_t blocks = (params.rows + block_rows - 1) / block_rows;
   std::vector<T> partials(blocks * 2 * width);  // [blocks, weight and bias, width]
@@ -195,29 +201,31 @@ template void residual_layer_norm_backward_cpu(const ResidualLayerNormBackward<f
 template void residual_layer_norm_backward_cpu(const ResidualLayerNormBackward<double>&);
 
 void scale_gradient_cpu(const GradientScaling& params) {
+  advise_huge(params.out, params.out_format, params.n);
   parallel_for(0, params.n, kGrain, [&](int64_t begin, int64_t end) {
     simd([=, scale = *params.scale]() DF_INLINE_LAMBDA {
-      with_element(params.out_format, [&](auto element) DF_INLINE_LAMBDA {
-        using E = decltype(element);
+      with_format(params.out_format, [&](auto element) DF_INLINE_LAMBDA {
+        using S = decltype(element);
         const auto* in = static_cast<const float*>(params.in);
-        auto* out = static_cast<typename E::Stored*>(params.out);
+        auto* out = static_cast<S*>(params.out);
 #pragma omp simd
-        for (int64_t i = begin; i < end; ++i) out[i] = E::store(in[i] * scale);
+        for (int64_t i = begin; i < end; ++i) out[i] = narrow<S>(in[i] * scale);
       });
     });
   });
 }
 
 void unscale_gradient_cpu(const GradientScaling& params) {
+  advise_huge(params.out, params.out_format, params.n);
   parallel_for(0, params.n, kGrain, [&](int64_t begin, int64_t end) {
     simd([=, scale = *params.scale]() DF_INLINE_LAMBDA {
-      with_element(params.in_format, [&](auto element) DF_INLINE_LAMBDA {
-        using E = decltype(element);
-        const auto* in = static_cast<const typename E::Stored*>(params.in);
+      with_format(params.in_format, [&](auto element) DF_INLINE_LAMBDA {
+        using S = decltype(element);
+        const auto* in = static_cast<const S*>(params.in);
         auto* out = static_cast<float*>(params.out);
 #pragma omp simd
         for (int64_t i = begin; i < end; ++i) {
-          const float x = E::load(in[i]);
+          const float x = widen(in[i]);
           out[i] = (is_finite(x) ? x : 0.0f) / scale;
         }
       });

@@ -1,4 +1,4 @@
-// The gradient scale of a resblock from one update to the next (section 2.4, appendix D).
+// The gradient scale of a resblock from one step to the next (section 2.4, appendix D).
 #pragma once
 
 #include <cstdint>
@@ -7,15 +7,15 @@
 
 namespace dalle_fast {
 
-constexpr float kScaleGrowth = 1.0006933874625807f;   // 2^(1/1000): after an update without Inf and NaN
-constexpr float kScaleBackOff = 1.4142135623730951f;  // sqrt(2): divided by after one with them, but
-constexpr int32_t kScaleWindow = 125;                 // updates lie between two divisions at least
+constexpr float kScaleGrowth = 1.0006933874625807f;   // 2^(1/1000), factor after a step without Inf and NaN
+constexpr float kScaleBackOff = 1.4142135623730951f;  // sqrt(2), divisor after a step with them
+constexpr int32_t kScaleWindow = 125;                 // fewest steps between two divisions
 constexpr float kSmallestScale = 128.0f;              // 2^7, for each data-parallel replica
 constexpr float kLargestScale = 16777216.0f;          // 2^24, likewise
 
 struct ScaleState {
   float scale;
-  int32_t since_division;  // updates, skipped ones included; kScaleWindow stands for all that are longer ago
+  int32_t since_division;  // steps, skipped ones included; kScaleWindow also stands for longer
 };
 
 DF_HOST_DEVICE inline ScaleState next_scale(ScaleState state, bool nonfinite, float replicas) {

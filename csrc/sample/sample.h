@@ -1,4 +1,4 @@
-// One draw a row from logits: parameters of the kernels, without torch.
+// One sample per row of logits: parameters of the kernels, without torch.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ struct Sample {
   const void* logits;           // [rows, codes]
   Format format;                // float32, bfloat16 or float16
   int64_t row_stride;           // in elements; codes lie side by side
-  const int64_t *seed, *first;  // where the kernel runs, so that no step waits for them
+  const int64_t *seed, *first;  // on the device of the kernel, so that no step waits for them
   double temperature;
   int64_t top_k;  // codes or more: no limit
   double top_p;   // 1 or more: no limit

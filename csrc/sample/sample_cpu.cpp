@@ -13,8 +13,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/format.h"
 #include "common/rng.h"
-#include "cpu/convert.h"
 #include "cpu/noise.h"
 #include "cpu/simd.h"
 #include "cpu/vec_math.h"
@@ -23,15 +23,15 @@
 namespace dalle_fast {
 namespace {
 
-constexpr int64_t kChunk = 512;
+constexpr int64_t kChunkCodes = 512;  // scored together
 constexpr float kDropped = -std::numeric_limits<float>::infinity();
 // More than twice the error of a float32 score within reach of the largest, at most 20 away from it: 1e-5.
 constexpr float kMargin = 0x1p-14f;
 
-template <typename E>
-void widen(const typename E::Stored* logits, int64_t n, float* row) {
+template <typename S>
+void widen_row(const S* logits, int64_t n, float* row) {
   simd([=]() DF_INLINE_LAMBDA {
-    for (int64_t i = 0; i < n; ++i) row[i] = E::load(logits[i]);
+    for (int64_t i = 0; i < n; ++i) row[i] = widen(logits[i]);
   });
 }
 
@@ -88,7 +88,7 @@ void keep_top_k(float* row, int64_t n, float max, int64_t k) {
 }
 
 // exp(x) for x <= 0 in units of 2^-30, so that sums of weights are exact; 1e-14 before rounding.
-DF_ALWAYS_INLINE int32_t weight(double x) {
+DF_ALWAYS_INLINE int32_t scaled_exp(double x) {
   constexpr double kRound = 0x1.8p52;  // adding it rounds to an integer, kept in the low bits
   const double clamped = x < -40.0 ? -40.0 : x;
   const double shifted = clamped * 1.4426950408889634 + kRound;
@@ -118,7 +118,7 @@ void keep_top_p(float* row, int64_t n, float max, double temperature, double p, 
   const int64_t total = simd([=]() DF_INLINE_LAMBDA {
     int64_t sum = 0;
     for (int64_t i = 0; i < n; ++i) {
-      weights[i] = weight((static_cast<double>(row[i]) - max) / temperature);
+      weights[i] = scaled_exp((static_cast<double>(row[i]) - max) / temperature);
       sum += weights[i];
     }
     return sum;
@@ -163,12 +163,12 @@ double exact_noise(uint64_t seed, int64_t element) {
 template <typename LogitAt>
 int64_t draw(const Sample& s, uint64_t seed, int64_t first, float* row, float max, LogitAt logit_at) {
   const auto inverse = static_cast<float>(std::clamp<double>(1 / s.temperature, FLT_MIN, FLT_MAX));
-  alignas(64) float noise[kChunk];
+  alignas(64) float noise[kChunkCodes];
   float best = std::numeric_limits<float>::lowest();  // above what was dropped
   double best_exact = -std::numeric_limits<double>::infinity();
   int64_t code = -1;
-  for (int64_t begin = 0; begin < s.codes; begin += kChunk) {
-    const int64_t count = std::min(kChunk, s.codes - begin);
+  for (int64_t begin = 0; begin < s.codes; begin += kChunkCodes) {
+    const int64_t count = std::min(kChunkCodes, s.codes - begin);
     float* scores = row + begin;
     gumbel_noise_cpu(seed, first + begin, count, noise);
     const float chunk_best = add_noise(scores, noise, count, max, inverse);
@@ -184,35 +184,36 @@ int64_t draw(const Sample& s, uint64_t seed, int64_t first, float* row, float ma
   return code;
 }
 
-template <typename E>
+template <typename S>
 int64_t sample_row(const Sample& s, int64_t index, float* row, int32_t* weights) {
   const int64_t n = s.codes;
-  const auto* logits = static_cast<const typename E::Stored*>(s.logits) + index * s.row_stride;
-  widen<E>(logits, n, row);
+  const auto* logits = static_cast<const S*>(s.logits) + index * s.row_stride;
+  widen_row(logits, n, row);
   const float max = largest(row, n);
   if (!std::isfinite(max)) return -1;
   if (s.top_k < n) keep_top_k(row, n, max, s.top_k);
   if (s.top_p < 1) keep_top_p(row, n, max, s.temperature, s.top_p, weights);
   const auto seed = static_cast<uint64_t>(*s.seed);
   const int64_t first = *s.first + index * s.pitch;
-  return draw(s, seed, first, row, max, [=](int64_t i) { return E::load(logits[i]); });
+  return draw(s, seed, first, row, max, [=](int64_t i) { return widen(logits[i]); });
 }
 
-template <typename E>
+template <typename S>
 void sample_rows(const Sample& params) {
   torch::stable::parallel_for(0, params.rows, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> row(params.codes);
     std::vector<int32_t> weights(params.top_p < 1 ? params.codes : 0);
-    for (int64_t i = begin; i < end; ++i) params.out[i] = sample_row<E>(params, i, row.data(), weights.data());
+    for (int64_t i = begin; i < end; ++i) params.out[i] = sample_row<S>(params, i, row.data(), weights.data());
   });
 }
 
 }  // namespace
 
 void sample_cpu(const Sample& params) {
-  if (params.format == Format::kBFloat16) return sample_rows<Element<Format::kBFloat16>>(params);
-  if (params.format == Format::kFloat16) return sample_rows<Element<Format::kFloat16>>(params);
-  sample_rows<Element<Format::kFloat32>>(params);
+  with_format(params.format, [&](auto element) {
+    using S = decltype(element);
+    if constexpr (!std::is_same_v<S, double>) sample_rows<S>(params);  // sample.cpp refuses float64
+  });
 }
 
 }  // namespace dalle_fast

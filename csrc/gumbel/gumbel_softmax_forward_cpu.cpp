@@ -10,7 +10,7 @@
 #include <cmath>
 #include <memory>
 
-#include "common/huge_pages.h"
+#include "cpu/huge_pages.h"
 #include "cpu/simd.h"
 #include "cpu/vec_math.h"
 #include "gumbel/cpu_passes.h"
@@ -18,11 +18,14 @@
 #include "gumbel/gumbel.h"
 
 namespace dalle_fast {
+
+using namespace gumbel;
+
 namespace {
 
 using torch::stable::parallel_for;
 
-constexpr int64_t kMerge = 64;  // pixels merged together
+constexpr int64_t kMergePixels = 64;  // pixels merged together
 
 template <typename T>
 class Sums {
@@ -53,12 +56,12 @@ class Sums {
   std::unique_ptr<int32_t[]> codes_;
 };
 
-// The sums of all chunks, for kMerge pixels.
+// The sums of all chunks, for kMergePixels pixels.
 template <typename T>
 struct Merged {
-  T best[kMerge], plain_max[kMerge];
-  int32_t code[kMerge];
-  double noisy_sum[kMerge], plain_sum[kMerge], plain_weighted[kMerge];
+  T best[kMergePixels], plain_max[kMergePixels];
+  int32_t code[kMergePixels];
+  double noisy_sum[kMergePixels], plain_sum[kMergePixels], plain_weighted[kMergePixels];
 };
 
 template <typename T>
@@ -86,15 +89,15 @@ DF_ALWAYS_INLINE void merge_sums_body(PixelSums<T> part, int64_t pixels, T inver
   }
 }
 
-// Step 2 for up to kMerge pixels of an image; leaves each chunk's factor in its `best`.
+// Step 2 for up to kMergePixels pixels of an image; leaves each chunk's factor in its `best`.
 template <typename S, typename T = Arithmetic<S>>
 void merge(const GumbelForward<S>& params, const Sums<T>& sums, int64_t image, int64_t pixel, int64_t pixels) {
   const GumbelShape& s = params.shape;
   const int64_t chunks = chunk_count(s);
   const T inverse_tau = static_cast<T>(1 / s.tau);
   Merged<T> merged{};
-  std::fill_n(merged.best, kMerge, std::numeric_limits<T>::lowest());
-  std::fill_n(merged.plain_max, kMerge, std::numeric_limits<T>::lowest());
+  std::fill_n(merged.best, kMergePixels, std::numeric_limits<T>::lowest());
+  std::fill_n(merged.plain_max, kMergePixels, std::numeric_limits<T>::lowest());
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     simd([=, part = sums.at(image, chunk, pixel), into = &merged]()
              DF_INLINE_LAMBDA { merge_max_body<T>(part, pixels, into); });
@@ -142,12 +145,12 @@ void gumbel_softmax_forward_cpu(const GumbelForward<S>& params) {
   advise_huge(params.y, s.batch * s.codes * s.pixels * sizeof(S));
 
   for_each_tile(s, [&](GumbelTile t) {
-    alignas(64) T logits_buffer[kArea], noisy[kArea];
+    alignas(64) T logits_buffer[kTileArea], noisy[kTileArea];
     const int64_t at = t.offset(s, strides);
     const PixelSums<T> part = sums.at(t.image, t.chunk, t.pixel);
     const bool keep = kExact && !params.hard;
-    const Rows<const T> logits = read_tile(params.logits + at, strides, t.codes, t.pixels, logits_buffer);
-    const Rows<T> y = keep ? tile_to_write(params.y + at, strides, noisy) : Rows<T>{noisy, kPitch};
+    const TileRows<const T> logits = read_tile(params.logits + at, strides, t.codes, t.pixels, logits_buffer);
+    const TileRows<T> y = keep ? tile_to_write(params.y + at, strides, noisy) : TileRows<T>{noisy, kTilePitch};
     part.start(t.pixels, t.code);
     maxima_tile(s, t, logits, noisy, part);
     exp_tile(s, t, logits, noisy, y, part);
@@ -155,11 +158,11 @@ void gumbel_softmax_forward_cpu(const GumbelForward<S>& params) {
     if (keep) write_tile(y, params.y + at, strides, t.codes, t.pixels);
   });
 
-  const int64_t merges = (s.pixels + kMerge - 1) / kMerge;
+  const int64_t merges = (s.pixels + kMergePixels - 1) / kMergePixels;
   parallel_for(0, s.batch * merges, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t pixel = i % merges * kMerge;
-      merge(params, sums, i / merges, pixel, std::min(kMerge, s.pixels - pixel));
+      const int64_t pixel = i % merges * kMergePixels;
+      merge(params, sums, i / merges, pixel, std::min(kMergePixels, s.pixels - pixel));
     }
   });
   sum_kl(s, params.stats, params.kl);
@@ -179,10 +182,10 @@ void gumbel_softmax_forward_cpu(const GumbelForward<S>& params) {
     });
   } else {
     for_each_tile_backwards(s, [&](GumbelTile t) {
-      alignas(64) T logits_buffer[kArea], y_buffer[kArea];
+      alignas(64) T logits_buffer[kTileArea], y_buffer[kTileArea];
       const int64_t at = t.offset(s, strides);
-      const Rows<const T> logits = read_tile(params.logits + at, strides, t.codes, t.pixels, logits_buffer);
-      const Rows<T> y{y_buffer, kPitch};
+      const TileRows<const T> logits = read_tile(params.logits + at, strides, t.codes, t.pixels, logits_buffer);
+      const TileRows<T> y{y_buffer, kTilePitch};
       soft_tile(s, t, logits, params.stats, y);
       write_tile(y, params.y + at, strides, t.codes, t.pixels);
     });
