@@ -5,24 +5,11 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/device.h"
+#include "cuda/intrinsics.h"
 
 namespace dalle_fast {
 
 constexpr int kStrip = 16, kBlock = 32;  // rows and columns
-
-// Scores are in units of log 2: the hardware's exponential is that of 2.
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
-
-DF_DEVICE float exp2_approximate(float x) {
-#ifdef DALLE_FAST_CUDA_ON_CPU
-  return exp2f(x);
-#else
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#endif
-}
 
 // Which pairs of a strip, the rows, and a block, the columns, see each other.
 class StripMask {
@@ -76,6 +63,7 @@ class StripMask {
 };
 
 // The online softmax of a strip of queries: of rows g and g + 8 the largest score and the sum of the lane's weights.
+// Scores are in units of log 2: the hardware's exponential is that of 2.
 struct StripSoftmax {
   float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
 

@@ -17,7 +17,7 @@ struct alignas(kQuad * sizeof(T) < 16 ? kQuad * sizeof(T) : 16) Quad {
 DF_DEVICE float log_of(float x) {
   const int exponent = (__float_as_int(x) - 0x3F3504F3) >> 23;  // such that the mantissa lies in [sqrt(1/2), sqrt(2))
   const float mantissa = __int_as_float(__float_as_int(x) - exponent * (1 << 23));
-  return static_cast<float>(exponent) * 0.693147181f + __logf(mantissa);
+  return static_cast<float>(exponent) * kLn2 + __logf(mantissa);
 }
 
 // -log(u) near u = 1 is what makes large noise: that logarithm must be close in its last places.

@@ -10,9 +10,6 @@ namespace dalle_fast {
 // The value of the lane whose number differs in the bits of `bits`; T is any plain struct of 32-bit words.
 template <typename T>
 DF_DEVICE T shuffle_xor(const T& x, int bits) {
-#ifdef DALLE_FAST_CUDA_ON_CPU
-  return warp_gather(x)[cuda_on_cpu::lane() ^ bits];
-#else
   static_assert(sizeof(T) % sizeof(uint32_t) == 0);
   constexpr int kWords = sizeof(T) / sizeof(uint32_t);
   uint32_t words[kWords];
@@ -22,7 +19,6 @@ DF_DEVICE T shuffle_xor(const T& x, int bits) {
   T other;
   memcpy(&other, words, sizeof(T));
   return other;
-#endif
 }
 
 struct Add {

@@ -4,32 +4,15 @@
 
 #include <limits>
 
-#include "cuda/device.h"
 #include "cuda/half.h"
+#include "cuda/intrinsics.h"
 #include "cuda/noise.h"
 #include "gumbel/gumbel.h"
 
 namespace dalle_fast {
 
-// Below 2^-126 they give 0: three instructions less than __expf, two less than __fdividef.
-DF_DEVICE float exp_of(float x) {
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
-  return y;
-#else
-  return __expf(x);
-#endif
-}
-DF_DEVICE float ratio_of(float a, float b) {
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-  return y;
-#else
-  return a / b;
-#endif
-}
+DF_DEVICE float exp_of(float x) { return exp2_approximate(x * kLog2E); }
+DF_DEVICE float ratio_of(float a, float b) { return divide_approximate(a, b); }
 DF_DEVICE double exp_of(double x) { return exp(x); }
 DF_DEVICE double ratio_of(double a, double b) { return a / b; }
 DF_DEVICE double log_of(double x) { return log(x); }

@@ -297,11 +297,8 @@ __global__ void __launch_bounds__(kThreads) sum_kl_kernel(int64_t pixels, const 
 template <typename Kernel, typename Params>
 cudaError_t launch_sweeps(Kernel kernel, const Params& params, int64_t codes, size_t element_bytes,
                           cudaStream_t stream) {
-  int device, shared_bytes;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
+  int shared_bytes;
+  const cudaError_t error = max_shared_bytes(&shared_bytes);
   if (error != cudaSuccess) return error;
   const int64_t code_bytes = kPixels * element_bytes, room = (shared_bytes - kStaticShared) / code_bytes;
   const int64_t kept = codes < room ? codes : room;

@@ -5,6 +5,7 @@
 // The gradients of weight and bias are sums over rows. A thread has the same columns in every row of its block, so it
 // keeps their sums in registers and writes them once, to partials [blocks, 2, width]; a second kernel adds these in
 // order. Rows too wide for registers keep the sums in partials all along.
+#include "cuda/intrinsics.h"
 #include "resblock/cuda_rows.h"
 #include "resblock/resblock.h"
 

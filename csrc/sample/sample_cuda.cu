@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "cuda/half.h"
+#include "cuda/intrinsics.h"
 #include "cuda/noise.h"
 #include "cuda/reduce.h"
 #include "sample/sample.h"
@@ -203,11 +204,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Sample s, bool in_shar
 }  // namespace
 
 cudaError_t launch_sample(const Sample& params, cudaStream_t stream) {
-  int device, most;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
+  int most;
+  const cudaError_t error = max_shared_bytes(&most);
   if (error != cudaSuccess) return error;
   const int64_t wanted = params.codes * (params.top_p < 1 ? 2 : 1) * static_cast<int64_t>(sizeof(int));
   const bool in_shared = wanted <= most - kStaticShared;

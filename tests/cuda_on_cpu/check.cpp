@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cuda/device.h"
+#include "cuda/intrinsics.h"
 #include "cuda/mma.h"
 
 using namespace dalle_fast;
