@@ -14,7 +14,7 @@ constexpr int kEach = 8;    // elements of a thread
 constexpr int kMost = 784;  // tensors of a launch: the arguments of a kernel are 32,764 bytes at most
 
 struct Table {
-  Chunks<kMost, kThreads * kEach> chunks;
+  TensorChunks<kMost, kThreads * kEach> chunks;
   float* param[kMost];
   const float* grad[kMost];
   uint16_t* mean[kMost];

@@ -7,7 +7,7 @@
 namespace dalle_fast {
 
 template <int tensors_at_most, int elements>
-struct Chunks {
+struct TensorChunks {
   static constexpr int kTensors = tensors_at_most;
   static constexpr int kElements = elements;  // of a chunk
   static_assert(elements <= UINT16_MAX);

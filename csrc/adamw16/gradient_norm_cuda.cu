@@ -15,7 +15,7 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kMost = 2048;  // tensors of a launch
 
 struct Table {
-  Chunks<kMost, kNormChunk> chunks;
+  TensorChunks<kMost, kNormChunk> chunks;
   const float* grad[kMost];
 };
 

@@ -9,7 +9,7 @@
 
 namespace dalle_fast {
 
-constexpr int kStrip = 16, kBlock = 32;  // rows and columns
+constexpr int kStripTokens = 16, kBlockTokens = 32;  // rows and columns
 
 // Which pairs of a strip, the rows, and a block, the columns, see each other.
 class StripMask {
@@ -26,11 +26,11 @@ class StripMask {
 
   // A strip of keys: `seen` are those that the query of column `lane` sees.
   DF_DEVICE static StripMask of_keys(uint32_t seen) {
-    constexpr uint32_t kRows = (1u << kStrip) - 1;
+    constexpr uint32_t kRows = (1u << kStripTokens) - 1;
     StripMask mask(seen & kRows, kRows);
     if (mask.all_ || !mask.any) return mask;
     const int g = threadIdx.x % 32 / 4;
-    for (int n = 0; n < kBlock / 8; ++n) {
+    for (int n = 0; n < kBlockTokens / 8; ++n) {
       for (int i = 0; i < 2; ++i) {
         const int column = column_of(n, i);
         const uint32_t keys = __shfl_sync(kAllLanes, seen, column) >> g;
@@ -45,9 +45,9 @@ class StripMask {
   DF_DEVICE static int column_of(int n, int i) { return 8 * n + threadIdx.x % 4 * 2 + i % 2; }
 
   // Replaces x where the pair does not see each other.
-  DF_DEVICE void hide(float (&x)[kBlock / 8][4], float replacement) const {
+  DF_DEVICE void hide(float (&x)[kBlockTokens / 8][4], float replacement) const {
     if (all_) return;
-    for (int n = 0; n < kBlock / 8; ++n) {
+    for (int n = 0; n < kBlockTokens / 8; ++n) {
       for (int i = 0; i < 4; ++i) {
         if ((rows_[i / 2] >> column_of(n, i) & 1) == 0) x[n][i] = replacement;
       }
@@ -69,7 +69,7 @@ struct StripSoftmax {
 
   // Turns scores into weights and scales what was made with earlier ones to fit them.
   template <int kColumns>
-  DF_DEVICE void add(float (&scores)[kBlock / 8][4], float (&out)[kColumns][4]) {
+  DF_DEVICE void add(float (&scores)[kBlockTokens / 8][4], float (&out)[kColumns][4]) {
     float most[2] = {maximum[0], maximum[1]}, shift[2];
     for (const auto& x : scores) {
       for (int i = 0; i < 4; ++i) most[i / 2] = fmaxf(most[i / 2], x[i]);

@@ -8,8 +8,8 @@
 
 #include "attention/cuda_decode_attention.h"
 #include "attention/cuda_stream_mask.h"
+#include "common/format.h"
 #include "cuda/device.h"
-#include "cuda/half.h"
 #include "cuda/reduce.h"
 
 namespace dalle_fast {
@@ -37,7 +37,7 @@ struct HeadRows {
 template <typename T>
 class Query {
  public:
-  using C = Compute<T>;
+  using C = Arithmetic<T>;
 
   // 32 keys that have been scored, in shared memory.
   struct Keys {
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 4) plain_kernel(DecodeAttention
   __syncwarp();
 
   for (int first_channel = 0; first_channel < shape.channels; first_channel += kPiece) {
-    Query<T> q({p.q, candidate, head}, shape.channels, static_cast<Compute<T>>(shape.scale), first_channel,
+    Query<T> q({p.q, candidate, head}, shape.channels, static_cast<Arithmetic<T>>(shape.scale), first_channel,
                shared + warp);
     for (int i = 0; i < mask.ranges(query); ++i) {
       const bool text = i == 0;
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 4) plain_kernel(DecodeAttention
 }  // namespace
 
 cudaError_t launch_plain_decode(const DecodeAttention& params, cudaStream_t stream) {
-  return with_element_type(params.shape.format, [&](auto element) {
+  return with_format(params.shape.format, [&](auto element) {
     const int blocks = (params.shape.batch * params.shape.heads + kWarps - 1) / kWarps;
     return launch(plain_kernel<decltype(element)>, blocks, kWarps * kWarp, 0, stream, params);
   });

@@ -16,8 +16,8 @@ namespace {
 
 constexpr int kStrips = 2, kShares = 4;  // a warp has a strip of the candidates and a share of the text
 constexpr int kWarps = kStrips * kShares, kBlockThreads = kWarps * kWarp;
-constexpr int kCandidates = kStrips * kStrip;  // of a block of threads
-constexpr int kStep = kShares * kBlock;        // keys of the text
+constexpr int kCandidates = kStrips * kStripTokens;  // of a block of threads
+constexpr int kStep = kShares * kBlockTokens;        // keys of the text
 constexpr int kLoads = 8;  // rows of keys, and of values, that a lane requests before it uses the first
 
 // Shared memory: a ring of slots for kStep keys and their values. Later in its place, for every warp and candidate of
@@ -29,7 +29,7 @@ struct Layout {
   static constexpr int kSlots = kChannels <= 64 ? 2 : 1;
   static constexpr int kPitch = kChannels + 8;
   static constexpr size_t kRing = kSlots * 2 * kStep * kChannels * sizeof(T);
-  static constexpr size_t kPartials = kWarps * kStrip * kPitch * sizeof(float);
+  static constexpr size_t kPartials = kWarps * kStripTokens * kPitch * sizeof(float);
   static constexpr size_t kWindow = kRing > kPartials ? kRing : kPartials;
 
   unsigned char* shared;
@@ -37,8 +37,8 @@ struct Layout {
   DF_DEVICE Rows keys(int slot) const { return {reinterpret_cast<T*>(shared) + 2 * slot * kStep * kChannels}; }
   DF_DEVICE Rows values(int slot) const { return {keys(slot).data + kStep * kChannels}; }
   DF_DEVICE float* partial(int candidate, int share) const {
-    const int warp = candidate / kStrip * kShares + share;
-    return reinterpret_cast<float*>(shared) + (warp * kStrip + candidate % kStrip) * kPitch;
+    const int warp = candidate / kStripTokens * kShares + share;
+    return reinterpret_cast<float*>(shared) + (warp * kStripTokens + candidate % kStripTokens) * kPitch;
   }
   DF_DEVICE int* window() const { return reinterpret_cast<int*>(shared + kWindow); }
 };
@@ -103,7 +103,7 @@ struct Running {
     for (float& x : out.x) x *= correction;
   }
   DF_DEVICE void add(float weight, const float* value) {
-    for (int d = 0; d < kChunk; ++d) out.x[d] += weight * value[d];
+    for (int d = 0; d < kChunkChannels; ++d) out.x[d] += weight * value[d];
   }
 };
 
@@ -133,15 +133,15 @@ DF_DEVICE void attend_to_text(const DecodeAttention& p, const Owned& owned, floa
   const auto v = rows_of<const T>(p.text_v, p.shape, owned.prompt, owned.head);
   const int text_len = p.shape.grid.text_len;
   const auto load = [&](int slot, int first) {
-    constexpr int kChunks = kChannels / kChunk, kRows = kBlockThreads / kChunks;  // rows at once
+    constexpr int kChunks = kChannels / kChunkChannels, kRows = kBlockThreads / kChunks;  // rows at once
     static_assert(kStep % kRows == 0);
     const int chunk = threadIdx.x % kChunks;
     if (first < text_len) {
 #pragma unroll
       for (int i = 0; i < kStep / kRows; ++i) {
         const int row = threadIdx.x / kChunks + i * kRows;
-        const bool inside = first + row < text_len && chunk * kChunk < p.shape.channels;
-        const int64_t token = inside ? first + row : 0, channel = inside ? chunk * kChunk : 0;
+        const bool inside = first + row < text_len && chunk * kChunkChannels < p.shape.channels;
+        const int64_t token = inside ? first + row : 0, channel = inside ? chunk * kChunkChannels : 0;
         copy_async<16>(shared.keys(slot).at(row, chunk), k.data + token * k.stride + channel, inside);
         copy_async<16>(shared.values(slot).at(row, chunk), v.data + token * v.stride + channel, inside);
       }
@@ -151,7 +151,7 @@ DF_DEVICE void attend_to_text(const DecodeAttention& p, const Owned& owned, floa
   for (int slot = 0; slot < L::kSlots; ++slot) load(slot, slot * kStep);
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int strip = warp / kShares * kStrip, share = warp % kShares;  // the first candidate of the strip
+  const int strip = warp / kShares * kStripTokens, share = warp % kShares;  // the first candidate of the strip
   const bool idle = owned.first + strip >= owned.end;
   uint32_t queries[kChannels / 16][4];
   load_queries<T, kChannels>(p, owned, owned.first + strip, queries);
@@ -161,14 +161,14 @@ DF_DEVICE void attend_to_text(const DecodeAttention& p, const Owned& owned, floa
   for (int first = 0; first < text_len; first += kStep) {
     wait_copies<L::kSlots - 1>();
     __syncthreads();  // the slot is there
-    const int key = first + share * kBlock;
+    const int key = first + share * kBlockTokens;
     if (!idle && key < text_len) {
       const auto of_share = [&](const typename L::Rows& rows) {
-        return typename L::Rows{rows.data + share * kBlock * kChannels};
+        return typename L::Rows{rows.data + share * kBlockTokens * kChannels};
       };
-      float scores[kBlock / 8][4];
+      float scores[kBlockTokens / 8][4];
       of_share(shared.keys(slot)).score(queries, scores);
-      for (int n = 0; n < kBlock / 8; ++n) {
+      for (int n = 0; n < kBlockTokens / 8; ++n) {
         for (int i = 0; i < 4; ++i) {
           const bool inside = key + StripMask::column_of(n, i) < text_len;
           scores[n][i] = inside ? scores[n][i] * to_log2 : -INFINITY;
@@ -199,10 +199,10 @@ DF_DEVICE void attend_to_text(const DecodeAttention& p, const Owned& owned, floa
 template <typename T, int kChannels>
 DF_DEVICE void attend_to_image(const DecodeAttention& p, const Owned& owned, int candidate, int new_slot, int seen,
                                float to_log2, const Layout<T, kChannels>& shared) {
-  constexpr int kChunks = kChannels / kChunk, kGroups = kWarp / kChunks;
+  constexpr int kChunks = kChannels / kChunkChannels, kGroups = kWarp / kChunks;
   const int lane = threadIdx.x % kWarp, chunk = lane % kChunks, group = lane / kChunks;
-  const bool inside = chunk * kChunk < p.shape.channels;
-  const int channel = inside ? chunk * kChunk : 0;
+  const bool inside = chunk * kChunkChannels < p.shape.channels;
+  const int channel = inside ? chunk * kChunkChannels : 0;
   const auto row_of = [&](const View& view) { return rows_of<T>(view, p.shape, candidate, owned.head).data + channel; };
   const auto load = [](const T* row, bool wanted) {
     return wanted ? *reinterpret_cast<const uint4*>(row) : make_uint4(0, 0, 0, 0);
@@ -265,7 +265,7 @@ DF_DEVICE void attend_to_image(const DecodeAttention& p, const Owned& owned, int
   for (const float* part : text) {
     const float weight = exp2_approximate(part[kChannels + 1] - most);
     softmax.total += weight * part[kChannels];
-    softmax.add(weight, part + chunk * kChunk);
+    softmax.add(weight, part + chunk * kChunkChannels);
   }
   if (writes) *reinterpret_cast<uint4*>(row_of(p.out)) = softmax.out.bits(1.0f / softmax.total);
 }

@@ -8,8 +8,8 @@
 
 #include "attention/cuda_sparse_attention.h"
 #include "attention/cuda_stream_mask.h"
+#include "common/format.h"
 #include "cuda/device.h"
-#include "cuda/half.h"
 #include "cuda/reduce.h"
 
 namespace dalle_fast {
@@ -73,7 +73,7 @@ struct Part {
   }
 
   template <typename T>
-  DF_DEVICE void store(const Compute<T> (&x)[kOwned], Compute<T> scale, const Head<T>& to) const {
+  DF_DEVICE void store(const Arithmetic<T> (&x)[kOwned], Arithmetic<T> scale, const Head<T>& to) const {
     const Row<T> out = to[token];
     for_each_channel([&](int d, int j) { out.data[d * out.stride] = narrow<T>(x[j] * scale); });
   }
@@ -83,7 +83,7 @@ struct Part {
 template <typename T>
 class Group {
  public:
-  using C = Compute<T>;
+  using C = Arithmetic<T>;
 
   // `token` is that of the lane.
   DF_DEVICE void set(int token) {
@@ -150,7 +150,7 @@ DF_DEVICE void for_each_group_of_queries(const Part& part, Group<T>& group, F&& 
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) forward_kernel(SparseAttentionForward p) {
-  using C = Compute<T>;
+  using C = Arithmetic<T>;
   __shared__ Group<T> groups[kWarps];
   Group<T>& group = groups[threadIdx.x / kWarp];
   const AttentionShape& shape = p.shape;
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(SparseAttentionFor
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) dq_kernel(SparseAttentionBackward p) {
-  using C = Compute<T>;
+  using C = Arithmetic<T>;
   __shared__ Group<T> groups[kWarps];
   Group<T>& group = groups[threadIdx.x / kWarp];
   const AttentionShape& shape = p.shape;
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 4) dq_kernel(SparseAttentionBackward
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) dkv_kernel(SparseAttentionBackward p) {
-  using C = Compute<T>;
+  using C = Arithmetic<T>;
   __shared__ Group<T> groups[kWarps];
   Group<T>& group = groups[threadIdx.x / kWarp];
   const AttentionShape& shape = p.shape;
@@ -235,19 +235,18 @@ cudaError_t launch_parts(Kernel kernel, const Params& params, cudaStream_t strea
 }  // namespace
 
 cudaError_t launch_plain_forward(const SparseAttentionForward& params, cudaStream_t stream) {
-  return with_element_type(params.shape.format, [&](auto element) {
-    return launch_parts(forward_kernel<decltype(element)>, params, stream);
-  });
+  return with_format(params.shape.format,
+                     [&](auto element) { return launch_parts(forward_kernel<decltype(element)>, params, stream); });
 }
 
 cudaError_t launch_plain_dq(const SparseAttentionBackward& params, cudaStream_t stream) {
-  return with_element_type(params.shape.format,
-                           [&](auto element) { return launch_parts(dq_kernel<decltype(element)>, params, stream); });
+  return with_format(params.shape.format,
+                     [&](auto element) { return launch_parts(dq_kernel<decltype(element)>, params, stream); });
 }
 
 cudaError_t launch_plain_dkv(const SparseAttentionBackward& params, cudaStream_t stream) {
-  return with_element_type(params.shape.format,
-                           [&](auto element) { return launch_parts(dkv_kernel<decltype(element)>, params, stream); });
+  return with_format(params.shape.format,
+                     [&](auto element) { return launch_parts(dkv_kernel<decltype(element)>, params, stream); });
 }
 
 }  // namespace dalle_fast

@@ -20,8 +20,8 @@
 
 #include <type_traits>
 
+#include "common/format.h"
 #include "cuda/device.h"
-#include "cuda/half.h"
 
 namespace dalle_fast {
 

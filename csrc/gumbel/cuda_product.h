@@ -1,4 +1,4 @@
-// The products of a tile with the codebook on the FP32 (or FP64) units: a warp has kOwnRows rows of the result and all
+// The products of a tile with the codebook on the FP32 (or FP64) units: a warp has kWarpRows rows of the result and all
 // channels of the block, a lane OwnChannels of these. gumbel_product_mma.h has the same two classes for 16 bits.
 #pragma once
 
@@ -25,15 +25,16 @@ class ForwardProduct {
 
   // Rows of the codebook from first_code on, 0 beyond the last code or channel.
   DF_DEVICE void load_codebook(const S* codebook, int codes, int64_t channels, int first_code, int64_t first_channel) {
-    for_each_of_rows<kChannels>(codebook, codes, channels, first_code, first_channel,
-                                [&](int code, int channel, S x) { codebook_[code * kChannels + channel] = widen(x); });
+    for_each_codebook_element<kChannels>(
+        codebook, codes, channels, first_code, first_channel,
+        [&](int code, int channel, S x) { codebook_[code * kChannels + channel] = widen(x); });
   }
 
   // z *= factor of the pixel
   DF_DEVICE void rescale(const T* factor) {
 #pragma unroll
-    for (int r = 0; r < kOwnRows; ++r) {
-      const T scale = factor[row() + r];
+    for (int r = 0; r < kWarpRows; ++r) {
+      const T scale = factor[first_row_of_warp() + r];
 #pragma unroll
       for (int c = 0; c < kCount; ++c) z_[r].at[c] *= scale;
     }
@@ -42,10 +43,10 @@ class ForwardProduct {
   DF_DEVICE void add() {
 #pragma unroll 4
     for (int code = 0; code < kTileCodes; ++code) {
-      const Own w = reinterpret_cast<const Own*>(codebook_ + code * kChannels)[lane()];
-      const auto* weights = reinterpret_cast<const Quad<T>*>(weights_ + code * kCodePitch + row());
+      const Own w = reinterpret_cast<const Own*>(codebook_ + code * kChannels)[lane_index()];
+      const auto* weights = reinterpret_cast<const Quad<T>*>(weights_ + code * kCodePitch + first_row_of_warp());
 #pragma unroll
-      for (int r = 0; r < kOwnRows; r += kQuad) {
+      for (int r = 0; r < kWarpRows; r += kQuad) {
         const Quad<T> y = weights[r / kQuad];
 #pragma unroll
         for (int i = 0; i < kQuad; ++i) {
@@ -60,19 +61,19 @@ class ForwardProduct {
   template <typename Body>
   DF_DEVICE void for_each(const Body& body) const {
 #pragma unroll
-    for (int r = 0; r < kOwnRows; ++r) {
+    for (int r = 0; r < kWarpRows; ++r) {
 #pragma unroll
-      for (int c = 0; c < kCount; ++c) body(row() + r, lane() * kCount + c, z_[r].at[c]);
+      for (int c = 0; c < kCount; ++c) body(first_row_of_warp() + r, lane_index() * kCount + c, z_[r].at[c]);
     }
   }
 
  private:
   static constexpr int kCount = kChannels / kWarp;
-  using Own = Channels<T, kCount>;
+  using Own = ChannelVector<T, kCount>;
 
   T* weights_;   // [kTileCodes][kCodePitch]
   T* codebook_;  // [kTileCodes][kChannels]
-  Own z_[kOwnRows] = {};
+  Own z_[kWarpRows] = {};
 };
 
 // dy [kTileCodes, kTilePixels] = codebook dz, and the codebook's gradient [kTileCodes, kChannels] += y dz.
@@ -90,8 +91,9 @@ class BackwardProduct {
         dz_(codebook_ + kTileCodes * kChannels) {}
 
   DF_DEVICE void load_codebook(const S* codebook, int codes, int64_t channels, int first_code, int64_t first_channel) {
-    for_each_of_rows<kChannels>(codebook, codes, channels, first_code, first_channel,
-                                [&](int code, int channel, S x) { *at(codebook_, code, code, channel) = widen(x); });
+    for_each_codebook_element<kChannels>(
+        codebook, codes, channels, first_code, first_channel,
+        [&](int code, int channel, S x) { *at(codebook_, code, code, channel) = widen(x); });
   }
 
   DF_DEVICE void set_dz(int channel, int quad, const Quad<T>& dz) {
@@ -101,14 +103,14 @@ class BackwardProduct {
 
   DF_DEVICE void clear_dy() {
 #pragma unroll
-    for (int c = 0; c < kOwnCodes; ++c) dy_own_[c] = {};
+    for (int c = 0; c < kThreadCodes; ++c) dy_own_[c] = {};
   }
 
   DF_DEVICE void add_dy() {
     for (int channel = 0; channel < kChannels; channel += kQuad) {
-      Quad<T> w[kOwnCodes];
+      Quad<T> w[kThreadCodes];
 #pragma unroll
-      for (int c = 0; c < kOwnCodes; ++c) {
+      for (int c = 0; c < kThreadCodes; ++c) {
         const int code = place_.slice + c * kTileSlices;
         w[c] = *reinterpret_cast<const Quad<T>*>(at(codebook_, code, code, channel));
       }
@@ -116,7 +118,7 @@ class BackwardProduct {
       for (int i = 0; i < kQuad; ++i) {
         const auto dz = *reinterpret_cast<const Quad<T>*>(at(dz_, place_.quad * kQuad + i, place_.quad, channel));
 #pragma unroll
-        for (int c = 0; c < kOwnCodes; ++c) {
+        for (int c = 0; c < kThreadCodes; ++c) {
 #pragma unroll
           for (int j = 0; j < kQuad; ++j) dy_own_[c].at[i] += w[c].at[j] * dz.at[j];
         }
@@ -138,11 +140,11 @@ class BackwardProduct {
       Own dz[kQuad];
 #pragma unroll
       for (int i = 0; i < kQuad; ++i) {
-        dz[i] = *reinterpret_cast<const Own*>(at(dz_, pixel + i, pixel / kQuad, lane() * kCount));
+        dz[i] = *reinterpret_cast<const Own*>(at(dz_, pixel + i, pixel / kQuad, lane_index() * kCount));
       }
 #pragma unroll
-      for (int r = 0; r < kOwnRows; ++r) {
-        const auto y = *reinterpret_cast<const Quad<T>*>(y_ + (row() + r) * kCodePitch + pixel);
+      for (int r = 0; r < kWarpRows; ++r) {
+        const auto y = *reinterpret_cast<const Quad<T>*>(y_ + (first_row_of_warp() + r) * kCodePitch + pixel);
 #pragma unroll
         for (int i = 0; i < kQuad; ++i) {
 #pragma unroll
@@ -156,15 +158,15 @@ class BackwardProduct {
   template <typename Body>
   DF_DEVICE void for_each(const Body& body) const {
 #pragma unroll
-    for (int r = 0; r < kOwnRows; ++r) {
+    for (int r = 0; r < kWarpRows; ++r) {
 #pragma unroll
-      for (int c = 0; c < kCount; ++c) body(row() + r, lane() * kCount + c, gradient_[r].at[c]);
+      for (int c = 0; c < kCount; ++c) body(first_row_of_warp() + r, lane_index() * kCount + c, gradient_[r].at[c]);
     }
   }
 
  private:
   static constexpr int kCount = kChannels / kWarp;
-  using Own = Channels<T, kCount>;
+  using Own = ChannelVector<T, kCount>;
 
   // Groups of four channels trade places by `key`, which differs between the rows that lanes read together: no bank
   // conflicts.
@@ -176,8 +178,8 @@ class BackwardProduct {
   T* y_;         // [kTileCodes][kCodePitch]
   T* codebook_;  // [kTileCodes][kChannels]
   T* dz_;        // [kTilePixels][kChannels]
-  Quad<T> dy_own_[kOwnCodes] = {};
-  Own gradient_[kOwnRows] = {};
+  Quad<T> dy_own_[kThreadCodes] = {};
+  Own gradient_[kWarpRows] = {};
 };
 
 }  // namespace dalle_fast

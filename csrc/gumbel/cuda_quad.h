@@ -4,7 +4,7 @@
 
 #include <limits>
 
-#include "cuda/half.h"
+#include "common/format.h"
 #include "cuda/intrinsics.h"
 #include "cuda/noise.h"
 #include "gumbel/gumbel.h"

@@ -80,7 +80,7 @@ class Backward {
     const QuadNoise noise(s_, image);
     const T grad_kl = p_.grad_kl[image];
 #pragma unroll
-    for (int c = 0; c < kOwnCodes; ++c) {
+    for (int c = 0; c < kThreadCodes; ++c) {
       const int code = first_code_ + place_.slice + c * kTileSlices;
       const Quad<T> dy = product.dy(c);
       Quad<T> sample{}, grad{};
@@ -127,7 +127,7 @@ class Backward {
 };
 
 template <typename S, bool short_cut>
-__global__ void __launch_bounds__(kTileThreads, kTileBlocks<S>) backward_kernel(QuantizeBackward<S> p) {
+__global__ void __launch_bounds__(kProductThreads, kProductBlocks<S>) backward_kernel(QuantizeBackward<S> p) {
   using T = Arithmetic<S>;
   using Product = BackwardProduct<S>;
   const int codes = static_cast<int>(p.shape.codes), first_code = blockIdx.x * kTileCodes;
@@ -166,10 +166,10 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S>) backward_kernel(
 
 // dz . z of each pixel.
 template <typename S>
-__global__ void __launch_bounds__(kTileThreads) dots_kernel(QuantizeBackward<S> p) {
+__global__ void __launch_bounds__(kProductThreads) dots_kernel(QuantizeBackward<S> p) {
   using T = Arithmetic<S>;
   const GumbelShape& s = p.shape;
-  const int64_t index = int64_t{blockIdx.x} * kTileThreads + threadIdx.x;
+  const int64_t index = int64_t{blockIdx.x} * kProductThreads + threadIdx.x;
   if (index >= s.batch * s.pixels) return;
   const int64_t image = index / s.pixels, pixel = index % s.pixels;
   const S* const dz = p.grad_z + image * p.channels * s.pixels + pixel * p.dz_strides.pixel;
@@ -181,9 +181,9 @@ __global__ void __launch_bounds__(kTileThreads) dots_kernel(QuantizeBackward<S> 
 }
 
 template <typename S>
-__global__ void __launch_bounds__(kTileThreads) add_parts_kernel(QuantizeBackward<S> p, int64_t splits) {
+__global__ void __launch_bounds__(kProductThreads) add_parts_kernel(QuantizeBackward<S> p, int64_t splits) {
   using T = Arithmetic<S>;
-  const int64_t n = p.shape.codes * p.channels, i = int64_t{blockIdx.x} * kTileThreads + threadIdx.x;
+  const int64_t n = p.shape.codes * p.channels, i = int64_t{blockIdx.x} * kProductThreads + threadIdx.x;
   if (i >= n) return;
   const T* const parts = p.workspace + p.shape.batch * p.shape.pixels;
   T sum = 0;
@@ -203,16 +203,16 @@ cudaError_t launch_gumbel_quantize_backward(const QuantizeBackward<S>& params, c
   using Product = BackwardProduct<S>;
   const GumbelShape& s = params.shape;
   const int64_t splits = splits_of(s, params.channels, Product::kChannels);
-  const auto one_each = [](int64_t n) { return static_cast<unsigned>(tiles_of(n, kTileThreads)); };
-  cudaError_t error = launch(dots_kernel<S>, one_each(s.batch * s.pixels), kTileThreads, 0, stream, params);
+  const auto one_each = [](int64_t n) { return static_cast<unsigned>(tiles_of(n, kProductThreads)); };
+  cudaError_t error = launch(dots_kernel<S>, one_each(s.batch * s.pixels), kProductThreads, 0, stream, params);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(tiles_of(s.codes, kTileCodes)),
                   static_cast<unsigned>(tiles_of(params.channels, Product::kChannels)), static_cast<unsigned>(splits));
   error = with_short_cut(s, [&](auto short_cut) {
-    return launch(backward_kernel<S, short_cut.value>, grid, kTileThreads, Product::kSharedBytes, stream, params);
+    return launch(backward_kernel<S, short_cut.value>, grid, kProductThreads, Product::kSharedBytes, stream, params);
   });
   if (error != cudaSuccess) return error;
-  return launch(add_parts_kernel<S>, one_each(s.codes * params.channels), kTileThreads, 0, stream, params, splits);
+  return launch(add_parts_kernel<S>, one_each(s.codes * params.channels), kProductThreads, 0, stream, params, splits);
 }
 
 template int64_t gumbel_quantize_workspace<float>(const GumbelShape&, int64_t);

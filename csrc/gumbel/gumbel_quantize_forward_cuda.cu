@@ -42,21 +42,21 @@ class Forward {
     if (leads()) reference() = kLowest;
   }
 
-  DF_DEVICE void load(int first, Quad<T> (&logits)[kOwnCodes]) const {
+  DF_DEVICE void load(int first, Quad<T> (&logits)[kThreadCodes]) const {
 #pragma unroll
-    for (int c = 0; c < kOwnCodes; ++c) {
+    for (int c = 0; c < kThreadCodes; ++c) {
       const int code = first + place_.slice + c * kTileSlices;
       if (code < codes_) logits[c] = grid_.load(code, my_pixel_);
     }
   }
 
   // Makes the thread's sums relative to the tile's largest logits where these are too large.
-  DF_DEVICE void raise_references(int first, const Quad<T> (&logits)[kOwnCodes], Quad<PixelSums<T>>& sums) const {
+  DF_DEVICE void raise_references(int first, const Quad<T> (&logits)[kThreadCodes], Quad<PixelSums<T>>& sums) const {
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
       T largest = kLowest;
 #pragma unroll
-      for (int c = 0; c < kOwnCodes; ++c) {
+      for (int c = 0; c < kThreadCodes; ++c) {
         const bool inside = first + place_.slice + c * kTileSlices < codes_;
         if (inside && logits[c].at[i] > largest) largest = logits[c].at[i];
       }
@@ -67,13 +67,14 @@ class Forward {
   }
 
   // Draws the noise; leaves the noisy logits, in the short cut exp(noisy - the thread's reference), and their maxima.
-  DF_DEVICE void draw(int first, const Quad<T> (&logits)[kOwnCodes], Quad<PixelSums<T>>& sums, const Product& z) const {
+  DF_DEVICE void draw(int first, const Quad<T> (&logits)[kThreadCodes], Quad<PixelSums<T>>& sums,
+                      const Product& z) const {
     constexpr T kNothing = short_cut ? T(0) : -std::numeric_limits<T>::infinity();
     Quad<T> most;
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) most.at[i] = short_cut ? T(0) : kLowest;
 #pragma unroll
-    for (int c = 0; c < kOwnCodes; ++c) {
+    for (int c = 0; c < kThreadCodes; ++c) {
       const int code = first + place_.slice + c * kTileSlices;
       Quad<T> noisy{{kNothing, kNothing, kNothing, kNothing}};  // in the short cut E, then its exponential
       if (code < codes_) {
@@ -117,7 +118,7 @@ class Forward {
       scale[i] = exp_of(sums.at[i].plain.reference - shared_.reference[place_.quad].at[i]);
     }
 #pragma unroll
-    for (int c = 0; c < kOwnCodes; ++c) {
+    for (int c = 0; c < kThreadCodes; ++c) {
       const int code = place_.slice + c * kTileSlices;
       Quad<T> weight = z.noisy(code, place_.quad);
 #pragma unroll
@@ -193,7 +194,7 @@ class Forward {
 };
 
 template <typename S, bool short_cut>
-__global__ void __launch_bounds__(kTileThreads, kTileBlocks<S>) forward_kernel(QuantizeForward<S> p) {
+__global__ void __launch_bounds__(kProductThreads, kProductBlocks<S>) forward_kernel(QuantizeForward<S> p) {
   using T = Arithmetic<S>;
   using Product = ForwardProduct<S>;
   DF_SHARED(bytes);
@@ -205,7 +206,7 @@ __global__ void __launch_bounds__(kTileThreads, kTileBlocks<S>) forward_kernel(Q
   constexpr PixelSums<T> kNone = PixelSums<T>::none();
   Quad<PixelSums<T>> sums{{kNone, kNone, kNone, kNone}};
   for (int first = 0; first < codes; first += kTileCodes) {
-    Quad<T> logits[kOwnCodes];
+    Quad<T> logits[kThreadCodes];
     forward.load(first, logits);
     forward.raise_references(first, logits, sums);
     forward.draw(first, logits, sums, z);
@@ -239,7 +240,7 @@ cudaError_t launch_gumbel_quantize_forward(const QuantizeForward<S>& params, cud
                   static_cast<unsigned>(tiles_of(params.channels, Product::kChannels)));
   const size_t shared_bytes = Product::kSharedBytes > kParts ? Product::kSharedBytes : kParts;
   const cudaError_t error = with_short_cut(s, [&](auto short_cut) {
-    return launch(forward_kernel<S, short_cut.value>, grid, kTileThreads, shared_bytes, stream, params);
+    return launch(forward_kernel<S, short_cut.value>, grid, kProductThreads, shared_bytes, stream, params);
   });
   if (error != cudaSuccess) return error;
   return launch_sum_kl(s, params.stats, params.kl, stream);

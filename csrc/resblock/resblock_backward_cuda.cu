@@ -22,7 +22,7 @@ DF_DEVICE T* block_partials(const ResidualLayerNormBackward<T>& p) {
 // gradient of normed, and from apply_weight() on that of `normal`.
 template <typename Layout, typename T>
 struct Row {
-  using Chunks = Piece<T, Layout>;
+  using Chunks = RowPiece<T, Layout>;
   static constexpr int kVec = Layout::kVec;
 
   const ResidualLayerNormBackward<T>& p;
@@ -35,7 +35,7 @@ struct Row {
   // Sets `nonfinite` if a gradient is; where that is asked for, it counts as 0.
   DF_DEVICE void load(int64_t strip, T unscale, Chunks& normal, Chunks& grad, bool& nonfinite) const {
     for_each_chunk<Layout>(p.width, strip, [&](int c, int64_t i) { load_chunk(p.total + start + i, normal[c]); });
-    with_format<T>(p.normed_format, [&](auto element) {
+    with_branch_format<T>(p.normed_format, [&](auto element) {
       const auto* grad_normed = static_cast<const decltype(element)*>(p.grad_normed) + start;
       for_each_chunk<Layout>(p.width, strip, [&](int c, int64_t i) { load_chunk(grad_normed + i, grad[c]); });
     });
@@ -116,7 +116,7 @@ struct Row {
       store_chunk(grad_total[c], p.grad_x + start + i);
     });
     if (p.grad_branch == nullptr) return;
-    with_format<T>(p.branch_format, [&](auto element) {
+    with_branch_format<T>(p.branch_format, [&](auto element) {
       auto* grad_branch = static_cast<decltype(element)*>(p.grad_branch) + start;
       for_each_chunk<Layout>(p.width, strip, [&](int c, int64_t i) {
         T scaled[kVec];
@@ -129,17 +129,17 @@ struct Row {
 };
 
 template <typename Layout, typename T>
-__global__ void __launch_bounds__(kMostThreads) backward_kernel(ResidualLayerNormBackward<T> p) {
-  __shared__ T parts[2][2][kMostWarps];
+__global__ void __launch_bounds__(kMaxRowThreads) backward_kernel(ResidualLayerNormBackward<T> p) {
+  __shared__ T parts[2][2][kMaxRowWarps];
   const T inverse_width = T(1) / p.width;
   const T unscale = p.scale_in == nullptr ? T(1) : 1 / static_cast<T>(*p.scale_in);
   const T scale_out = p.scale_out == nullptr ? T(1) : static_cast<T>(*p.scale_out);
-  Piece<T, Layout> grad_weight = {}, grad_bias = {};
+  RowPiece<T, Layout> grad_weight = {}, grad_bias = {};
   bool nonfinite = false;
   int parity = 0;
   for (int64_t index = blockIdx.x; index < p.rows; index += gridDim.x, parity ^= 1) {
     const Row<Layout, T> row(p, index);
-    Piece<T, Layout> normal, grad, grad_total;
+    RowPiece<T, Layout> normal, grad, grad_total;
 
     T sums[2] = {0, 0};  // of grad and of grad * normal
     for_each_strip<Layout>(p.width, [&](int64_t strip) {
@@ -194,10 +194,10 @@ template <typename T, typename Body>
 cudaError_t with_layout(const ResidualLayerNormBackward<T>& p, const Body& body) {
   if constexpr (sizeof(T) == 4) {
     if (fits_resident<T>(p.width, {p.grad_total, p.grad_normed, p.total, p.weight, p.grad_x, p.grad_branch})) {
-      return body(Resident());
+      return body(ResidentRows());
     }
   }
-  return body(Strips());
+  return body(StripRows());
 }
 
 }  // namespace

@@ -9,7 +9,7 @@
 #include <climits>
 #include <limits>
 
-#include "cuda/half.h"
+#include "common/format.h"
 #include "cuda/intrinsics.h"
 #include "cuda/noise.h"
 #include "cuda/reduce.h"
@@ -154,9 +154,9 @@ class Row {
   }
 
   DF_DEVICE float logit(int64_t i) const {
-    if (s_.format == Format::kFloat16) return widen(static_cast<const Half*>(s_.logits)[offset_ + i]);
-    if (s_.format == Format::kBFloat16) return widen(static_cast<const BFloat16*>(s_.logits)[offset_ + i]);
-    return static_cast<const float*>(s_.logits)[offset_ + i];
+    return with_format(s_.format, [&](auto element) {
+      return static_cast<float>(widen(static_cast<const decltype(element)*>(s_.logits)[offset_ + i]));
+    });
   }
 
   DF_DEVICE int key(int64_t i) const { return keys_ != nullptr ? keys_[i] : key_of(logit(i)); }

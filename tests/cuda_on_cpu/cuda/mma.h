@@ -6,8 +6,8 @@
 #include <utility>
 #include <vector>
 
+#include "common/format.h"
 #include "cuda/device.h"
-#include "cuda/half.h"
 
 namespace dalle_fast {
 
