@@ -1,4 +1,4 @@
-"""The emulation that runs CUDA kernels without a GPU (tests/cuda_on_cpu): what it must run right, and must refuse."""
+"""The emulation that runs CUDA kernels without a GPU (tests/cuda_on_cpu): kernels it must run correctly or refuse."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-// Bound by memory: one pass, 12 bytes a parameter in and 8 out. All tensors are one row of chunks, over which as many
-// blocks go as run at once; a thread updates eight neighbours, 16 bytes at a time where the addresses allow it.
+// Bound by memory: one pass in place, 12 bytes per parameter read and 8 written. All tensors form one row of chunks,
+// over which as many blocks go as run at once; a thread updates eight neighbours, 16 bytes at a time where addresses
+// allow it.
 #include <algorithm>
 
 #include "adamw16/adamw16.h"
@@ -21,7 +22,7 @@ struct Table {
   uint16_t* variance[kMost];
 };
 
-// Eight elements; those from `n` on are never touched in memory.
+// Eight elements, of which load() and store() touch the first n in memory.
 template <typename T>
 struct alignas(16) Eight {
   T x[kEach];

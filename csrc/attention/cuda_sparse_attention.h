@@ -1,4 +1,4 @@
-// The kernels of sparse attention on CUDA. Those on tensor cores need what on_tensor_cores says of the shape, rows
+// Launches of the kernels of sparse attention. Those on tensor cores need a shape that on_tensor_cores() accepts, rows
 // aligned to 16 bytes and channels side by side; the plain ones take everything.
 #pragma once
 

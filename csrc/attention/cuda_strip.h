@@ -1,5 +1,5 @@
-// What a warp of the attention kernels on tensor cores knows of its products, 16 rows by 32 columns: which pairs see
-// each other, and the softmax along the rows.
+// A product of a warp in the attention kernels on tensor cores, a strip of 16 rows by a block of 32 columns: the mask
+// of its pairs, and the softmax along the rows.
 #pragma once
 
 #include <cmath>
@@ -11,7 +11,7 @@ namespace dalle_fast {
 
 constexpr int kStripTokens = 16, kBlockTokens = 32;  // rows and columns
 
-// Which pairs of a strip, the rows, and a block, the columns, see each other.
+// Mask of the pairs of a strip and a block.
 class StripMask {
  public:
   bool any;
@@ -44,7 +44,7 @@ class StripMask {
   // Element i of the lane in block n of 8 columns.
   DF_DEVICE static int column_of(int n, int i) { return 8 * n + threadIdx.x % 4 * 2 + i % 2; }
 
-  // Replaces x where the pair does not see each other.
+  // Replaces x where neither of the pair sees the other.
   DF_DEVICE void hide(float (&x)[kBlockTokens / 8][4], float replacement) const {
     if (all_) return;
     for (int n = 0; n < kBlockTokens / 8; ++n) {
@@ -67,7 +67,7 @@ class StripMask {
 struct StripSoftmax {
   float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
 
-  // Turns scores into weights and scales what was made with earlier ones to fit them.
+  // Turns scores into weights, and scales `out` and the sum of earlier ones to fit them.
   template <int kColumns>
   DF_DEVICE void add(float (&scores)[kBlockTokens / 8][4], float (&out)[kColumns][4]) {
     float most[2] = {maximum[0], maximum[1]}, shift[2];
@@ -93,7 +93,7 @@ struct StripSoftmax {
     }
   }
 
-  // Sums over all lanes, after the last scores.
+  // Sums over all lanes; to be called after the last scores.
   DF_DEVICE void finish() {
     for (float& x : sum) {
       for (int lanes = 1; lanes < 4; lanes *= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);

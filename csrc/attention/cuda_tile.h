@@ -1,12 +1,12 @@
-// What the sparse attention kernels on tensor cores share.
+// Tiles of attention on tensor cores.
 //
 // A block of threads owns a tile of 64 tokens of one head, queries or keys, a strip of 16 for each of its 4 warps. It
 // meets the other side in blocks of 32 tokens, whose rows of two tensors pass through a ring in shared memory: while
-// one is multiplied, the next ones arrive. Tiles and blocks are text or image, never both, and a warp skips a block of
-// which its strip sees nothing.
+// one block is multiplied, the next ones arrive. Tiles and blocks are text or image, never both, and a warp skips a
+// block of which its strip sees nothing.
 //
-// A row in shared memory is kChannels wide, its channels past the tensor's are 0. Chunks of 16 bytes are permuted by
-// the row's number, so that the eight rows of one load_blocks lie in different banks.
+// A row in shared memory is kChannels wide; channels beyond the tensor's are 0. Chunks of 16 bytes are permuted by the
+// index of the row, so that the eight rows of one load_blocks lie in different banks.
 #pragma once
 
 #include "attention/cuda_stream_mask.h"
@@ -20,7 +20,7 @@ namespace dalle_fast {
 constexpr int kTileWarps = 4, kTileTokens = kTileWarps * kStripTokens;
 constexpr int kTileThreads = kTileWarps * 32;
 constexpr int kRingSlots = 3;
-constexpr int kChunkChannels = 8;  // channels that one thread copies
+constexpr int kChunkChannels = 8;  // that a thread copies at once, 16 bytes
 
 // Tokens first ... end - 1 of a head.
 struct TokenTile {
@@ -31,14 +31,14 @@ struct TokenTile {
 
 DF_HOST_DEVICE inline int token_tiles(int tokens) { return (tokens + kTileTokens - 1) / kTileTokens; }
 
-// The tile `index` of a part of the stream.
+// Tile `index` of the text or the image.
 DF_DEVICE TokenTile tile_of(const Grid& grid, int head, int index, bool text) {
   const int begin = text ? 0 : grid.text_len, end = text ? grid.text_len : grid.seq_len();
   const int first = begin + index * kTileTokens;
   return {head, first, min(first + kTileTokens, end), text};
 }
 
-// Tiles of queries: a block of threads for each, those of a head with the most keys first.
+// Number of tiles of queries: one block of threads each, those of a head with the most keys first.
 inline int query_tiles(const AttentionShape& shape) {
   return shape.batch * shape.heads * (token_tiles(shape.grid.text_len) + token_tiles(shape.grid.image_len()));
 }
@@ -50,7 +50,7 @@ DF_DEVICE TokenTile query_tile(const Grid& grid, int block) {
   return tile_of(grid, block / tiles, text ? index : index - text_tiles, text);
 }
 
-// What a tile of queries, or of keys, meets on the other side, a block after the other: text first.
+// Iterates over the blocks that a tile of queries (or keys) attends to (or is attended by), text blocks first.
 template <bool kQueries>
 class VisibleBlocks {
  public:
@@ -81,7 +81,7 @@ class VisibleBlocks {
     return -1;
   }
 
-  // Where the tokens of a block end, at the latest.
+  // A block has no token from here on.
   DF_DEVICE int end(int first) const { return mask_.is_text(first) ? text_.end : image_.end; }
 
  private:
@@ -122,7 +122,7 @@ struct SharedRows {
     return data + (row * kChunks + (chunk ^ permutation)) * kChunkChannels;
   }
 
-  // Starts to load kRows tokens from `first` on; those from `end` on become 0.
+  // Starts the load of kRows tokens from `first` on; those from `end` on become 0.
   template <int kRows>
   DF_DEVICE void load(const TokenRows<const T>& from, const StreamMask& mask, int first, int end) const {
     for_each_chunk<kRows>(from, mask, first, end,
@@ -181,7 +181,7 @@ struct SharedRows {
     }
   }
 
-  // Writes a strip, by way of shared memory, where the rows from `row` on belong to the warp.
+  // Writes a strip by way of shared memory, whose rows from `row` on the warp may overwrite.
   DF_DEVICE void store(int row, const float (&c)[kChannels / 8][4], const float (&scale)[2], const TokenRows<T>& to,
                        const StreamMask& mask, int first, int end) const {
     const int lane = threadIdx.x % 32;
@@ -201,7 +201,7 @@ struct SharedRows {
   }
 
  private:
-  // Calls f(row, chunk, token, whether there is one) for the chunks that the thread copies.
+  // Calls f(row, chunk, token, whether it exists) for the chunks that the thread copies.
   template <int kRows, typename F>
   DF_DEVICE static void for_each_chunk(const TokenRows<const T>& from, const StreamMask& mask, int first, int end,
                                        const F& f) {
@@ -251,14 +251,14 @@ struct TileRing {
   DF_DEVICE Rows first(int slot) const { return tile(slot); }
   DF_DEVICE Rows second(int slot) const { return {data + (slot * kTileTokens + kBlockTokens) * kChannels}; }
 
-  // Starts to load a block of two tensors, whose tokens end at `end`.
+  // Starts the load of a block of two tensors, whose tokens end at `end`.
   DF_DEVICE void load(int slot, const TokenRows<const T>& a, const TokenRows<const T>& b, const StreamMask& mask,
                       int block, int end) const {
     first(slot).template load<kBlockTokens>(a, second(slot), b, mask, block, end);
   }
 };
 
-// The way of blocks through the ring, kRingSlots - 1 of them ahead of the one in use. `load(slot)` starts the copies of
+// Passes blocks through the ring, kRingSlots - 1 of them ahead of the one in use. `load(slot)` starts the copies of
 // the next block and returns its first token, or -1 after the last. All threads of the block take every step.
 template <typename Load>
 class RingPipeline {
@@ -274,7 +274,7 @@ class RingPipeline {
     for (int slot = 0; pending_[0] >= 0; slot = (slot + 1) % kRingSlots) {
       const int block = pending_[0];
       wait_copies<kRingSlots - 2>();
-      __syncthreads();  // the block is there, and nobody reads the one before it
+      __syncthreads();  // the block has arrived, and no thread reads the one before it
       load_next((slot + kRingSlots - 1) % kRingSlots);
       use(block, slot);
     }
@@ -290,10 +290,10 @@ class RingPipeline {
   }
 
   const Load& load_;
-  int pending_[kRingSlots - 1] = {};  // first tokens of the blocks on their way, the next one first
+  int pending_[kRingSlots - 1] = {};  // first tokens of the blocks under way, the next block first
 };
 
-// Calls f(element type, kChannels), both wrapped, for the instance of a kernel that takes the shape.
+// Calls f(T(), integral_constant kChannels) for the instance of a kernel that takes the shape.
 template <typename F>
 cudaError_t with_tile_kernel(const AttentionShape& shape, const F& f) {
   const auto with_channels = [&](auto element) {

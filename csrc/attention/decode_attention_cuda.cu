@@ -1,4 +1,4 @@
-// Which kernel of decode attention runs.
+// Choice of the kernel of decode attention: on tensor cores if shape, layout and window allow.
 #include <cstdint>
 
 #include "attention/cuda_decode_attention.h"
@@ -7,7 +7,7 @@
 namespace dalle_fast {
 namespace {
 
-// Tokens whose slots the kernel on tensor cores keeps in shared memory: with what else it keeps there, 96 KB at most.
+// Longest window whose slots the kernel on tensor cores keeps in shared memory, which it needs 96 KB of then.
 constexpr int kMostWindow = 7168;
 
 }  // namespace

@@ -1,9 +1,9 @@
-// Any dtype, layout and number of channels, without tensor cores: float32 and float64, for which those are not precise
-// enough, and 16-bit tensors whose rows they cannot take.
+// Decode attention of any dtype, layout and number of channels, without tensor cores: float32 and float64, for which
+// those are not precise enough, and 16-bit tensors whose rows they cannot take.
 //
 // A warp owns a head of one candidate and reads the text for itself. It takes 32 keys at a time: first every lane
 // scores one of them, then the lanes add the values, 128 channels at once. Scores need all channels: with more than 128
-// they are made again for every 128.
+// channels, scores are computed again for every 128.
 #include <cmath>
 
 #include "attention/cuda_decode_attention.h"
@@ -48,7 +48,7 @@ class Query {
   DF_DEVICE Query(const HeadRows<const T>& q, int channels, C scale, int first_channel, Keys* keys)
       : q_(q), channels_(channels), scale_(scale), first_channel_(first_channel), keys_(keys) {}
 
-  // n keys, each row the matter of one lane.
+  // Adds n keys; `row` is the one that the lane scores.
   DF_DEVICE void add(const HeadRows<const T>& k, const HeadRows<const T>& v, int row, int n) {
     const int lane = threadIdx.x % kWarp;
     C score = -INFINITY;
@@ -78,7 +78,7 @@ class Query {
   }
 
  private:
-  // Calls f(channel, which of the lane's).
+  // Calls f(channel, its index in the lane).
   template <typename F>
   DF_DEVICE void for_each_channel(F&& f) const {
     for (int j = 0; j < kOwned; ++j) {

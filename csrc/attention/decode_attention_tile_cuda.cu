@@ -1,13 +1,14 @@
-// 16-bit tensors, on tensor cores. A block of threads owns a head of up to 32 candidates of one prompt.
+// Decode attention of 16-bit tensors on tensor cores. A block of threads owns a head of up to 32 candidates of one
+// prompt.
 //
 // First the text, which they share: 128 keys at a time pass through shared memory; a warp multiplies a quarter of them
 // with a strip of 16 candidates, the rows of its products. Then the images: a warp takes one candidate after the other,
 // loads its window into registers and multiplies there. Text and window meet as outputs, sums and maxima of partial
-// softmaxes, in a fixed order, so a result does not depend on how many candidates there are. The text is read once for
+// softmaxes, in a fixed order, so a result does not depend on the number of candidates. The text is read once for
 // all candidates of a block, a window once; nothing is stored but the new token and the result.
 //
-// Few candidates do not fill the device: a prompt of H heads is H blocks. Such a step is bound by the weights of the
-// layer, which are far more to read than one prompt's text, so the text of a head is not split over blocks.
+// Few candidates do not fill the device: a prompt of H heads takes H blocks. Such a step is bound by reading the
+// weights of the layer, far more than one prompt's text, so the text of a head is not split over blocks.
 #include "attention/cuda_decode_attention.h"
 #include "attention/cuda_tile.h"
 
@@ -20,9 +21,9 @@ constexpr int kCandidates = kStrips * kStripTokens;  // of a block of threads
 constexpr int kStep = kShares * kBlockTokens;        // keys of the text
 constexpr int kLoads = 8;  // rows of keys, and of values, that a lane requests before it uses the first
 
-// Shared memory: a ring of slots for kStep keys and their values. Later in its place, for every warp and candidate of
-// its strip, what its share of the text gives: kChannels outputs, the sum and the maximum, of a pitch that keeps eight
-// rows in different banks. At the end the slots of the window.
+// Shared memory: a ring of slots for kStep keys and their values. Later in its place the partial results: for every
+// warp and candidate of its strip, kChannels outputs, the sum and the maximum over its share of the text, with a pitch
+// that keeps eight rows in different banks. At the end the slots of the window.
 template <typename T, int kChannels>
 struct Layout {
   using Rows = SharedRows<T, kChannels>;
@@ -90,7 +91,7 @@ struct Eight {
   }
 };
 
-// A softmax in the making: the weights' sum, the scores' maximum, and the lane's eight channels of the output.
+// Running softmax: the sum of weights, the maximum of scores, and the lane's eight channels of the output.
 template <typename T>
 struct Running {
   Eight<T> out;
@@ -107,7 +108,7 @@ struct Running {
   }
 };
 
-// One strip of queries as the left side of products, straight from memory; those past the end are 0.
+// A strip of queries as the left side of products, straight from memory; those beyond the end are 0.
 template <typename T, int kChannels>
 DF_DEVICE void load_queries(const DecodeAttention& p, const Owned& owned, int first, uint32_t (&a)[kChannels / 16][4]) {
   const int lane = threadIdx.x % kWarp;
@@ -124,7 +125,7 @@ DF_DEVICE void load_queries(const DecodeAttention& p, const Owned& owned, int fi
   }
 }
 
-// What the text gives the candidates, to the partials. All threads of the block.
+// Attention of the candidates to the text, left in the partial results. All threads of the block call it.
 template <typename T, int kChannels>
 DF_DEVICE void attend_to_text(const DecodeAttention& p, const Owned& owned, float to_log2,
                               const Layout<T, kChannels>& shared) {
@@ -160,7 +161,7 @@ DF_DEVICE void attend_to_text(const DecodeAttention& p, const Owned& owned, floa
   int slot = 0;
   for (int first = 0; first < text_len; first += kStep) {
     wait_copies<L::kSlots - 1>();
-    __syncthreads();  // the slot is there
+    __syncthreads();  // the slot has arrived
     const int key = first + share * kBlockTokens;
     if (!idle && key < text_len) {
       const auto of_share = [&](const typename L::Rows& rows) {
@@ -177,7 +178,7 @@ DF_DEVICE void attend_to_text(const DecodeAttention& p, const Owned& owned, floa
       softmax.add(scores, out);
       of_share(shared.values(slot)).weigh(scores, out);
     }
-    __syncthreads();  // and everybody has read it
+    __syncthreads();  // and all threads have read it
     load(slot, first + L::kSlots * kStep);
     slot = (slot + 1) % L::kSlots;
   }
@@ -194,8 +195,8 @@ DF_DEVICE void attend_to_text(const DecodeAttention& p, const Owned& owned, floa
 }
 
 // Stores the new token of one candidate and attends to it, to the `seen` tokens of its window and, by way of the
-// partials, to the text. A group of kChunks lanes has the channels of a row, eight each; the groups have different
-// rows.
+// partial results, to the text. A group of kChunks lanes has the channels of a row, eight each; the groups have
+// different rows.
 template <typename T, int kChannels>
 DF_DEVICE void attend_to_image(const DecodeAttention& p, const Owned& owned, int candidate, int new_slot, int seen,
                                float to_log2, const Layout<T, kChannels>& shared) {
@@ -270,7 +271,7 @@ DF_DEVICE void attend_to_image(const DecodeAttention& p, const Owned& owned, int
   if (writes) *reinterpret_cast<uint4*>(row_of(p.out)) = softmax.out.bits(1.0f / softmax.total);
 }
 
-// The slots of what `query` sees, in shared memory; itself comes last. All threads of the block.
+// Lists the slots of the tokens that `query` sees, its own last. All threads of the block call it.
 template <typename Mask>
 DF_DEVICE void list_window(const Mask& mask, int query, int* slots) {
   for (int i = 0; i < mask.runs(); ++i) {

@@ -1,4 +1,4 @@
-// Which kernels of sparse attention run.
+// Choice of the kernels of sparse attention: on tensor cores if the shape allows.
 #include "attention/cuda_sparse_attention.h"
 
 namespace dalle_fast {

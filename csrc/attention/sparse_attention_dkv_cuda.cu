@@ -1,9 +1,9 @@
-// The gradients of k and v. A block of threads owns 64 keys of a head and meets the queries that see them, 32 at a
-// time, with everything transposed: a row of weights belongs to a key. Both gradients stay in registers; so do
-// keys and values, except that 128 channels of them stay in shared memory.
+// The gradients of k and v on tensor cores. A block of threads owns 64 keys of a head and meets the queries that see
+// them, 32 at a time, with everything transposed: a row of weights belongs to a key. Both gradients stay in registers;
+// so do keys and values, unless they have 128 channels: then shared memory keeps them.
 //
 // A key of the text meets all later text and the whole image, twenty times as many queries as a key of the image: the
-// text's tiles of all heads come first.
+// text tiles of all heads come first.
 #include "attention/cuda_sparse_attention.h"
 #include "attention/cuda_tile.h"
 
@@ -26,7 +26,7 @@ DF_DEVICE TokenTile key_tile(const AttentionShape& shape, int block) {
 template <typename T, int kChannels>
 struct SharedMemory {
   using R = TileRing<T, kChannels>;
-  static constexpr bool kKeeps = kChannels == 128;  // keys and values
+  static constexpr bool kKeeps = kChannels == 128;  // keys and values stay
   static constexpr int kOwn = kKeeps ? kRingSlots : 0;
   static constexpr size_t kStats = (kKeeps ? kRingSlots + 2 : kRingSlots) * R::kTileBytes;
   static constexpr size_t kBytes = kStats + kRingSlots * 2 * kBlockTokens * sizeof(float);

@@ -1,6 +1,6 @@
-// The gradient of q. A block of threads owns 64 queries of a head, makes the weights of their keys again from the
-// log-sum-exp, 32 keys at a time, and keeps the gradient in registers. It also leaves delta = sum of dout out for the
-// kernel that comes next (sparse_attention_dkv.cu).
+// The gradient of q on tensor cores. A block of threads owns 64 queries of a head, computes the weights of their keys
+// again from the log-sum-exp, 32 keys at a time, and keeps the gradient in registers. It also writes delta, the sum of
+// dout out, for the next kernel (sparse_attention_dkv_cuda.cu).
 #include "attention/cuda_sparse_attention.h"
 #include "attention/cuda_tile.h"
 

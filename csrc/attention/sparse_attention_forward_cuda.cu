@@ -1,5 +1,5 @@
-// A block of threads owns 64 queries of a head and meets their keys and values, 32 at a time, in one pass with an
-// online softmax. Queries, scores and the output stay in registers.
+// The forward on tensor cores. A block of threads owns 64 queries of a head and meets their keys and values, 32 at a
+// time, in one pass with an online softmax. Queries, scores and the output stay in registers.
 #include "attention/cuda_sparse_attention.h"
 #include "attention/cuda_tile.h"
 

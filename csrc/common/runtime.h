@@ -9,6 +9,6 @@
 
 namespace dalle_fast {
 
-constexpr bool kEveryTensorOnCuda = false;  // true in the emulation, whose kernels take tensors of the CPU
+constexpr bool kEveryTensorOnCuda = false;  // true in the emulation, whose CUDA kernels take tensors of the CPU
 
 }  // namespace dalle_fast

@@ -6,6 +6,8 @@
 
 #include "common/runtime.h"
 
+// A kernel's phases are functions, or members of a class that has no arrays: the kernel holds those and passes them.
+// The compiler keeps an object with an array that a loop indexes out of registers until it has unrolled that loop.
 #define DF_DEVICE __device__ __forceinline__
 
 namespace dalle_fast {
@@ -22,7 +24,7 @@ inline cudaError_t max_shared_bytes(int* bytes) {
   return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
-// Lets the kernel have all of that, not what one launch takes: the limit is the kernel's, and another thread may be
+// Allows the kernel all of that, not what one launch takes: the limit belongs to the kernel, and another thread may be
 // about to launch it with more.
 inline cudaError_t allow_shared_memory(const void* kernel) {
   int most;
@@ -51,7 +53,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
 }
 
-// Blocks for a kernel that takes a fixed number of them: as many as run at once.
+// Number of blocks that run at once, for a kernel that loops over its work.
 template <typename Kernel>
 cudaError_t resident_blocks(Kernel kernel, int threads, size_t shared_bytes, int* blocks) {
   int device, processors, per_processor;

@@ -1,4 +1,5 @@
-// What CUDA C++ has no function for, or what the emulation, in its own header of this name, must do in another way.
+// Operations that CUDA C++ has no function for, or that the emulation does in another way: it has its own header of
+// this name.
 #pragma once
 
 #include "cuda/device.h"
@@ -8,7 +9,7 @@
 
 namespace dalle_fast {
 
-// Sets a flag that any thread of any block may set, all to the same value.
+// Sets a flag to 1, as any other thread of any block may do.
 DF_DEVICE void raise_flag(int32_t* flag) { *flag = 1; }
 
 // 2^x and a / b on the special function unit. Results below 2^-126 are 0: three instructions fewer than __expf, two

@@ -1,21 +1,21 @@
-// Products of small matrices of 16-bit elements (T: Half, BFloat16) by the tensor cores, and the copies that feed them:
-// a PTX instruction each. The emulation has a header of this name.
+// Products of small matrices of 16-bit elements (T: Half, BFloat16) on the tensor cores, and the copies that feed them:
+// a PTX instruction each. The emulation has its own header of this name.
 //
 //   pack<T>(low, high), unpack<T>(bits)   two elements as one word
 //   mma<T>(c, a, b0, b1)                  c += a b
 //   load_blocks(blocks, row)              four blocks [8, 8] from shared memory: lane 8 i + j gives the address of
-//                                         row j of block i, aligned to its 16 bytes; of each, (g, 2t) and (g, 2t + 1)
+//                                         row j of block i, aligned to 16 bytes; of each, gets (g, 2t) and (g, 2t + 1)
 //   load_blocks_transposed(blocks, row)   the same, but (2t, g) and (2t + 1, g)
-//   copy_async<bytes>(shared, x, inside)  starts a copy of 4 or 16 bytes, aligned so; of zeros if not `inside`
+//   copy_async<bytes>(shared, x, inside)  starts a copy of 4 or 16 bytes, aligned to these; of zeros if not `inside`
 //   commit_copies()                       the thread's copies since the last call become a group
-//   wait_copies<n>()                      until all but the thread's last n groups have arrived
+//   wait_copies<n>()                      waits until all but the thread's last n groups have arrived
 //
 // All lanes of a warp call mma and load_blocks together. A lane is 4 g + t and holds, as pairs of neighbouring columns
 // or (for b) rows, the lower index in the lower half:
 //   a [16, 16]: a[0] (g, 2t), a[1] (g + 8, 2t), a[2] (g, 2t + 8), a[3] (g + 8, 2t + 8)
 //   b [16, 8]:  b0 (2t, g), b1 (2t + 8, g)
 //   c [16, 8]:  c[0], c[1] (g, 2t), c[2], c[3] (g + 8, 2t), in float32
-// So pairs of two neighbouring c are an a: a product can be the left side of the next one where it is.
+// So the pairs of two neighbouring c make an a: a product can be the left side of the next one in place.
 #pragma once
 
 #include <type_traits>

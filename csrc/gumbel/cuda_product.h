@@ -1,12 +1,12 @@
-// The products of a tile with the codebook on the FP32 (or FP64) units: a warp has kWarpRows rows of the result and all
-// channels of the block, a lane OwnChannels of these. gumbel_product_mma.h has the same two classes for 16 bits.
+// The products of a tile with the codebook on the FP32 (or FP64) units: a warp owns kWarpRows rows of the result, and a
+// lane some of the block's channels. cuda_product_mma.h has the same two classes for 16 bits.
 #pragma once
 
 #include "gumbel/cuda_tile.h"
 
 namespace dalle_fast {
 
-// z [kTilePixels, kChannels], the sum over codes of weights times the codebook.
+// z [kTilePixels, kChannels], the product of the weights and the codebook.
 template <typename S, bool tensor_cores = sizeof(S) == 2>
 class ForwardProduct {
  public:
@@ -17,7 +17,7 @@ class ForwardProduct {
   DF_DEVICE explicit ForwardProduct(unsigned char* shared)
       : weights_(reinterpret_cast<T*>(shared)), codebook_(weights_ + kTileCodes * kCodePitch) {}
 
-  // Where a quad's noisy logits wait for their reference; the weight may take their place.
+  // Place of a quad's noisy logits until the reference is known; the weights may take it over.
   DF_DEVICE Quad<T>& noisy(int code, int quad) const {
     return reinterpret_cast<Quad<T>*>(weights_ + code * kCodePitch)[quad];
   }
@@ -57,7 +57,7 @@ class ForwardProduct {
     }
   }
 
-  // body(pixel, channel, z) for what the thread has.
+  // Calls body(pixel, channel, z) for the elements that the thread holds.
   template <typename Body>
   DF_DEVICE void for_each(const Body& body) const {
 #pragma unroll
@@ -126,9 +126,9 @@ class BackwardProduct {
     }
   }
 
-  // Leaves dy where dy(c) finds it; all threads call it.
+  // Makes dy(c) available; all threads call it.
   DF_DEVICE void share_dy() {}
-  // Of the thread's code number c and its quad.
+  // dy of the thread's code number c, at its quad.
   DF_DEVICE Quad<T> dy(int c) const { return dy_own_[c]; }
 
   DF_DEVICE void set_y(int code, int quad, const Quad<T>& y) {
@@ -154,7 +154,7 @@ class BackwardProduct {
     }
   }
 
-  // body(code, channel, gradient) for what the thread has.
+  // Calls body(code, channel, gradient) for the elements that the thread holds.
   template <typename Body>
   DF_DEVICE void for_each(const Body& body) const {
 #pragma unroll

@@ -1,5 +1,5 @@
-// The products of gumbel_product.h for 16 bits (S: BFloat16, Half), on tensor cores. The codebook and dz go in as they
-// are; what is made in float32, weights and y, as the sum of two numbers of S. So nothing but the result is rounded.
+// The products of cuda_product.h for 16 bits (S: BFloat16, Half), on tensor cores. The codebook and dz go in as they
+// are; weights and y, computed in float32, as the sum of two numbers of S. So nothing but the result is rounded.
 #pragma once
 
 #include "cuda/mma.h"
@@ -7,7 +7,7 @@
 
 namespace dalle_fast {
 
-// Eight elements more than a row has: the eight rows that one instruction reads lie in different banks.
+// A row and eight elements more: the eight rows that one instruction reads lie in different banks.
 constexpr int kPixelPitch = kTilePixels + 8;
 
 // One of the four blocks that a lane addresses for load_blocks, and its row there.
@@ -15,8 +15,8 @@ struct BlockRow {
   int block = lane_index() / 8, row = lane_index() % 8;
 };
 
-// What the numbers of a SplitTile are multiplied by. Below 2^-14 float16 has fewer and fewer bits, and most of 8192
-// codes have weights as small as that.
+// Scale factor of the numbers in a SplitTile. Below 2^-14 float16 has fewer and fewer bits, and most of 8192 codes have
+// weights as small as that.
 template <typename S>
 constexpr float kSplitScale = std::is_same_v<S, Half> ? 0x1p15f : 1.0f;
 
@@ -42,8 +42,8 @@ struct SplitTile {
   }
 };
 
-// Rows of the codebook from first_code on, 0 beyond the last code or channel, to rows `pitch` apart; 16 bytes at a time
-// where rows are aligned to these.
+// Copies rows of the codebook from first_code on, 0 beyond the last code or channel, to rows `pitch` apart; 16 bytes at
+// a time where rows are aligned to that.
 template <int block_channels, int pitch, typename S>
 DF_DEVICE void copy_codebook_rows(const S* codebook, int codes, int64_t channels, int first_code, int64_t first_channel,
                                   S* to) {

@@ -1,5 +1,5 @@
-// What the Gumbel kernels share. Threads work on quads, four neighbouring pixels at one code: that is what a block of
-// Philox yields, and one load where pixels lie side by side.
+// Grids of logits by quads, four neighbouring pixels at one code: the elements of one block of Philox, and one load
+// where pixels lie side by side. Noise, sums and statistics of quads, for all Gumbel kernels.
 #pragma once
 
 #include <limits>
@@ -18,15 +18,15 @@ DF_DEVICE double ratio_of(double a, double b) { return a / b; }
 DF_DEVICE double log_of(double x) { return log(x); }
 
 // At tau = 1 there is a short cut. The noise is -log E with E = -log u, so exp(logit + noise) = exp(logit) / E, and the
-// KL needs exp(logit) as well: a code takes one exponential, one logarithm and a division, where it is two of each
-// otherwise. Kernels have it as a template argument.
+// KL needs exp(logit) as well: a code takes one exponential, one logarithm and a division instead of two exponentials
+// and two logarithms. It is a template argument of the kernels.
 template <typename Body>
 cudaError_t with_short_cut(const GumbelShape& s, const Body& body) {
   return s.tau == 1 ? body(std::true_type{}) : body(std::false_type{});
 }
 
-// How far logits may lie above the reference that keeps their exponentials in range. It is raised by those beyond: at
-// the first codes, and hardly ever again.
+// Most that a logit may exceed the reference which keeps exponentials in range. Larger ones raise the reference: at the
+// first codes, and hardly ever again.
 constexpr float kSlack = 16;
 
 // The noise of an image's quads.
@@ -123,11 +123,11 @@ template <typename T>
 struct PlainSums {
   T reference;  // one of them; none is larger by more than kSlack
   T sum;        // of exp(logit - reference)
-  T weighted;   // of the same times (logit - reference)
+  T weighted;   // of (logit - reference) exp(logit - reference)
 
   DF_DEVICE bool too_low_for(T logit) const { return logit > reference + T(kSlack); }
 
-  // Makes the sums relative to a larger logit; returns exp(reference - larger), by which they become smaller.
+  // Makes the sums relative to a larger logit; returns exp(reference - larger), the factor by which they shrink.
   DF_DEVICE T raise(T larger) {
     const T below = reference - larger, factor = exp_of(below);
     weighted = factor > 0 ? factor * (weighted + below * sum) : T(0);
@@ -144,7 +144,7 @@ struct PlainSums {
     return weight;
   }
 
-  // The noisy logit for exp(noisy - reference), which the short cut computes with in its place.
+  // The noisy logit, from the exp(noisy - reference) that the short cut computes with.
   DF_DEVICE T noisy_of(T ratio) const {
     return ratio > 0 ? reference + log_of(ratio) : std::numeric_limits<T>::lowest();  // 0: all logits are -inf
   }
@@ -159,7 +159,7 @@ struct PlainSums {
   }
 };
 
-// The largest noisy logit, and its code: the first of equals.
+// The largest noisy logit and its code, the first of equals.
 template <typename T>
 struct Best {
   T noisy;
@@ -170,7 +170,7 @@ struct Best {
   }
 };
 
-// What is known of a pixel after some of the codes.
+// Sums of a pixel over some of the codes.
 template <typename T>
 struct PixelSums {
   Best<T> best;
@@ -183,7 +183,7 @@ struct PixelSums {
     return {{kLowest, 0}, 0, {kLowest, 0, 0}};
   }
 
-  // The statistics at `index` of an image's [kGumbelStats, pixels].
+  // Writes the statistics to pixel `index` of [kGumbelStats, pixels].
   DF_DEVICE void write(const GumbelShape& s, T* stats, int64_t index) const {
     const double sum = plain.sum, log_plain = log(sum), log_codes = log(static_cast<double>(s.codes));
     stats[kNoisyReference * s.pixels + index] = best.noisy;
@@ -210,7 +210,7 @@ struct MergeSums {
   }
 };
 
-// What the backward knows of a pixel.
+// Statistics of a pixel, from the forward for the backward.
 template <typename T>
 struct PixelStats {
   T noisy_reference, noisy_log_sum, plain_lse, kl;

@@ -1,14 +1,11 @@
-// What the kernels of gumbel_softmax share. A block owns eight pixels of an image and all their codes, and goes over
-// these twice; neither sweep accumulates in memory.
+// The two sweeps of gumbel_softmax, forward and backward. A block owns eight pixels of an image and all their codes,
+// and goes over these twice; neither sweep accumulates in memory.
 //
 // Noise costs more than memory does, so the first sweep leaves what it made (noisy logits, in the short cut
 // exponentials of them, or y) in shared memory: 7,000 codes in float32 on sm_90. The second sweep draws again only for
 // the codes beyond. It runs from the last code to the first, since what was read last is still in the L2 cache: in
 // float32 the 256 KB of logits that each of 132 blocks is working on take 35 MB of it. So y costs one read and one
 // write of memory.
-//
-// The classes of the sweeps hold no arrays: the compiler keeps an object with an array that a loop indexes out of
-// registers until it has unrolled that loop.
 #pragma once
 
 #include "cuda/intrinsics.h"
@@ -28,7 +25,7 @@ constexpr int kSweepStaticShared = 8 * 1024;               // bytes, more than t
 template <typename T>
 constexpr int kSweepCodes = sizeof(T) == 4 ? 4 : 1;
 
-// Where a thread works: neighbouring lanes read neighbouring memory.
+// Place of a thread: neighbouring lanes read neighbouring memory.
 struct SweepPlace {
   bool pixels_first;  // NCHW: lanes alternate between the quads; else a warp has one of them
   int quad, slice;

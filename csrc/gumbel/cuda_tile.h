@@ -1,5 +1,5 @@
-// What the kernels of the product with the codebook share: tiles of 64 codes by 64 pixels, with some channels of the
-// codebook and of z.
+// Tiles of 64 codes by 64 pixels, with some channels of the codebook and of z: for the kernels of gumbel_quantize,
+// which multiply with the codebook.
 #pragma once
 
 #include "gumbel/cuda_quad.h"
@@ -23,7 +23,7 @@ DF_DEVICE int lane_index() { return threadIdx.x % kWarp; }
 // The first of a warp's kWarpRows.
 DF_DEVICE int first_row_of_warp() { return threadIdx.x / kWarp * kWarpRows; }
 
-// Where a thread works in a tile: neighbouring lanes read neighbouring memory.
+// Place of a thread in a tile: neighbouring lanes read neighbouring memory.
 struct TilePlace {
   int quad, slice;  // codes slice, slice + kTileSlices, ...
 

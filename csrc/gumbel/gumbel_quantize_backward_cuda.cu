@@ -1,10 +1,12 @@
-// Since sum_k y dy = dz . z, one pass does. A block owns 64 codes and 128 channels (64 in float64) of the codebook's
-// gradient, which stays in registers while it goes through its share of the pixels, 64 at a time: dy is the product of
-// its rows of the codebook with dz; y is made from the statistics and noise drawn again; both give the gradient of the
-// logits, and y times dz adds to that of the codebook. Shares are fixed by the shape; a last kernel adds them in order.
-// With more channels than one block owns, those of the first ones make dy from all channels in turn.
+// One pass is enough, since sum_k y dy = dz . z. A block owns 64 codes and 128 channels (64 in float64) of the
+// codebook's gradient, which stays in registers while the block goes through its share of the pixels, 64 at a time: dy
+// is the product of its rows of the codebook with dz; y comes from the statistics and noise drawn again; both give the
+// gradient of the logits, and the product of y and dz is added to that of the codebook. Shares are fixed by the shape;
+// a last kernel adds them in order. If one block cannot own all channels, the blocks of the first channels make dy from
+// all of them in turn.
 //
-// 16 bits use tensor cores; these have too few bits for float32, which takes the FP32 units and eight times as long.
+// 16-bit tensors use tensor cores; these have too few bits for float32, which takes the FP32 units and eight times as
+// long.
 #include "cuda/intrinsics.h"
 #include "gumbel/cuda_product_mma.h"
 
@@ -13,22 +15,21 @@ namespace {
 
 constexpr int64_t kEnoughBlocks = 264;  // two on each multiprocessor of a large GPU
 
-// Blocks that share the codes and channels of one, each with its part of the pixels.
+// Number of blocks that own the same codes and channels, each for its share of the pixels.
 int64_t splits_of(const GumbelShape& s, int64_t channels, int64_t block_channels) {
   const int64_t blocks = tiles_of(s.codes, kTileCodes) * tiles_of(channels, block_channels);
   const int64_t tiles = s.batch * tiles_of(s.pixels, kTilePixels), wanted = kEnoughBlocks / blocks;
   return wanted < 1 ? 1 : wanted < tiles ? wanted : tiles;
 }
 
-// What the gradient needs of a tile's pixels, in shared memory: quads lie side by side, as lanes read them.
+// The pixels of a tile, in shared memory: quads lie side by side, as lanes read them.
 template <typename T>
 struct TileStats {
   Quad<T> stats[kGumbelStats][kTileQuads], dots[kTileQuads];
   Quad<int> codes[kTileQuads];
 };
 
-// The backward of one thread: the codes of its slice, at its quad of one tile after another. Without arrays, as in
-// cuda_sweeps.h.
+// The phases of the backward on a tile, for the codes of a thread's slice at its quad.
 template <typename S, bool short_cut>
 class Backward {
  public:
@@ -49,7 +50,7 @@ class Backward {
     dz_shape_.codes = p.channels;
   }
 
-  // The statistics of a tile: a thread per pixel.
+  // The statistics of a tile: one thread per pixel.
   DF_DEVICE void load_pixels(int64_t image, int64_t first_pixel) const {
     if (threadIdx.x >= kTilePixels || first_pixel + threadIdx.x >= s_.pixels) return;
     const int64_t pixel = first_pixel + threadIdx.x, index = image * s_.pixels + pixel;
@@ -62,7 +63,7 @@ class Backward {
     pixels_.codes[quad].at[i] = static_cast<int>(p_.codes[index]);
   }
 
-  // dz of a tile, for a block's channels from first_channel on.
+  // dz of a tile, for as many channels as a block owns, from first_channel on.
   DF_DEVICE void load_dz(int64_t image, int64_t first_pixel, int64_t first_channel, Product& product) const {
     const QuadGrid<const S> grid(p_.grad_z, dz_shape_, p_.dz_strides, image);
     for (int c = dz_place_.slice; c < Product::kChannels; c += kTileSlices) {
@@ -72,7 +73,7 @@ class Backward {
     }
   }
 
-  // From dy, the gradient of a tile's logits (to memory if `stores`) and the sample that z was made of.
+  // From dy: the gradient of the logits, written if `stores`, and the sample y for the gradient of the codebook.
   DF_DEVICE void differentiate(int64_t image, int64_t first_pixel, bool stores, Product& product) const {
     const int64_t my_pixel = first_pixel + place_.quad * kQuad;
     const QuadGrid<const S> logits_grid(p_.logits, s_, p_.strides, image);

@@ -1,26 +1,28 @@
-// The relaxed sample times the codebook, as flash attention with V = W. A block owns 64 pixels and 128 channels (64 in
-// float64) and goes once through all codes, 64 at a time: it draws their noise, raises the pixels' common reference to
-// the largest noisy logit so far, leaves exp((noisy - reference) / tau) in shared memory, rescales what it has of z and
-// adds the product with these codes' rows of the codebook. Sums for the statistics stay with the thread that owns a
-// quad's codes and are merged at the end. More channels than one block owns: more blocks, which draw the noise again.
+// The product of the relaxed sample with the codebook W, as flash attention with V = W. A block owns 64 pixels and 128
+// channels (64 in float64) and goes once through all codes, 64 at a time: it draws their noise, raises the reference of
+// each pixel to the largest noisy logit so far, leaves exp((noisy - reference) / tau) in shared memory, rescales z,
+// which stays in registers, and adds the product with these codes' rows of the codebook. Sums for the statistics stay
+// with the thread that owns a quad's codes and are merged at the end. If one block cannot own all channels, more blocks
+// draw the noise again.
 //
-// 16 bits use tensor cores; these have too few bits for float32, which takes the FP32 units and eight times as long.
+// 16-bit tensors use tensor cores; these have too few bits for float32, which takes the FP32 units and eight times as
+// long.
 #include "cuda/intrinsics.h"
 #include "gumbel/cuda_product_mma.h"
 
 namespace dalle_fast {
 namespace {
 
-// What the threads of a block share besides the operands of the product.
+// Shared memory of a block besides the operands of the product.
 template <typename T>
 struct Shared {
   Quad<T> maxima[kTileSlices][kTileQuads];  // of the noisy logits of a tile, thread by thread
   Quad<T> reference[kTileQuads];            // the largest noisy logit of each pixel so far
-  Quad<T> factor[kTileQuads];               // what z is multiplied by when it is raised, at last 1 / sum
+  Quad<T> factor[kTileQuads];               // by which a raised reference shrinks z; at the end, 1 / sum
   int code[kTilePixels];
 };
 
-// The forward of one thread: the codes of its slice, at its quad. Without arrays, as in cuda_sweeps.h.
+// The phases of the forward, for the codes of a thread's slice at its quad.
 template <typename S, bool short_cut>
 class Forward {
  public:
@@ -50,7 +52,7 @@ class Forward {
     }
   }
 
-  // Makes the thread's sums relative to the tile's largest logits where these are too large.
+  // Makes the thread's sums relative to the tile's largest logits, where these are too large.
   DF_DEVICE void raise_references(int first, const Quad<T> (&logits)[kThreadCodes], Quad<PixelSums<T>>& sums) const {
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
@@ -66,7 +68,7 @@ class Forward {
     }
   }
 
-  // Draws the noise; leaves the noisy logits, in the short cut exp(noisy - the thread's reference), and their maxima.
+  // Draws the noise; leaves noisy logits (in the short cut exp(noisy - the thread's reference)) and their maxima.
   DF_DEVICE void draw(int first, const Quad<T> (&logits)[kThreadCodes], Quad<PixelSums<T>>& sums,
                       const Product& z) const {
     constexpr T kNothing = short_cut ? T(0) : -std::numeric_limits<T>::infinity();
@@ -96,7 +98,7 @@ class Forward {
     shared_.maxima[place_.slice][place_.quad] = most;
   }
 
-  // Raises the references that all threads share to the tile's maxima: a thread per pixel.
+  // Raises the shared references to the tile's maxima: one thread per pixel.
   DF_DEVICE void raise_shared_references() const {
     if (!leads()) return;
     T largest = reference();
@@ -109,9 +111,9 @@ class Forward {
     reference() = largest;
   }
 
-  // Turns what draw() has left into weights, and adds them to the sums.
+  // Turns what draw() left into weights, and adds these to the sums.
   DF_DEVICE void weigh(Quad<PixelSums<T>>& sums, const Product& z) const {
-    T scale[kQuad];  // of what the short cut has made
+    T scale[kQuad];  // from the thread's reference, in the short cut, to the shared one
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
       sums.at[i].noisy_sum *= shared_.factor[place_.quad].at[i];
@@ -140,7 +142,7 @@ class Forward {
     }
   }
 
-  // Each pixel's statistics and code, from the parts: a thread per pixel.
+  // Each pixel's statistics and code, from the parts: one thread per pixel.
   DF_DEVICE void pick(const PixelSums<T>* parts) const {
     if (!leads()) return;
     PixelSums<T> total = parts[threadIdx.x];
@@ -150,7 +152,7 @@ class Forward {
       total.noisy_sum += part.noisy_sum;
       total.plain.merge(part.plain);
     }
-    total.best.noisy = reference();  // what the sum is relative to; in the short cut they differ by rounding
+    total.best.noisy = reference();  // of the sum; in the short cut the two differ by rounding
     factor() = 1 / total.noisy_sum;
     shared_.code[threadIdx.x] = total.best.code;
     const int64_t pixel = first_pixel_ + threadIdx.x;
@@ -160,6 +162,7 @@ class Forward {
     }
   }
 
+  // z [channels, pixels], and z before `hard` and rounding for the backward.
   DF_DEVICE void store(const Product& z, int64_t first_channel) const {
     z.for_each([&](int pixel_of_tile, int channel_of_block, T sum) {
       const int64_t pixel = first_pixel_ + pixel_of_tile, channel = first_channel + channel_of_block;
@@ -176,7 +179,7 @@ class Forward {
  private:
   static constexpr T kLowest = std::numeric_limits<T>::lowest();
 
-  // One thread per pixel, and what it has of the shared arrays.
+  // One thread per pixel, and its elements of the shared arrays.
   DF_DEVICE static bool leads() { return threadIdx.x < kTilePixels; }
   DF_DEVICE T& reference() const { return reinterpret_cast<T*>(shared_.reference)[threadIdx.x % kTilePixels]; }
   DF_DEVICE T& factor() const { return factors()[threadIdx.x % kTilePixels]; }

@@ -5,13 +5,13 @@
 namespace dalle_fast {
 namespace {
 
-// The backward of one thread: the codes of its slice, at its quad.
+// The phases of the backward, for the codes of a thread's slice at its quad.
 template <typename S, bool short_cut>
 class Backward {
  public:
   using T = Arithmetic<S>;
 
-  // `kept_y`: shared memory [kept][kSweepQuads].
+  // `kept_y` is shared memory, [kept][kSweepQuads].
   DF_DEVICE Backward(const GumbelBackward<S>& p, int64_t kept, Quad<T>* kept_y)
       : p_(p),
         s_(p.shape),

@@ -5,20 +5,20 @@
 namespace dalle_fast {
 namespace {
 
-// What the first sweep of the forward leaves for the second, of each pixel.
+// Results of the first sweep, in shared memory for the second.
 template <typename T>
 struct Found {
   PixelStats<T> stats[kSweepPixels];
   int code[kSweepPixels];
 };
 
-// The forward of one thread: the codes of its slice, at its quad.
+// The phases of the forward, for the codes of a thread's slice at its quad.
 template <typename S, bool short_cut>
 class Forward {
  public:
   using T = Arithmetic<S>;
 
-  // `kept_codes`: shared memory [kept][kSweepQuads] for what the first sweep makes.
+  // `kept_codes` is shared memory, [kept][kSweepQuads].
   DF_DEVICE Forward(const GumbelForward<S>& p, int64_t kept, Quad<T>* kept_codes)
       : p_(p),
         s_(p.shape),
@@ -117,7 +117,7 @@ class Forward {
     }
   }
 
-  // Makes the sums of pixel i, and what is kept of it, relative to the batch's largest logit if that is too large.
+  // Makes the sums and kept exponentials of pixel i relative to the batch's largest logit, if that is too large.
   DF_DEVICE void raise_reference(int64_t first, const Quad<T> (&logits)[kCodes], int i, PixelSums<T>& sum) const {
     T largest = std::numeric_limits<T>::lowest();
 #pragma unroll

@@ -1,4 +1,4 @@
-// The KL of an image from that of its pixels. A block per image, which sums in double and in a fixed order.
+// The KL of each image from that of its pixels: one block per image, which sums in double and in a fixed order.
 #include "cuda/reduce.h"
 #include "gumbel/cuda_quad.h"
 

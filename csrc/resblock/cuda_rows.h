@@ -1,9 +1,9 @@
-// Rows of the residual stream in a block's hands, for residual_layer_norm and its backward.
+// Rows of the residual stream in the registers of a block, for residual_layer_norm and its backward.
 //
-// A block takes one row at a time; a persistent grid takes all. Each warp has a piece of the row, cut into kChunks
-// chunks of kVec neighbouring elements for each lane: what a block has in registers. A layout says whether that is the
-// whole row (ResidentRows: float32, 16-byte aligned, widths of whole chunks up to 8,192) or one strip of it after
-// another, read again in each pass (StripRows: every width and type).
+// A block takes one row at a time, a persistent grid takes all. Each warp has a piece of the row, kChunks chunks of
+// kVec neighbouring elements per lane. A layout says whether a block so holds the whole row (ResidentRows: float32,
+// aligned to 16 bytes, widths of whole chunks up to 8,192) or one strip of it after another, read again in each pass
+// (StripRows: every width and type).
 #pragma once
 
 #include <cmath>
@@ -31,13 +31,15 @@ struct StripRows {
   static constexpr int kVec = 1, kChunks = 4;
 };
 
-// What a thread has of a row or strip.
+// The part of a row or strip that a thread holds.
 template <typename T, typename Layout>
 using RowPiece = T[Layout::kChunks][Layout::kVec];
 
+// Elements that a thread holds.
 template <typename Layout>
 constexpr int kThreadElements = Layout::kChunks * Layout::kVec;
 
+// True if ResidentRows takes rows of this width in these tensors.
 template <typename T>
 bool fits_resident(int64_t width, std::initializer_list<const void*> pointers) {
   bool fits =
@@ -76,7 +78,7 @@ DF_DEVICE void for_each_chunk(int64_t width, int64_t strip, const Body& body) {
   }
 }
 
-// What a chunk moves as: one instruction.
+// Type that a chunk is moved as, in one instruction.
 template <typename S, int kVec>
 using Vector = std::conditional_t<kVec == 1, S, std::conditional_t<sizeof(S) * kVec == 16, uint4, uint2>>;
 

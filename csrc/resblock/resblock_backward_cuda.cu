@@ -1,6 +1,6 @@
 // residual_layer_norm_backward, per-resblock scaling included: one read of both gradients and of the sum, one write of
-// the stream's gradient and of the scaled one, 16 bytes an element with 16-bit resblocks; bound by memory. Rows as in
-// resblock_rows.h. Inf and NaN become 0 as they are read, before the sums over the row, which they would spoil.
+// the stream's gradient and of the scaled one, 16 bytes per element with 16-bit resblocks; bound by memory. Rows as in
+// cuda_rows.h. Inf and NaN become 0 as they are read, before the sums over the row, which they would spoil.
 //
 // The gradients of weight and bias are sums over rows. A thread has the same columns in every row of its block, so it
 // keeps their sums in registers and writes them once, to partials [blocks, 2, width]; a second kernel adds these in
@@ -12,14 +12,15 @@
 namespace dalle_fast {
 namespace {
 
-// The block's sums over its rows: [2, width], of weight and bias.
+// The block's sums over its rows, [2, width]: the gradients of weight and bias.
 template <typename T>
 DF_DEVICE T* block_partials(const ResidualLayerNormBackward<T>& p) {
   return p.partials + static_cast<int64_t>(blockIdx.x) * 2 * p.width;
 }
 
-// One row of the backward: a thread's chunks of it, which the kernel keeps. `normal` is the normalised row; `grad` the
-// gradient of normed, and from apply_weight() on that of `normal`.
+// The phases of the backward on one row. Each works on the thread's chunks, which the kernel holds: `normal`, the
+// normalised row, and `grad`, the gradient of normed, from apply_weight() on that of `normal`. Members are no arrays:
+// the compiler keeps an object with an array that a loop indexes out of registers until it has unrolled that loop.
 template <typename Layout, typename T>
 struct Row {
   using Chunks = RowPiece<T, Layout>;
@@ -32,7 +33,7 @@ struct Row {
   DF_DEVICE Row(const ResidualLayerNormBackward<T>& params, int64_t index)
       : p(params), row(index), start(index * params.width), mean(params.mean[index]), rstd(params.rstd[index]) {}
 
-  // Sets `nonfinite` if a gradient is; where that is asked for, it counts as 0.
+  // Inf and NaN become 0 and set `nonfinite`, if p.nonfinite asks for it.
   DF_DEVICE void load(int64_t strip, T unscale, Chunks& normal, Chunks& grad, bool& nonfinite) const {
     for_each_chunk<Layout>(p.width, strip, [&](int c, int64_t i) { load_chunk(p.total + start + i, normal[c]); });
     with_branch_format<T>(p.normed_format, [&](auto element) {
@@ -63,7 +64,7 @@ struct Row {
     });
   }
 
-  // Adds to the gradients of weight and bias; strips keep them in memory, from the block's first row on.
+  // Adds to the gradients of weight and bias, which strips keep in memory from the block's first row on.
   DF_DEVICE void add_to_parameters(int64_t strip, const Chunks& normal, const Chunks& grad, Chunks& grad_weight,
                                    Chunks& grad_bias) const {
     T *weight_partials = block_partials(p), *bias_partials = weight_partials + p.width;
@@ -105,7 +106,7 @@ struct Row {
     });
   }
 
-  // The gradient of the sum to x and, scaled, to the branch.
+  // Writes the gradient of the sum to grad_x and, scaled, to grad_branch.
   DF_DEVICE void store(int64_t strip, const Chunks& normal, const Chunks& grad, T grad_mean, T product_mean,
                        T scale_out, Chunks& grad_total) const {
     for_each_chunk<Layout>(p.width, strip, [&](int c, int64_t i) {
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) backward_kernel(ResidualLayerN
   if (nonfinite) raise_flag(p.nonfinite);
 }
 
-constexpr int kColumns = 32, kSlices = 16;  // a block's columns, and the parts in which it adds up partials
+constexpr int kColumns = 32, kSlices = 16;  // columns of a block, and threads that share the partials of one
 
 template <typename T>
 __global__ void __launch_bounds__(kColumns* kSlices) sum_partials_kernel(ResidualLayerNormBackward<T> p) {

@@ -1,6 +1,6 @@
-// residual_layer_norm: one read of x and branch, one write of the sum and of its LayerNorm, 12 bytes an element with a
-// 16-bit resblock; bound by memory. Rows as in resblock_rows.h. The variance is that of the differences from the mean,
-// so it needs the mean first: two sums over the block for each row.
+// residual_layer_norm: one read of x and branch, one write of the sum and of its LayerNorm, 12 bytes per element with a
+// 16-bit resblock; bound by memory. Rows as in cuda_rows.h. The variance is that of the differences from the mean, so
+// it needs the mean first: two sums over the block for each row.
 #include "resblock/cuda_rows.h"
 #include "resblock/resblock.h"
 

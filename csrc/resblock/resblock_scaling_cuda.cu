@@ -1,4 +1,5 @@
-// scale_gradient and unscale_gradient: elementwise, bound by memory. update_scales: a thread a resblock.
+// scale_gradient and unscale_gradient: elementwise, bound by memory. update_scales: one thread per resblock. All
+// overwrite what they write; a grid as large as runs at once takes all elements.
 #include "resblock/cuda_rows.h"
 #include "resblock/resblock.h"
 #include "resblock/scale_state.h"
@@ -8,7 +9,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Calls body(i) for the thread's elements of n.
+// Calls body(i) for the thread's share of n elements.
 template <typename Body>
 DF_DEVICE void for_each_element(int64_t n, const Body& body) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;

@@ -1,10 +1,11 @@
-// A block owns a row. The row stays in shared memory, as integers in the order of the logits, for as many codes as fit
-// there (28,000 with top_p, 56,000 without, on sm_90); longer rows are read again from memory in every pass.
+// A block owns a row. The row stays in shared memory, as integers in the order of the logits, if it fits (28,000 codes
+// with top_p, 56,000 without, on sm_90); longer rows are read from memory again in every pass.
 //
-// Nothing is sorted: top-k and top-p look for the last logit they keep by bisection over the bits, each step a count,
-// or a sum of weights in units of 2^-30, over the row. These sums are of integers and so exact: what is kept is what
-// the definition keeps. So is the draw: of the noisy logits in float32 those near the largest are computed once more in
-// float64, and only two codes whose exact scores differ by less than the last place of a logarithm could change sides.
+// Nothing is sorted: top-k and top-p find the last logit they keep by bisection over its bits, each step a count, or a
+// sum of weights in units of 2^-30, over the row. These sums are of integers and so exact: what is kept is what the
+// definition keeps. The draw is exact, too: of the noisy logits in float32, those near the largest are computed again
+// in float64, and only two codes whose exact scores differ by less than the last place of a logarithm could change
+// places.
 #include <cfloat>
 #include <climits>
 #include <limits>
@@ -54,7 +55,7 @@ class Row {
   DF_DEVICE Row(const Sample& s, int* keys, int* weights)
       : s_(s), offset_(blockIdx.x * s.row_stride), keys_(keys), weights_(weights) {}
 
-  // Reads the row; its largest value, or NaN if there is one.
+  // Reads the row; returns its largest value, or NaN if there is one.
   DF_DEVICE float load() {
     float largest = kDropped;
     for_each([&](int64_t i) {
@@ -183,7 +184,7 @@ class Row {
   int64_t offset_;
   int *keys_, *weights_;
   float largest_;
-  // Of the row's codes those above this key stay, and those equal to it before an index.
+  // Codes above this key stay, and those equal to it that come before an index.
   int last_ = key_of(kDropped);
   int64_t end_of_equal_ = s_.codes;
 };

@@ -1,4 +1,4 @@
-// In place of csrc/common/runtime.h: the CUDA kernels take the tensors of the CPU.
+// Replaces csrc/common/runtime.h: the CUDA kernels take tensors of the CPU.
 #pragma once
 
 #include "cuda_on_cpu.h"

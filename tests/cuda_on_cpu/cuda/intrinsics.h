@@ -1,4 +1,4 @@
-// In place of csrc/cuda/intrinsics.h.
+// Replaces csrc/cuda/intrinsics.h.
 #pragma once
 
 #include "cuda/device.h"
@@ -7,7 +7,7 @@
 
 namespace dalle_fast {
 
-// An atomic store, which ThreadSanitizer knows to be no race.
+// Atomic: ThreadSanitizer would call a plain store a race.
 inline void raise_flag(int32_t* flag) { __atomic_store_n(flag, 1, __ATOMIC_RELAXED); }
 
 inline float exp2_approximate(float x) { return exp2f(x); }

@@ -1,4 +1,4 @@
-// In place of csrc/cuda/mma.h, which says what the functions do: element by element, from what other lanes hold.
+// Replaces csrc/cuda/mma.h, which describes the functions: here element by element, from the values of all lanes.
 #pragma once
 
 #include <cstring>
@@ -61,7 +61,7 @@ inline void load_blocks_transposed(uint32_t (&blocks)[4], const void* row) {
   }
 }
 
-// Copies that the calling thread has started. They are made when it waits for them, no earlier.
+// Copies that the calling thread has started. They take place when it waits for them, no earlier.
 struct Copies {
   struct Copy {
     void* shared;
