@@ -3,7 +3,7 @@
 
 #include "attention/params.h"
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 
 // `window`: length of the longest window, in tokens.
 cudaError_t launch_tile_decode(const DecodeAttention& params, int window, cudaStream_t stream);
@@ -17,4 +17,4 @@ DF_HOST_DEVICE int window_of(const Mask& mask, int query) {
   return tokens;
 }
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

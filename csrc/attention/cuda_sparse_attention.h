@@ -4,7 +4,7 @@
 
 #include "attention/params.h"
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 
 cudaError_t launch_tile_forward(const SparseAttentionForward& params, cudaStream_t stream);
 cudaError_t launch_tile_dq(const SparseAttentionBackward& params, cudaStream_t stream);   // and delta
@@ -14,4 +14,4 @@ cudaError_t launch_plain_forward(const SparseAttentionForward& params, cudaStrea
 cudaError_t launch_plain_dq(const SparseAttentionBackward& params, cudaStream_t stream);
 cudaError_t launch_plain_dkv(const SparseAttentionBackward& params, cudaStream_t stream);
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

@@ -7,7 +7,7 @@
 #include "common/mask.h"
 #include "cuda/device.h"
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 
 struct StreamMask {
   MaskKind kind;
@@ -92,4 +92,4 @@ struct StreamMask {
   }
 };
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

@@ -7,7 +7,7 @@
 
 #include "cuda/intrinsics.h"
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 
 constexpr int kStripTokens = 16, kBlockTokens = 32;  // rows and columns
 
@@ -101,4 +101,4 @@ struct StripSoftmax {
   }
 };
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

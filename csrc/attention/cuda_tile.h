@@ -15,7 +15,7 @@
 #include "cuda/device.h"
 #include "cuda/mma.h"
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 
 constexpr int kTileWarps = 4, kTileTokens = kTileWarps * kStripTokens;
 constexpr int kTileThreads = kTileWarps * 32;
@@ -310,4 +310,4 @@ cudaError_t with_tile_kernel(const AttentionShape& shape, const F& f) {
   });
 }
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

@@ -5,6 +5,9 @@
 #include "cuda/device.h"
 
 namespace dalle_fast {
+
+using namespace attention;
+
 namespace {
 
 // Longest window whose slots the kernel on tensor cores keeps in shared memory, which it needs 96 KB of then.

@@ -12,7 +12,7 @@
 #include "cuda/device.h"
 #include "cuda/reduce.h"
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 namespace {
 
 constexpr int kWarps = 4;
@@ -150,4 +150,4 @@ cudaError_t launch_plain_decode(const DecodeAttention& params, cudaStream_t stre
   });
 }
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

@@ -12,7 +12,7 @@
 #include "attention/cuda_decode_attention.h"
 #include "attention/cuda_tile.h"
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 namespace {
 
 constexpr int kStrips = 2, kShares = 4;  // a warp has a strip of the candidates and a share of the text
@@ -324,4 +324,4 @@ cudaError_t launch_tile_decode(const DecodeAttention& params, int window, cudaSt
   });
 }
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

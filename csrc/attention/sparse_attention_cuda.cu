@@ -3,6 +3,8 @@
 
 namespace dalle_fast {
 
+using namespace attention;
+
 cudaError_t launch_sparse_attention_forward(const SparseAttentionForward& params, cudaStream_t stream) {
   return on_tensor_cores(params.shape) ? launch_tile_forward(params, stream) : launch_plain_forward(params, stream);
 }

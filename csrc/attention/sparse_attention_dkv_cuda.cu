@@ -7,7 +7,7 @@
 #include "attention/cuda_sparse_attention.h"
 #include "attention/cuda_tile.h"
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 namespace {
 
 template <int kChannels>
@@ -133,4 +133,4 @@ cudaError_t launch_tile_dkv(const SparseAttentionBackward& params, cudaStream_t 
   });
 }
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

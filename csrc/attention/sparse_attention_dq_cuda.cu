@@ -4,7 +4,7 @@
 #include "attention/cuda_sparse_attention.h"
 #include "attention/cuda_tile.h"
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 namespace {
 
 template <int kChannels>
@@ -111,4 +111,4 @@ cudaError_t launch_tile_dq(const SparseAttentionBackward& params, cudaStream_t s
   });
 }
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

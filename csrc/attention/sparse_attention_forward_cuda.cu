@@ -3,7 +3,7 @@
 #include "attention/cuda_sparse_attention.h"
 #include "attention/cuda_tile.h"
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 namespace {
 
 template <int kChannels>
@@ -83,4 +83,4 @@ cudaError_t launch_tile_forward(const SparseAttentionForward& params, cudaStream
   });
 }
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

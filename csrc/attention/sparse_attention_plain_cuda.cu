@@ -12,7 +12,7 @@
 #include "cuda/device.h"
 #include "cuda/reduce.h"
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
@@ -249,4 +249,4 @@ cudaError_t launch_plain_dkv(const SparseAttentionBackward& params, cudaStream_t
                      [&](auto element) { return launch_parts(dkv_kernel<decltype(element)>, params, stream); });
 }
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

@@ -19,6 +19,7 @@ DF_DEVICE float log_of(float x) {
   const float mantissa = __int_as_float(__float_as_int(x) - exponent * (1 << 23));
   return static_cast<float>(exponent) * kLn2 + __logf(mantissa);
 }
+DF_DEVICE double log_of(double x) { return log(x); }
 
 // Large noise comes from -log(u) near u = 1: there that logarithm must be exact to its last places.
 DF_DEVICE float exponential_from_word(uint32_t word) { return -logf(uniform_from_word(word)); }

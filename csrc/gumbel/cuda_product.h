@@ -4,7 +4,7 @@
 
 #include "gumbel/cuda_tile.h"
 
-namespace dalle_fast {
+namespace dalle_fast::gumbel {
 
 // z [kTilePixels, kChannels], the product of the weights and the codebook.
 template <typename S, bool tensor_cores = sizeof(S) == 2>
@@ -182,4 +182,4 @@ class BackwardProduct {
   Own gradient_[kWarpRows] = {};
 };
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::gumbel

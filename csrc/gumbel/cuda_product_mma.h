@@ -5,7 +5,7 @@
 #include "cuda/mma.h"
 #include "gumbel/cuda_product.h"
 
-namespace dalle_fast {
+namespace dalle_fast::gumbel {
 
 // A row and eight elements more: the eight rows that one instruction reads lie in different banks.
 constexpr int kPixelPitch = kTilePixels + 8;
@@ -256,4 +256,4 @@ class BackwardProduct<S, true> {
   float gradient_[kOwnBlocks][4] = {};
 };
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::gumbel

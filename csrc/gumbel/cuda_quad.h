@@ -9,13 +9,12 @@
 #include "cuda/noise.h"
 #include "gumbel/gumbel.h"
 
-namespace dalle_fast {
+namespace dalle_fast::gumbel {
 
 DF_DEVICE float exp_of(float x) { return exp2_approximate(x * kLog2E); }
 DF_DEVICE float ratio_of(float a, float b) { return divide_approximate(a, b); }
 DF_DEVICE double exp_of(double x) { return exp(x); }
 DF_DEVICE double ratio_of(double a, double b) { return a / b; }
-DF_DEVICE double log_of(double x) { return log(x); }
 
 // At tau = 1 there is a short cut. The noise is -log E with E = -log u, so exp(logit + noise) = exp(logit) / E, and the
 // KL needs exp(logit) as well: a code takes one exponential, one logarithm and a division instead of two exponentials
@@ -172,12 +171,12 @@ struct Best {
 
 // Sums of a pixel over some of the codes.
 template <typename T>
-struct PixelSums {
+struct RunningSums {
   Best<T> best;
   T noisy_sum;  // of exp((noisy - largest) / tau), the largest so far
   PlainSums<T> plain;
 
-  static constexpr DF_DEVICE PixelSums none() {
+  static constexpr DF_DEVICE RunningSums none() {
     // Finite, so that a pixel whose logits are all -inf so far gives zeros and not NaN.
     constexpr T kLowest = std::numeric_limits<T>::lowest();
     return {{kLowest, 0}, 0, {kLowest, 0, 0}};
@@ -198,9 +197,9 @@ template <typename T>
 struct MergeSums {
   T inverse_tau;
 
-  DF_DEVICE PixelSums<T> operator()(const PixelSums<T>& a, const PixelSums<T>& b) const {
+  DF_DEVICE RunningSums<T> operator()(const RunningSums<T>& a, const RunningSums<T>& b) const {
     const bool a_wins = a.best.beats(b.best);
-    PixelSums<T> merged = a;
+    RunningSums<T> merged = a;
     merged.best = {a_wins ? a.best.noisy : b.best.noisy, a_wins ? a.best.code : b.best.code};
     const T below = (a_wins ? b.best.noisy : a.best.noisy) - merged.best.noisy;
     merged.noisy_sum =
@@ -212,7 +211,7 @@ struct MergeSums {
 
 // Statistics of a pixel, from the forward for the backward.
 template <typename T>
-struct PixelStats {
+struct ForwardStats {
   T noisy_reference, noisy_log_sum, plain_lse, kl;
 
   // y of a noisy logit.
@@ -230,7 +229,7 @@ struct PixelStats {
 // y of a quad; its noise is drawn again.
 template <bool short_cut, typename T>
 DF_DEVICE Quad<T> soft_quad(const QuadNoise& noise, const Quad<T>& logits, int64_t code, int64_t pixel,
-                            const PixelStats<T> (&stats)[kQuad], T inverse_tau) {
+                            const ForwardStats<T> (&stats)[kQuad], T inverse_tau) {
   Quad<T> y = short_cut ? noise.exponential<T>(code, pixel) : noise.add_to(logits, code, pixel);
 #pragma unroll
   for (int i = 0; i < kQuad; ++i) {
@@ -241,7 +240,7 @@ DF_DEVICE Quad<T> soft_quad(const QuadNoise& noise, const Quad<T>& logits, int64
 }
 
 template <typename T>
-DF_DEVICE PixelStats<T> load_stats(const GumbelShape& s, const T* stats, int64_t image, int64_t pixel) {
+DF_DEVICE ForwardStats<T> load_stats(const GumbelShape& s, const T* stats, int64_t image, int64_t pixel) {
   if (pixel >= s.pixels) return {};
   const T* at = stats + image * kGumbelStats * s.pixels + pixel;
   return {at[kNoisyReference * s.pixels], at[kNoisyLogSum * s.pixels], at[kPlainLse * s.pixels],
@@ -252,4 +251,4 @@ DF_DEVICE PixelStats<T> load_stats(const GumbelShape& s, const T* stats, int64_t
 template <typename T>
 cudaError_t launch_sum_kl(const GumbelShape& shape, const T* stats, T* kl, cudaStream_t stream);
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::gumbel

@@ -12,7 +12,7 @@
 #include "cuda/reduce.h"
 #include "gumbel/cuda_quad.h"
 
-namespace dalle_fast {
+namespace dalle_fast::gumbel {
 
 constexpr int kSweepThreads = 512;
 constexpr int kSweepWarps = kSweepThreads / kWarp;
@@ -98,4 +98,4 @@ cudaError_t launch_sweeps(Kernel kernel, const Params& params, int64_t codes, si
   return launch(kernel, sweep_blocks(params.shape), kSweepThreads, kept * code_bytes, stream, params, kept);
 }
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::gumbel

@@ -4,7 +4,7 @@
 
 #include "gumbel/cuda_quad.h"
 
-namespace dalle_fast {
+namespace dalle_fast::gumbel {
 
 constexpr int kProductThreads = 256;
 constexpr int kTileCodes = 64;
@@ -54,4 +54,4 @@ DF_DEVICE void for_each_codebook_element(const S* codebook, int codes, int64_t c
   }
 }
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::gumbel

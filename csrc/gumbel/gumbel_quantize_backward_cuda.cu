@@ -11,6 +11,9 @@
 #include "gumbel/cuda_product_mma.h"
 
 namespace dalle_fast {
+
+using namespace gumbel;
+
 namespace {
 
 constexpr int64_t kEnoughBlocks = 264;  // two on each multiprocessor of a large GPU
@@ -87,7 +90,7 @@ class Backward {
       Quad<T> sample{}, grad{};
       if (code < codes_) {
         const Quad<T> logits = logits_grid.load(code, my_pixel);
-        PixelStats<T> stats[kQuad];
+        ForwardStats<T> stats[kQuad];
 #pragma unroll
         for (int i = 0; i < kQuad; ++i) {
           stats[i] = {pixels_.stats[kNoisyReference][place_.quad].at[i], pixels_.stats[kNoisyLogSum][place_.quad].at[i],

@@ -11,6 +11,9 @@
 #include "gumbel/cuda_product_mma.h"
 
 namespace dalle_fast {
+
+using namespace gumbel;
+
 namespace {
 
 // Shared memory of a block besides the operands of the product.
@@ -53,7 +56,7 @@ class Forward {
   }
 
   // Makes the thread's sums relative to the tile's largest logits, where these are too large.
-  DF_DEVICE void raise_references(int first, const Quad<T> (&logits)[kThreadCodes], Quad<PixelSums<T>>& sums) const {
+  DF_DEVICE void raise_references(int first, const Quad<T> (&logits)[kThreadCodes], Quad<RunningSums<T>>& sums) const {
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
       T largest = kLowest;
@@ -69,7 +72,7 @@ class Forward {
   }
 
   // Draws the noise; leaves noisy logits (in the short cut exp(noisy - the thread's reference)) and their maxima.
-  DF_DEVICE void draw(int first, const Quad<T> (&logits)[kThreadCodes], Quad<PixelSums<T>>& sums,
+  DF_DEVICE void draw(int first, const Quad<T> (&logits)[kThreadCodes], Quad<RunningSums<T>>& sums,
                       const Product& z) const {
     constexpr T kNothing = short_cut ? T(0) : -std::numeric_limits<T>::infinity();
     Quad<T> most;
@@ -112,7 +115,7 @@ class Forward {
   }
 
   // Turns what draw() left into weights, and adds these to the sums.
-  DF_DEVICE void weigh(Quad<PixelSums<T>>& sums, const Product& z) const {
+  DF_DEVICE void weigh(Quad<RunningSums<T>>& sums, const Product& z) const {
     T scale[kQuad];  // from the thread's reference, in the short cut, to the shared one
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
@@ -134,7 +137,7 @@ class Forward {
   }
 
   // Leaves the thread's sums in `parts` [kTileSlices][kTilePixels].
-  DF_DEVICE void share(Quad<PixelSums<T>>& sums, PixelSums<T>* parts) const {
+  DF_DEVICE void share(Quad<RunningSums<T>>& sums, RunningSums<T>* parts) const {
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
       if (short_cut) sums.at[i].best.noisy = sums.at[i].plain.noisy_of(sums.at[i].best.noisy);
@@ -143,11 +146,11 @@ class Forward {
   }
 
   // Each pixel's statistics and code, from the parts: one thread per pixel.
-  DF_DEVICE void pick(const PixelSums<T>* parts) const {
+  DF_DEVICE void pick(const RunningSums<T>* parts) const {
     if (!leads()) return;
-    PixelSums<T> total = parts[threadIdx.x];
+    RunningSums<T> total = parts[threadIdx.x];
     for (int slice = 1; slice < kTileSlices; ++slice) {
-      const PixelSums<T>& part = parts[slice * kTilePixels + threadIdx.x];
+      const RunningSums<T>& part = parts[slice * kTilePixels + threadIdx.x];
       if (part.best.beats(total.best)) total.best = part.best;
       total.noisy_sum += part.noisy_sum;
       total.plain.merge(part.plain);
@@ -206,8 +209,8 @@ __global__ void __launch_bounds__(kProductThreads, kProductBlocks<S>) forward_ke
   Product z(bytes);
   const int codes = static_cast<int>(p.shape.codes);
   const int64_t first_channel = int64_t{blockIdx.y} * Product::kChannels;
-  constexpr PixelSums<T> kNone = PixelSums<T>::none();
-  Quad<PixelSums<T>> sums{{kNone, kNone, kNone, kNone}};
+  constexpr RunningSums<T> kNone = RunningSums<T>::none();
+  Quad<RunningSums<T>> sums{{kNone, kNone, kNone, kNone}};
   for (int first = 0; first < codes; first += kTileCodes) {
     Quad<T> logits[kThreadCodes];
     forward.load(first, logits);
@@ -223,7 +226,7 @@ __global__ void __launch_bounds__(kProductThreads, kProductBlocks<S>) forward_ke
     z.add();
     __syncthreads();
   }
-  auto* const parts = reinterpret_cast<PixelSums<T>*>(bytes);  // in place of the operands
+  auto* const parts = reinterpret_cast<RunningSums<T>*>(bytes);  // in place of the operands
   forward.share(sums, parts);
   __syncthreads();
   forward.pick(parts);
@@ -237,7 +240,7 @@ template <typename S>
 cudaError_t launch_gumbel_quantize_forward(const QuantizeForward<S>& params, cudaStream_t stream) {
   using T = Arithmetic<S>;
   using Product = ForwardProduct<S>;
-  constexpr size_t kParts = sizeof(PixelSums<T>) * kTileSlices * kTilePixels;
+  constexpr size_t kParts = sizeof(RunningSums<T>) * kTileSlices * kTilePixels;
   const GumbelShape& s = params.shape;
   const dim3 grid(static_cast<unsigned>(s.batch * tiles_of(s.pixels, kTilePixels)),
                   static_cast<unsigned>(tiles_of(params.channels, Product::kChannels)));

@@ -3,6 +3,9 @@
 #include "gumbel/cuda_sweeps.h"
 
 namespace dalle_fast {
+
+using namespace gumbel;
+
 namespace {
 
 // The phases of the backward, for the codes of a thread's slice at its quad.
@@ -26,13 +29,13 @@ class Backward {
         noise_(p.shape, place_.image),
         grad_kl_(p.grad_kl[place_.image]) {}
 
-  DF_DEVICE void load(PixelStats<T> (&stats)[kQuad]) const {
+  DF_DEVICE void load(ForwardStats<T> (&stats)[kQuad]) const {
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) stats[i] = load_stats(s_, p_.stats, place_.image, place_.my_pixel + i);
   }
 
   // First sweep: the sums of y dy over all codes, at the thread's quad. `parts` and `pixel_dots` are shared memory.
-  DF_DEVICE Quad<T> sum(const PixelStats<T> (&stats)[kQuad], T (*parts)[kSweepPixels],
+  DF_DEVICE Quad<T> sum(const ForwardStats<T> (&stats)[kQuad], T (*parts)[kSweepPixels],
                         T (&pixel_dots)[kSweepPixels]) const {
     Quad<T> dots{};
     for_each_batch_of_codes<kCodes, false>(s_.codes, place_.slice, [&](int64_t first) {
@@ -58,7 +61,7 @@ class Backward {
   }
 
   // Second sweep: the gradient.
-  DF_DEVICE void store(const PixelStats<T> (&stats)[kQuad], const Quad<T>& dots) const {
+  DF_DEVICE void store(const ForwardStats<T> (&stats)[kQuad], const Quad<T>& dots) const {
     for_each_batch_of_codes<kCodes, true>(s_.codes, place_.slice, [&](int64_t first) {
       Quad<T> logits[kCodes], dy[kCodes];
       load(first, logits, dy);
@@ -90,7 +93,7 @@ class Backward {
     }
   }
 
-  DF_DEVICE Quad<T> soft(const Quad<T>& logits, int64_t code, const PixelStats<T> (&stats)[kQuad]) const {
+  DF_DEVICE Quad<T> soft(const Quad<T>& logits, int64_t code, const ForwardStats<T> (&stats)[kQuad]) const {
     return soft_quad<short_cut>(noise_, logits, code, place_.my_pixel, stats, inverse_tau_);
   }
 
@@ -112,7 +115,7 @@ __global__ void __launch_bounds__(kSweepThreads) backward_kernel(GumbelBackward<
   DF_SHARED(shared);
   __shared__ T parts[kSweepWarps][kSweepPixels], pixel_dots[kSweepPixels];
   const Backward<S, short_cut> backward(p, kept, reinterpret_cast<Quad<T>*>(shared));
-  PixelStats<T> stats[kQuad];
+  ForwardStats<T> stats[kQuad];
   backward.load(stats);
   const Quad<T> dots = backward.sum(stats, parts, pixel_dots);
   backward.store(stats, dots);

@@ -3,12 +3,15 @@
 #include "gumbel/cuda_sweeps.h"
 
 namespace dalle_fast {
+
+using namespace gumbel;
+
 namespace {
 
 // Results of the first sweep, in shared memory for the second.
 template <typename T>
 struct Found {
-  PixelStats<T> stats[kSweepPixels];
+  ForwardStats<T> stats[kSweepPixels];
   int code[kSweepPixels];
 };
 
@@ -31,7 +34,7 @@ class Forward {
         noise_(p.shape, place_.image) {}
 
   // First sweep: the thread's sums, and the references of the exponentials that it has kept.
-  DF_DEVICE void sum(Quad<PixelSums<T>>& sums, T (&reference)[kQuad]) const {
+  DF_DEVICE void sum(Quad<RunningSums<T>>& sums, T (&reference)[kQuad]) const {
     for_each_batch_of_codes<kCodes, false>(s_.codes, place_.slice, [&](int64_t first) {
       Quad<T> logits[kCodes], noisy[kCodes];  // in the short cut E, then exp(noisy - reference)
       load(first, logits);
@@ -45,7 +48,7 @@ class Forward {
     });
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
-      PixelSums<T>& sum = sums.at[i];
+      RunningSums<T>& sum = sums.at[i];
       reference[i] = sum.plain.reference;
       if (!short_cut) continue;
       if (sum.best.noisy > 0) sum.noisy_sum /= sum.best.noisy;
@@ -54,8 +57,8 @@ class Forward {
   }
 
   // Each pixel's statistics and code, from the sums of all threads. `parts` is shared memory.
-  DF_DEVICE void pick(const Quad<PixelSums<T>>& sums, PixelSums<T> (*parts)[kSweepPixels], Found<T>& found) const {
-    const PixelSums<T> total = reduce_pixels(sums, place_, PixelSums<T>::none(), MergeSums<T>{inverse_tau_}, parts);
+  DF_DEVICE void pick(const Quad<RunningSums<T>>& sums, RunningSums<T> (*parts)[kSweepPixels], Found<T>& found) const {
+    const RunningSums<T> total = reduce_pixels(sums, place_, RunningSums<T>::none(), MergeSums<T>{inverse_tau_}, parts);
     const int warp = threadIdx.x / kWarp;
     if (threadIdx.x % kWarp != 0 || warp >= kSweepPixels) return;
     found.stats[warp] = {total.best.noisy, static_cast<T>(log(static_cast<double>(total.noisy_sum))), 0, 0};
@@ -67,7 +70,7 @@ class Forward {
 
   // Second sweep: y.
   DF_DEVICE void store(const Found<T>& found, const T (&reference)[kQuad]) const {
-    PixelStats<T> stats[kQuad];
+    ForwardStats<T> stats[kQuad];
     int best_code[kQuad];
     T factor[kQuad];
 #pragma unroll
@@ -118,7 +121,7 @@ class Forward {
   }
 
   // Makes the sums and kept exponentials of pixel i relative to the batch's largest logit, if that is too large.
-  DF_DEVICE void raise_reference(int64_t first, const Quad<T> (&logits)[kCodes], int i, PixelSums<T>& sum) const {
+  DF_DEVICE void raise_reference(int64_t first, const Quad<T> (&logits)[kCodes], int i, RunningSums<T>& sum) const {
     T largest = std::numeric_limits<T>::lowest();
 #pragma unroll
     for (int c = 0; c < kCodes; ++c) {
@@ -136,7 +139,7 @@ class Forward {
 
   // Adds pixel i of the batch to its sums.
   DF_DEVICE void add(int64_t first, const Quad<T> (&logits)[kCodes], Quad<T> (&noisy)[kCodes], int i,
-                     PixelSums<T>& sum) const {
+                     RunningSums<T>& sum) const {
     const T largest = sum.best.noisy;
 #pragma unroll
     for (int c = 0; c < kCodes; ++c) {
@@ -181,11 +184,11 @@ template <typename S, bool short_cut>
 __global__ void __launch_bounds__(kSweepThreads) forward_kernel(GumbelForward<S> p, int64_t kept) {
   using T = Arithmetic<S>;
   DF_SHARED(shared);
-  __shared__ PixelSums<T> parts[kSweepWarps][kSweepPixels];
+  __shared__ RunningSums<T> parts[kSweepWarps][kSweepPixels];
   __shared__ Found<T> found;
   const Forward<S, short_cut> forward(p, kept, reinterpret_cast<Quad<T>*>(shared));
-  constexpr PixelSums<T> kNone = PixelSums<T>::none();
-  Quad<PixelSums<T>> sums{{kNone, kNone, kNone, kNone}};
+  constexpr RunningSums<T> kNone = RunningSums<T>::none();
+  Quad<RunningSums<T>> sums{{kNone, kNone, kNone, kNone}};
   T reference[kQuad];
   forward.sum(sums, reference);
   forward.pick(sums, parts, found);

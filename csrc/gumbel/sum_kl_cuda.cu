@@ -2,7 +2,7 @@
 #include "cuda/reduce.h"
 #include "gumbel/cuda_quad.h"
 
-namespace dalle_fast {
+namespace dalle_fast::gumbel {
 namespace {
 
 constexpr int kThreads = 512;
@@ -27,4 +27,4 @@ cudaError_t launch_sum_kl(const GumbelShape& shape, const T* stats, T* kl, cudaS
 template cudaError_t launch_sum_kl(const GumbelShape&, const float*, float*, cudaStream_t);
 template cudaError_t launch_sum_kl(const GumbelShape&, const double*, double*, cudaStream_t);
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::gumbel

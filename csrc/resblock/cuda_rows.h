@@ -16,7 +16,7 @@
 #include "cuda/device.h"
 #include "cuda/reduce.h"
 
-namespace dalle_fast {
+namespace dalle_fast::resblock {
 
 constexpr int kMaxRowThreads = 512;  // of a block: 128 registers each
 constexpr int kMaxRowWarps = kMaxRowThreads / kWarp;
@@ -135,4 +135,4 @@ DF_DEVICE void sum_over_block(T (&x)[kSums], T (*parts)[kMaxRowWarps]) {
   for (int s = 0; s < kSums; ++s) x[s] = warp_reduce(lane < warps ? parts[s][lane] : T(0), Add());
 }
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::resblock

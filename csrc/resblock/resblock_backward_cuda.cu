@@ -10,6 +10,9 @@
 #include "resblock/resblock.h"
 
 namespace dalle_fast {
+
+using namespace resblock;
+
 namespace {
 
 // The block's sums over its rows, [2, width]: the gradients of weight and bias.

@@ -5,6 +5,9 @@
 #include "resblock/resblock.h"
 
 namespace dalle_fast {
+
+using namespace resblock;
+
 namespace {
 
 template <typename Layout, typename T>

@@ -5,6 +5,9 @@
 #include "resblock/scale_state.h"
 
 namespace dalle_fast {
+
+using namespace resblock;
+
 namespace {
 
 constexpr int kThreads = 256;
