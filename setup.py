@@ -35,7 +35,7 @@ ARCHITECTURES = ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,co
 NVCC_FLAGS = ["-O3", "--expt-relaxed-constexpr", "-DDALLE_FAST_CUDA"]
 NVCC_FLAGS += [f"-gencode={architecture}" for architecture in ARCHITECTURES]
 CUDA_ON_CPU = os.environ.get("DALLE_FAST_CUDA_ON_CPU") == "1"
-CUDA_ON_CPU_FLAGS = ["-O1", "-DDALLE_FAST_CUDA", "-DDALLE_FAST_CUDA_ON_CPU", "-Wno-unknown-pragmas"]
+CUDA_ON_CPU_FLAGS = ["-O1", "-DDALLE_FAST_CUDA", "-DUSE_CUDA", "-Wno-unknown-pragmas"]
 
 if SANITIZE not in SANITIZERS:
     raise SystemExit(f"DALLE_FAST_SANITIZE: expected address or thread, got {SANITIZE!r}")
@@ -100,7 +100,7 @@ def torch_ops(with_cuda: bool) -> Extension:
     files = [file for file in sources("csrc/*.cpp", "csrc/*/*.cpp") if not file.startswith("csrc/host/")]
     options = {"include_dirs": [str(ROOT / "csrc")], "py_limited_api": True, "extra_link_args": LINK_FLAGS}
     if CUDA_ON_CPU:
-        options["include_dirs"] += [str(ROOT / "tests" / "cuda_on_cpu")]
+        options["include_dirs"].insert(0, str(ROOT / "tests" / "cuda_on_cpu"))  # its headers come before csrc's
         files += [*cuda_as_cpp(), "tests/cuda_on_cpu/cuda_on_cpu.cpp"]
         return CppExtension(
             "dalle_fast._C", files, extra_compile_args={"cxx": [*CXX_FLAGS, *CUDA_ON_CPU_FLAGS]}, **options

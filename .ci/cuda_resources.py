@@ -1,4 +1,4 @@
-"""Compiles every CUDA kernel for each architecture and prints what it takes of a multiprocessor.
+"""Compiles every CUDA kernel for each architecture and prints its registers, shared memory and spills.
 
 Fails on many spills, arrays on the stack, warnings that wgmma was serialised, or a long compile time; needs no GPU.
 Usage: ``python .ci/cuda_resources.py [FILE.cu ...]``.
@@ -33,7 +33,7 @@ SERIALISED = re.compile(r".*\bC75(?:08|12)\b.*")
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel takes; stack, spills and static shared memory in bytes."""
+    """Resources of one kernel; stack, spills and static shared memory in bytes."""
 
     kernel: str
     architecture: str
@@ -49,13 +49,13 @@ class Usage:
 
 
 def readable(mangled: str) -> str:
-    """A kernel's name and template arguments, without namespaces and parameters."""
+    """Name and template arguments of a kernel, without namespaces and parameters."""
     name = subprocess.run(["c++filt", "-p", mangled], capture_output=True, text=True, check=True).stdout.strip()
     return re.sub(r"\(anonymous namespace\)::|dalle_fast::|^void ", "", name)
 
 
 def usages(report: str) -> Iterator[Usage]:
-    """The kernels in what ``ptxas -v`` printed."""
+    """The kernels in the output of ``ptxas -v``."""
     for part in re.split(r"(?=ptxas info\s+: Compiling entry function)", report)[1:]:
         if found := KERNEL.search(part):
             stack, stores, loads = (int(found[name]) for name in ("stack", "stores", "loads"))
@@ -76,7 +76,7 @@ def compile_for(job: tuple[Path, str]) -> str:
 def main(files: list[Path]) -> int:
     with ThreadPoolExecutor(CORES) as pool:
         reports = list(pool.map(compile_for, [(file, name) for file in files for name in ARCHITECTURES]))
-    spent = resource.getrusage(resource.RUSAGE_CHILDREN)  # not the clock: others may use the machine, too
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)  # CPU time: other processes may share the cores
     seconds = (spent.ru_utime + spent.ru_stime) / CORES
     found = [usage for report in reports for usage in usages(report)]
     faults = [line for report in reports for line in SERIALISED.findall(report)]

@@ -1,4 +1,4 @@
-"""The emulation that runs CUDA kernels without a GPU (tests/cuda_on_cpu): what it must run right, and must refuse."""
+"""The emulation that runs CUDA kernels without a GPU (tests/cuda_on_cpu): kernels it must run correctly or refuse."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SHIM = ROOT / "tests" / "cuda_on_cpu"
 
 def build(folder, *sanitize):
     files = [SHIM / "check.cpp", SHIM / "cuda_on_cpu.cpp"]
-    include = [f"-I{ROOT / 'csrc'}", f"-I{SHIM}"]
-    command = ["g++", "-std=c++17", "-O1", "-g1", "-Wall", "-DDALLE_FAST_CUDA_ON_CPU", *sanitize, *include]
+    include = [f"-I{SHIM}", f"-I{ROOT / 'csrc'}"]  # the emulation's headers come first
+    command = ["g++", "-std=c++17", "-O1", "-g1", "-Wall", *sanitize, *include]
     subprocess.run([*command, *files, "-o", folder / "check"], check=True)
     return lambda name: subprocess.run([folder / "check", name], capture_output=True, text=True)
 

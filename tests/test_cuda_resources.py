@@ -1,4 +1,4 @@
-"""The report of .ci/cuda_resources.py, from what ptxas printed."""
+"""The report of .ci/cuda_resources.py, from the output of ptxas."""
 
 from __future__ import annotations
 

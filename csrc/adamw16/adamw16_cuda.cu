@@ -1,5 +1,6 @@
-// Bound by memory: one pass, 12 bytes a parameter in and 8 out. All tensors are one row of chunks, over which as many
-// blocks go as run at once; a thread updates eight neighbours, 16 bytes at a time where the addresses allow it.
+// Bound by memory: one pass in place, 12 bytes per parameter read and 8 written. All tensors form one row of chunks,
+// over which as many blocks go as run at once; a thread updates eight neighbours, 16 bytes at a time where addresses
+// allow it.
 #include <algorithm>
 
 #include "adamw16/adamw16.h"
@@ -14,14 +15,14 @@ constexpr int kEach = 8;    // elements of a thread
 constexpr int kMost = 784;  // tensors of a launch: the arguments of a kernel are 32,764 bytes at most
 
 struct Table {
-  Chunks<kMost, kThreads * kEach> chunks;
+  TensorChunks<kMost, kThreads * kEach> chunks;
   float* param[kMost];
   const float* grad[kMost];
   uint16_t* mean[kMost];
   uint16_t* variance[kMost];
 };
 
-// Eight elements; those from `n` on are never touched in memory.
+// Eight elements, of which load() and store() touch the first n in memory.
 template <typename T>
 struct alignas(16) Eight {
   T x[kEach];

@@ -1,5 +1,5 @@
-// Many tensors as one row of chunks, so that one launch takes them all. The table travels by value with the arguments
-// of the kernel: a captured graph then owns it, and no buffer is filled from the host.
+// Many tensors as one row of chunks, so that one launch takes them all. The table is a kernel argument, by value: a
+// captured graph then owns it, and no buffer is filled from the host.
 #pragma once
 
 #include "cuda/device.h"
@@ -7,13 +7,13 @@
 namespace dalle_fast {
 
 template <int tensors_at_most, int elements>
-struct Chunks {
+struct TensorChunks {
   static constexpr int kTensors = tensors_at_most;
   static constexpr int kElements = elements;  // of a chunk
   static_assert(elements <= UINT16_MAX);
 
   int tensors = 0;
-  uint32_t first[kTensors + 1] = {};  // chunk of each tensor; after the last tensor, how many there are
+  uint32_t first[kTensors + 1] = {};  // first chunk of each tensor; after the last tensor, the number of chunks
   uint16_t last[kTensors] = {};       // elements of a tensor's last chunk
 
   void add(int64_t n) {
@@ -26,7 +26,7 @@ struct Chunks {
   DF_HOST_DEVICE uint32_t total() const { return first[tensors]; }
 
   DF_DEVICE int tensor_of(uint32_t chunk) const {
-    int low = 0, high = tensors;  // of several tensors that begin here, all but the last are empty
+    int low = 0, high = tensors;  // of several tensors that begin at one chunk, all but the last are empty
     while (high - low > 1) {
       const int middle = (low + high) / 2;
       if (first[middle] <= chunk) {

@@ -1,4 +1,4 @@
-// Bound by memory: 4 bytes an element, read once. Three kernels, each in a fixed order: a block sums the squares of a
+// Bound by memory: 4 bytes per element, read once. Three kernels, each in a fixed order: a block sums the squares of a
 // chunk, a warp the chunks of a tensor, one warp the tensors. In double, so that no square of a float overflows.
 #include <algorithm>
 
@@ -15,7 +15,7 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kMost = 2048;  // tensors of a launch
 
 struct Table {
-  Chunks<kMost, kNormChunk> chunks;
+  TensorChunks<kMost, kNormChunk> chunks;
   const float* grad[kMost];
 };
 
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads) sum_chunks(const __grid_constant__ T
   }
 }
 
-// `sums` are those of the chunks, `of_tensors` what becomes of them.
+// From the sums of the chunks to those of the tensors.
 __global__ void __launch_bounds__(kThreads)
     sum_tensors(const __grid_constant__ Table table, GradientNorm all, const double* sums, double* of_tensors) {
   const int tensor = blockIdx.x * kWarps + threadIdx.x / kWarp, lane = threadIdx.x % kWarp;

@@ -1,15 +1,15 @@
-// The kernels of decode attention on CUDA, and what they share.
+// Launches of the kernels of decode attention, and the length of a window.
 #pragma once
 
 #include "attention/params.h"
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 
-// `window`: room for the slots of the longest window, in tokens.
+// `window`: length of the longest window, in tokens.
 cudaError_t launch_tile_decode(const DecodeAttention& params, int window, cudaStream_t stream);
 cudaError_t launch_plain_decode(const DecodeAttention& params, cudaStream_t stream);
 
-// How many image tokens `query` sees, itself among them.
+// Number of image tokens that `query` sees, itself included.
 template <typename Mask>
 DF_HOST_DEVICE int window_of(const Mask& mask, int query) {
   int tokens = 0;
@@ -17,4 +17,4 @@ DF_HOST_DEVICE int window_of(const Mask& mask, int query) {
   return tokens;
 }
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

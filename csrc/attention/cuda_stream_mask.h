@@ -1,5 +1,5 @@
-// The masks for kernels that take their kind at run time: one instance of a kernel serves all of them. A choice costs a
-// branch that all threads take alike, so it is made for blocks of keys, never for a single pair.
+// The masks for kernels that take their kind at run time, so that one instance of a kernel serves all. A choice costs a
+// branch that all threads take alike: it is made for blocks of keys, never for a single pair.
 //
 // Tokens are numbered over the whole stream: text, then the image in the mask's own order.
 #pragma once
@@ -7,7 +7,7 @@
 #include "common/mask.h"
 #include "cuda/device.h"
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 
 struct StreamMask {
   MaskKind kind;
@@ -20,8 +20,8 @@ struct StreamMask {
 
   DF_DEVICE bool is_text(int i) const { return i < grid.text_len; }
 
-  // The index of a token in memory. One mask alone has an order of its own: a comparison, where choosing the mask would
-  // be a jump for every row that a kernel loads.
+  // The index of a token in memory. Only one mask has an order of its own: that takes a comparison, where choosing the
+  // mask would be a jump for every row that a kernel loads.
   DF_DEVICE int token(int i) const {
     if (kind != MaskKind::kColumn || is_text(i)) return i;
     return grid.text_len + ColumnMask{grid}.token(i - grid.text_len);
@@ -52,8 +52,8 @@ struct StreamMask {
     return {first, text_len + with_image_mask([=](const auto& mask) { return mask.last_query(last - text_len); }) + 1};
   }
 
-  // Whether one of the queries sees one of the keys. Both ranges are of image tokens, their ends inclusive, one of them
-  // in the window of the other: only a window of several runs has gaps.
+  // True if one of the queries sees one of the keys. Both are ranges of image tokens, ends included, one of them inside
+  // the window of the other: only a window of several runs has gaps.
   DF_DEVICE bool meet(int first_query, int last_query, int first_key, int last_key) const {
     if (kind != MaskKind::kConv) return true;
     const int text_len = grid.text_len;
@@ -67,7 +67,7 @@ struct StreamMask {
     return false;
   }
 
-  // Which of the keys first ... first + 31 the query sees, the first in the lowest bit. Of the text if the first is.
+  // Bits of the keys first ... first + 31 that the query sees, the first lowest. If the first is text, so are all.
   DF_DEVICE uint32_t keep(int query, int first) const {
     if (is_text(first)) return bits(0 - first, min(query + 1, grid.text_len) - first);
     if (is_text(query)) return 0;
@@ -92,4 +92,4 @@ struct StreamMask {
   }
 };
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

@@ -1,30 +1,17 @@
-// What a warp of the attention kernels on tensor cores knows of its products, 16 rows by 32 columns: which pairs see
-// each other, and the softmax along the rows.
+// A product of a warp in the attention kernels on tensor cores, a strip of 16 rows by a block of 32 columns: the mask
+// of its pairs, and the softmax along the rows.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/device.h"
+#include "cuda/intrinsics.h"
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 
-constexpr int kStrip = 16, kBlock = 32;  // rows and columns
+constexpr int kStripTokens = 16, kBlockTokens = 32;  // rows and columns
 
-// Scores are in units of log 2: the hardware's exponential is that of 2.
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
-
-DF_DEVICE float exp2_approximate(float x) {
-#ifdef DALLE_FAST_CUDA_ON_CPU
-  return exp2f(x);
-#else
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#endif
-}
-
-// Which pairs of a strip, the rows, and a block, the columns, see each other.
+// Mask of the pairs of a strip and a block.
 class StripMask {
  public:
   bool any;
@@ -39,11 +26,11 @@ class StripMask {
 
   // A strip of keys: `seen` are those that the query of column `lane` sees.
   DF_DEVICE static StripMask of_keys(uint32_t seen) {
-    constexpr uint32_t kRows = (1u << kStrip) - 1;
+    constexpr uint32_t kRows = (1u << kStripTokens) - 1;
     StripMask mask(seen & kRows, kRows);
     if (mask.all_ || !mask.any) return mask;
     const int g = threadIdx.x % 32 / 4;
-    for (int n = 0; n < kBlock / 8; ++n) {
+    for (int n = 0; n < kBlockTokens / 8; ++n) {
       for (int i = 0; i < 2; ++i) {
         const int column = column_of(n, i);
         const uint32_t keys = __shfl_sync(kAllLanes, seen, column) >> g;
@@ -57,10 +44,10 @@ class StripMask {
   // Element i of the lane in block n of 8 columns.
   DF_DEVICE static int column_of(int n, int i) { return 8 * n + threadIdx.x % 4 * 2 + i % 2; }
 
-  // Replaces x where the pair does not see each other.
-  DF_DEVICE void hide(float (&x)[kBlock / 8][4], float replacement) const {
+  // Replaces x where neither of the pair sees the other.
+  DF_DEVICE void hide(float (&x)[kBlockTokens / 8][4], float replacement) const {
     if (all_) return;
-    for (int n = 0; n < kBlock / 8; ++n) {
+    for (int n = 0; n < kBlockTokens / 8; ++n) {
       for (int i = 0; i < 4; ++i) {
         if ((rows_[i / 2] >> column_of(n, i) & 1) == 0) x[n][i] = replacement;
       }
@@ -76,12 +63,13 @@ class StripMask {
 };
 
 // The online softmax of a strip of queries: of rows g and g + 8 the largest score and the sum of the lane's weights.
+// Scores are in units of log 2: the hardware's exponential is that of 2.
 struct StripSoftmax {
   float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {};
 
-  // Turns scores into weights and scales what was made with earlier ones to fit them.
+  // Turns scores into weights, and scales `out` and the sum of earlier ones to fit them.
   template <int kColumns>
-  DF_DEVICE void add(float (&scores)[kBlock / 8][4], float (&out)[kColumns][4]) {
+  DF_DEVICE void add(float (&scores)[kBlockTokens / 8][4], float (&out)[kColumns][4]) {
     float most[2] = {maximum[0], maximum[1]}, shift[2];
     for (const auto& x : scores) {
       for (int i = 0; i < 4; ++i) most[i / 2] = fmaxf(most[i / 2], x[i]);
@@ -105,7 +93,7 @@ struct StripSoftmax {
     }
   }
 
-  // Sums over all lanes, after the last scores.
+  // Sums over all lanes; to be called after the last scores.
   DF_DEVICE void finish() {
     for (float& x : sum) {
       for (int lanes = 1; lanes < 4; lanes *= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
@@ -113,4 +101,4 @@ struct StripSoftmax {
   }
 };
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

@@ -1,12 +1,12 @@
-// What the sparse attention kernels on tensor cores share.
+// Tiles of attention on tensor cores.
 //
 // A block of threads owns a tile of 64 tokens of one head, queries or keys, a strip of 16 for each of its 4 warps. It
 // meets the other side in blocks of 32 tokens, whose rows of two tensors pass through a ring in shared memory: while
-// one is multiplied, the next ones arrive. Tiles and blocks are text or image, never both, and a warp skips a block of
-// which its strip sees nothing.
+// one block is multiplied, the next ones arrive. Tiles and blocks are text or image, never both, and a warp skips a
+// block of which its strip sees nothing.
 //
-// A row in shared memory is kChannels wide, its channels past the tensor's are 0. Chunks of 16 bytes are permuted by
-// the row's number, so that the eight rows of one load_blocks lie in different banks.
+// A row in shared memory is kChannels wide; channels beyond the tensor's are 0. Chunks of 16 bytes are permuted by the
+// index of the row, so that the eight rows of one load_blocks lie in different banks.
 #pragma once
 
 #include "attention/cuda_stream_mask.h"
@@ -15,46 +15,46 @@
 #include "cuda/device.h"
 #include "cuda/mma.h"
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 
-constexpr int kTileWarps = 4, kTile = kTileWarps * kStrip;
-constexpr int kThreads = kTileWarps * 32;
-constexpr int kStages = 3;
-constexpr int kChunk = 8;  // channels that one thread copies
+constexpr int kTileWarps = 4, kTileTokens = kTileWarps * kStripTokens;
+constexpr int kTileThreads = kTileWarps * 32;
+constexpr int kRingSlots = 3;
+constexpr int kChunkChannels = 8;  // that a thread copies at once, 16 bytes
 
 // Tokens first ... end - 1 of a head.
-struct Tile {
+struct TokenTile {
   int head;  // b H + h
   int first, end;
   bool text;
 };
 
-DF_HOST_DEVICE inline int tiles_of(int tokens) { return (tokens + kTile - 1) / kTile; }
+DF_HOST_DEVICE inline int token_tiles(int tokens) { return (tokens + kTileTokens - 1) / kTileTokens; }
 
-// The tile `index` of a part of the stream.
-DF_DEVICE Tile tile_of(const Grid& grid, int head, int index, bool text) {
+// Tile `index` of the text or the image.
+DF_DEVICE TokenTile tile_of(const Grid& grid, int head, int index, bool text) {
   const int begin = text ? 0 : grid.text_len, end = text ? grid.text_len : grid.seq_len();
-  const int first = begin + index * kTile;
-  return {head, first, min(first + kTile, end), text};
+  const int first = begin + index * kTileTokens;
+  return {head, first, min(first + kTileTokens, end), text};
 }
 
-// Tiles of queries: a block of threads for each, those of a head with the most keys first.
+// Number of tiles of queries: one block of threads each, those of a head with the most keys first.
 inline int query_tiles(const AttentionShape& shape) {
-  return shape.batch * shape.heads * (tiles_of(shape.grid.text_len) + tiles_of(shape.grid.image_len()));
+  return shape.batch * shape.heads * (token_tiles(shape.grid.text_len) + token_tiles(shape.grid.image_len()));
 }
 
-DF_DEVICE Tile query_tile(const Grid& grid, int block) {
-  const int text_tiles = tiles_of(grid.text_len), tiles = text_tiles + tiles_of(grid.image_len());
+DF_DEVICE TokenTile query_tile(const Grid& grid, int block) {
+  const int text_tiles = token_tiles(grid.text_len), tiles = text_tiles + token_tiles(grid.image_len());
   const int index = tiles - 1 - block % tiles;
   const bool text = index < text_tiles;
   return tile_of(grid, block / tiles, text ? index : index - text_tiles, text);
 }
 
-// What a tile of queries, or of keys, meets on the other side, a block after the other: text first.
+// Iterates over the blocks that a tile of queries (or keys) attends to (or is attended by), text blocks first.
 template <bool kQueries>
-class Blocks {
+class VisibleBlocks {
  public:
-  DF_DEVICE Blocks(const StreamMask& mask, const Tile& tile) : mask_(mask), tile_(tile) {
+  DF_DEVICE VisibleBlocks(const StreamMask& mask, const TokenTile& tile) : mask_(mask), tile_(tile) {
     const Grid& grid = mask.grid;
     if (kQueries) {
       text_ = {0, min(tile.end, grid.text_len)};
@@ -71,7 +71,7 @@ class Blocks {
   DF_DEVICE int next() {
     if (text_.begin < text_.end) return take(text_);
     while (image_.begin < image_.end) {
-      const int first = take(image_), last = min(first + kBlock, image_.end) - 1, last_owned = tile_.end - 1;
+      const int first = take(image_), last = min(first + kBlockTokens, image_.end) - 1, last_owned = tile_.end - 1;
       if (tile_.text) return first;
       if (kQueries ? mask_.meet(tile_.first, last_owned, first, last)
                    : mask_.meet(first, last, tile_.first, last_owned)) {
@@ -81,18 +81,18 @@ class Blocks {
     return -1;
   }
 
-  // Where the tokens of a block end, at the latest.
+  // A block has no token from here on.
   DF_DEVICE int end(int first) const { return mask_.is_text(first) ? text_.end : image_.end; }
 
  private:
   DF_DEVICE static int take(KeyRange& rest) {
     const int first = rest.begin;
-    rest.begin += kBlock;
+    rest.begin += kBlockTokens;
     return first;
   }
 
   const StreamMask& mask_;
-  const Tile& tile_;
+  const TokenTile& tile_;
   KeyRange text_ = {0, 0}, image_ = {0, 0};
 };
 
@@ -112,17 +112,17 @@ struct TokenRows {
 // Rows in shared memory.
 template <typename T, int kChannels>
 struct SharedRows {
-  static constexpr int kChunks = kChannels / kChunk;
+  static constexpr int kChunks = kChannels / kChunkChannels;
   static_assert(kChunks == 4 || kChunks % 8 == 0);
 
   T* data;
 
   DF_DEVICE T* at(int row, int chunk) const {
     const int permutation = kChunks == 4 ? row >> 1 & 3 : row & 7;
-    return data + (row * kChunks + (chunk ^ permutation)) * kChunk;
+    return data + (row * kChunks + (chunk ^ permutation)) * kChunkChannels;
   }
 
-  // Starts to load kRows tokens from `first` on; those from `end` on become 0.
+  // Starts the load of kRows tokens from `first` on; those from `end` on become 0.
   template <int kRows>
   DF_DEVICE void load(const TokenRows<const T>& from, const StreamMask& mask, int first, int end) const {
     for_each_chunk<kRows>(from, mask, first, end,
@@ -139,7 +139,7 @@ struct SharedRows {
     });
   }
 
-  // kStrip rows from `row` on, 16 channels or all of them, as the left side of products.
+  // kStripTokens rows from `row` on, 16 channels or all of them, as the left side of products.
   DF_DEVICE void strip(int row, int d, uint32_t (&a)[4]) const {
     const int lane = threadIdx.x % 32;
     load_blocks(a, at(row + lane % 16, 2 * d + lane / 16));
@@ -148,14 +148,14 @@ struct SharedRows {
     for (int d = 0; d < kChannels / 16; ++d) strip(row, d, a[d]);
   }
 
-  // c = a . rows^T, for kBlock rows
-  DF_DEVICE void score(const uint32_t (&a)[kChannels / 16][4], float (&c)[kBlock / 8][4]) const {
+  // c = a . rows^T, for kBlockTokens rows
+  DF_DEVICE void score(const uint32_t (&a)[kChannels / 16][4], float (&c)[kBlockTokens / 8][4]) const {
     clear(c);
     for (int d = 0; d < kChannels / 16; ++d) score(d, a[d], c);
   }
 
   // The same with a strip of `from`, which starts at `row`.
-  DF_DEVICE void score(const SharedRows& from, int row, float (&c)[kBlock / 8][4]) const {
+  DF_DEVICE void score(const SharedRows& from, int row, float (&c)[kBlockTokens / 8][4]) const {
     clear(c);
 #pragma unroll 1  // or all of the strip would be in registers, after all
     for (int d = 0; d < kChannels / 16; ++d) {
@@ -165,10 +165,10 @@ struct SharedRows {
     }
   }
 
-  // c += weights . rows, for kBlock rows; the weights are rounded to T.
-  DF_DEVICE void weigh(const float (&weights)[kBlock / 8][4], float (&c)[kChannels / 8][4]) const {
+  // c += weights . rows, for kBlockTokens rows; the weights are rounded to T.
+  DF_DEVICE void weigh(const float (&weights)[kBlockTokens / 8][4], float (&c)[kChannels / 8][4]) const {
     const int lane = threadIdx.x % 32;
-    for (int k = 0; k < kBlock / 16; ++k) {
+    for (int k = 0; k < kBlockTokens / 16; ++k) {
       const float (&left)[4] = weights[2 * k], (&right)[4] = weights[2 * k + 1];
       const uint32_t a[4] = {pack<T>(left[0], left[1]), pack<T>(left[2], left[3]), pack<T>(right[0], right[1]),
                              pack<T>(right[2], right[3])};
@@ -181,7 +181,7 @@ struct SharedRows {
     }
   }
 
-  // Writes a strip, by way of shared memory, where the rows from `row` on belong to the warp.
+  // Writes a strip by way of shared memory, whose rows from `row` on the warp may overwrite.
   DF_DEVICE void store(int row, const float (&c)[kChannels / 8][4], const float (&scale)[2], const TokenRows<T>& to,
                        const StreamMask& mask, int first, int end) const {
     const int lane = threadIdx.x % 32;
@@ -193,43 +193,43 @@ struct SharedRows {
     }
     __syncwarp();
     const int chunk = lane % kChunks;
-    if (chunk * kChunk >= to.channels) return;
-    for (int i = lane / kChunks; i < min(kStrip, end - first); i += 32 / kChunks) {
-      T* out = to.data + mask.token(first + i) * to.stride + chunk * kChunk;
+    if (chunk * kChunkChannels >= to.channels) return;
+    for (int i = lane / kChunks; i < min(kStripTokens, end - first); i += 32 / kChunks) {
+      T* out = to.data + mask.token(first + i) * to.stride + chunk * kChunkChannels;
       *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(at(row + i, chunk));
     }
   }
 
  private:
-  // Calls f(row, chunk, token, whether there is one) for the chunks that the thread copies.
+  // Calls f(row, chunk, token, whether it exists) for the chunks that the thread copies.
   template <int kRows, typename F>
   DF_DEVICE static void for_each_chunk(const TokenRows<const T>& from, const StreamMask& mask, int first, int end,
                                        const F& f) {
-    constexpr int kStep = kThreads / kChunks;
+    constexpr int kStep = kTileThreads / kChunks;
     static_assert(kRows % kStep == 0);
     const int chunk = threadIdx.x % kChunks;
 #pragma unroll
     for (int i = 0; i < kRows / kStep; ++i) {
       const int row = threadIdx.x / kChunks + i * kStep;
-      const bool inside = first + row < end && chunk * kChunk < from.channels;
+      const bool inside = first + row < end && chunk * kChunkChannels < from.channels;
       f(row, chunk, inside ? mask.token(first + row) : 0, inside);
     }
   }
 
   DF_DEVICE void copy(int row, int chunk, const TokenRows<const T>& from, int token, bool inside) const {
-    copy_async<16>(at(row, chunk), from.data + (inside ? token * from.stride + chunk * kChunk : 0), inside);
+    copy_async<16>(at(row, chunk), from.data + (inside ? token * from.stride + chunk * kChunkChannels : 0), inside);
   }
 
-  DF_DEVICE static void clear(float (&c)[kBlock / 8][4]) {
-    for (int n = 0; n < kBlock / 8; ++n) {
+  DF_DEVICE static void clear(float (&c)[kBlockTokens / 8][4]) {
+    for (int n = 0; n < kBlockTokens / 8; ++n) {
       for (float& x : c[n]) x = 0;
     }
   }
 
   // c += a . rows^T, for 16 channels
-  DF_DEVICE void score(int d, const uint32_t (&a)[4], float (&c)[kBlock / 8][4]) const {
+  DF_DEVICE void score(int d, const uint32_t (&a)[4], float (&c)[kBlockTokens / 8][4]) const {
     const int lane = threadIdx.x % 32;
-    for (int n = 0; n < kBlock / 8; n += 2) {
+    for (int n = 0; n < kBlockTokens / 8; n += 2) {
       uint32_t b[4];
       load_blocks(b, at(8 * n + lane / 16 * 8 + lane % 8, 2 * d + lane / 8 % 2));
       mma<T>(c[n], a, b[0], b[1]);
@@ -238,44 +238,44 @@ struct SharedRows {
   }
 };
 
-// Shared memory: kStages slots, each for a tile of one tensor or for a block of two.
+// Shared memory: kRingSlots slots, each for a tile of one tensor or for a block of two.
 template <typename T, int kChannels>
-struct Ring {
+struct TileRing {
   using Rows = SharedRows<T, kChannels>;
-  static constexpr size_t kTileBytes = kTile * kChannels * sizeof(T), kBytes = kStages * kTileBytes;
-  static_assert(kTile == 2 * kBlock);
+  static constexpr size_t kTileBytes = kTileTokens * kChannels * sizeof(T), kBytes = kRingSlots * kTileBytes;
+  static_assert(kTileTokens == 2 * kBlockTokens);
 
   T* data;
 
-  DF_DEVICE Rows tile(int slot) const { return {data + slot * kTile * kChannels}; }
+  DF_DEVICE Rows tile(int slot) const { return {data + slot * kTileTokens * kChannels}; }
   DF_DEVICE Rows first(int slot) const { return tile(slot); }
-  DF_DEVICE Rows second(int slot) const { return {data + (slot * kTile + kBlock) * kChannels}; }
+  DF_DEVICE Rows second(int slot) const { return {data + (slot * kTileTokens + kBlockTokens) * kChannels}; }
 
-  // Starts to load a block of two tensors, whose tokens end at `end`.
+  // Starts the load of a block of two tensors, whose tokens end at `end`.
   DF_DEVICE void load(int slot, const TokenRows<const T>& a, const TokenRows<const T>& b, const StreamMask& mask,
                       int block, int end) const {
-    first(slot).template load<kBlock>(a, second(slot), b, mask, block, end);
+    first(slot).template load<kBlockTokens>(a, second(slot), b, mask, block, end);
   }
 };
 
-// The way of blocks through the ring, kStages - 1 of them ahead of the one in use. `load(slot)` starts the copies of
+// Passes blocks through the ring, kRingSlots - 1 of them ahead of the one in use. `load(slot)` starts the copies of
 // the next block and returns its first token, or -1 after the last. All threads of the block take every step.
 template <typename Load>
-class Pipeline {
+class RingPipeline {
  public:
-  DF_DEVICE explicit Pipeline(const Load& load) : load_(load) {
+  DF_DEVICE explicit RingPipeline(const Load& load) : load_(load) {
 #pragma unroll 1  // one copy of the code
-    for (int slot = 0; slot < kStages - 1; ++slot) load_next(slot);
+    for (int slot = 0; slot < kRingSlots - 1; ++slot) load_next(slot);
   }
 
   // Calls use(block, slot) for one block after the other; then the ring is free.
   template <typename Use>
   DF_DEVICE void run(const Use& use) {
-    for (int slot = 0; pending_[0] >= 0; slot = (slot + 1) % kStages) {
+    for (int slot = 0; pending_[0] >= 0; slot = (slot + 1) % kRingSlots) {
       const int block = pending_[0];
-      wait_copies<kStages - 2>();
-      __syncthreads();  // the block is there, and nobody reads the one before it
-      load_next((slot + kStages - 1) % kStages);
+      wait_copies<kRingSlots - 2>();
+      __syncthreads();  // the block has arrived, and no thread reads the one before it
+      load_next((slot + kRingSlots - 1) % kRingSlots);
       use(block, slot);
     }
     __syncthreads();
@@ -284,16 +284,16 @@ class Pipeline {
  private:
   DF_DEVICE void load_next(int slot) {
 #pragma unroll
-    for (int i = 0; i < kStages - 2; ++i) pending_[i] = pending_[i + 1];
-    pending_[kStages - 2] = load_(slot);
+    for (int i = 0; i < kRingSlots - 2; ++i) pending_[i] = pending_[i + 1];
+    pending_[kRingSlots - 2] = load_(slot);
     commit_copies();
   }
 
   const Load& load_;
-  int pending_[kStages - 1] = {};  // first tokens of the blocks on their way, the next one first
+  int pending_[kRingSlots - 1] = {};  // first tokens of the blocks under way, the next block first
 };
 
-// Calls f(element type, kChannels), both wrapped, for the instance of a kernel that takes the shape.
+// Calls f(T(), integral_constant kChannels) for the instance of a kernel that takes the shape.
 template <typename F>
 cudaError_t with_tile_kernel(const AttentionShape& shape, const F& f) {
   const auto with_channels = [&](auto element) {
@@ -301,7 +301,13 @@ cudaError_t with_tile_kernel(const AttentionShape& shape, const F& f) {
     if (shape.channels <= 64) return f(element, std::integral_constant<int, 64>());
     return f(element, std::integral_constant<int, 128>());
   };
-  return shape.format == Format::kFloat16 ? with_channels(Half()) : with_channels(BFloat16());
+  return with_format(shape.format, [&](auto element) {
+    if constexpr (sizeof(element) == 2) {
+      return with_channels(element);
+    } else {
+      return cudaErrorInvalidValue;  // which on_tensor_cores() rules out
+    }
+  });
 }
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

@@ -1,13 +1,16 @@
-// Which kernel of decode attention runs.
+// Choice of the kernel of decode attention: on tensor cores if shape, layout and window allow.
 #include <cstdint>
 
 #include "attention/cuda_decode_attention.h"
 #include "cuda/device.h"
 
 namespace dalle_fast {
+
+using namespace attention;
+
 namespace {
 
-// Tokens whose slots the kernel on tensor cores keeps in shared memory: with what else it keeps there, 96 KB at most.
+// Longest window whose slots the kernel on tensor cores keeps in shared memory, which it needs 96 KB of then.
 constexpr int kMostWindow = 7168;
 
 }  // namespace

@@ -1,18 +1,18 @@
-// Any dtype, layout and number of channels, without tensor cores: float32 and float64, for which those are not precise
-// enough, and 16-bit tensors whose rows they cannot take.
+// Decode attention of any dtype, layout and number of channels, without tensor cores: float32 and float64, for which
+// those are not precise enough, and 16-bit tensors whose rows they cannot take.
 //
 // A warp owns a head of one candidate and reads the text for itself. It takes 32 keys at a time: first every lane
 // scores one of them, then the lanes add the values, 128 channels at once. Scores need all channels: with more than 128
-// they are made again for every 128.
+// channels, scores are computed again for every 128.
 #include <cmath>
 
 #include "attention/cuda_decode_attention.h"
 #include "attention/cuda_stream_mask.h"
+#include "common/format.h"
 #include "cuda/device.h"
-#include "cuda/half.h"
 #include "cuda/reduce.h"
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 namespace {
 
 constexpr int kWarps = 4;
@@ -37,7 +37,7 @@ struct HeadRows {
 template <typename T>
 class Query {
  public:
-  using C = Compute<T>;
+  using C = Arithmetic<T>;
 
   // 32 keys that have been scored, in shared memory.
   struct Keys {
@@ -48,7 +48,7 @@ class Query {
   DF_DEVICE Query(const HeadRows<const T>& q, int channels, C scale, int first_channel, Keys* keys)
       : q_(q), channels_(channels), scale_(scale), first_channel_(first_channel), keys_(keys) {}
 
-  // n keys, each row the matter of one lane.
+  // Adds n keys; `row` is the one that the lane scores.
   DF_DEVICE void add(const HeadRows<const T>& k, const HeadRows<const T>& v, int row, int n) {
     const int lane = threadIdx.x % kWarp;
     C score = -INFINITY;
@@ -78,7 +78,7 @@ class Query {
   }
 
  private:
-  // Calls f(channel, which of the lane's).
+  // Calls f(channel, its index in the lane).
   template <typename F>
   DF_DEVICE void for_each_channel(F&& f) const {
     for (int j = 0; j < kOwned; ++j) {
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 4) plain_kernel(DecodeAttention
   __syncwarp();
 
   for (int first_channel = 0; first_channel < shape.channels; first_channel += kPiece) {
-    Query<T> q({p.q, candidate, head}, shape.channels, static_cast<Compute<T>>(shape.scale), first_channel,
+    Query<T> q({p.q, candidate, head}, shape.channels, static_cast<Arithmetic<T>>(shape.scale), first_channel,
                shared + warp);
     for (int i = 0; i < mask.ranges(query); ++i) {
       const bool text = i == 0;
@@ -144,10 +144,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, 4) plain_kernel(DecodeAttention
 }  // namespace
 
 cudaError_t launch_plain_decode(const DecodeAttention& params, cudaStream_t stream) {
-  return with_element_type(params.shape.format, [&](auto element) {
+  return with_format(params.shape.format, [&](auto element) {
     const int blocks = (params.shape.batch * params.shape.heads + kWarps - 1) / kWarps;
     return launch(plain_kernel<decltype(element)>, blocks, kWarps * kWarp, 0, stream, params);
   });
 }
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

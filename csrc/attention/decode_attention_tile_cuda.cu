@@ -1,35 +1,36 @@
-// 16-bit tensors, on tensor cores. A block of threads owns a head of up to 32 candidates of one prompt.
+// Decode attention of 16-bit tensors on tensor cores. A block of threads owns a head of up to 32 candidates of one
+// prompt.
 //
 // First the text, which they share: 128 keys at a time pass through shared memory; a warp multiplies a quarter of them
 // with a strip of 16 candidates, the rows of its products. Then the images: a warp takes one candidate after the other,
 // loads its window into registers and multiplies there. Text and window meet as outputs, sums and maxima of partial
-// softmaxes, in a fixed order, so a result does not depend on how many candidates there are. The text is read once for
+// softmaxes, in a fixed order, so a result does not depend on the number of candidates. The text is read once for
 // all candidates of a block, a window once; nothing is stored but the new token and the result.
 //
-// Few candidates do not fill the device: a prompt of H heads is H blocks. Such a step is bound by the weights of the
-// layer, which are far more to read than one prompt's text, so the text of a head is not split over blocks.
+// Few candidates do not fill the device: a prompt of H heads takes H blocks. Such a step is bound by reading the
+// weights of the layer, far more than one prompt's text, so the text of a head is not split over blocks.
 #include "attention/cuda_decode_attention.h"
 #include "attention/cuda_tile.h"
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 namespace {
 
 constexpr int kStrips = 2, kShares = 4;  // a warp has a strip of the candidates and a share of the text
 constexpr int kWarps = kStrips * kShares, kBlockThreads = kWarps * kWarp;
-constexpr int kCandidates = kStrips * kStrip;  // of a block of threads
-constexpr int kStep = kShares * kBlock;        // keys of the text
+constexpr int kCandidates = kStrips * kStripTokens;  // of a block of threads
+constexpr int kStep = kShares * kBlockTokens;        // keys of the text
 constexpr int kLoads = 8;  // rows of keys, and of values, that a lane requests before it uses the first
 
-// Shared memory: a ring of slots for kStep keys and their values. Later in its place, for every warp and candidate of
-// its strip, what its share of the text gives: kChannels outputs, the sum and the maximum, of a pitch that keeps eight
-// rows in different banks. At the end the slots of the window.
+// Shared memory: a ring of slots for kStep keys and their values. Later in its place the partial results: for every
+// warp and candidate of its strip, kChannels outputs, the sum and the maximum over its share of the text, with a pitch
+// that keeps eight rows in different banks. At the end the slots of the window.
 template <typename T, int kChannels>
 struct Layout {
   using Rows = SharedRows<T, kChannels>;
   static constexpr int kSlots = kChannels <= 64 ? 2 : 1;
   static constexpr int kPitch = kChannels + 8;
   static constexpr size_t kRing = kSlots * 2 * kStep * kChannels * sizeof(T);
-  static constexpr size_t kPartials = kWarps * kStrip * kPitch * sizeof(float);
+  static constexpr size_t kPartials = kWarps * kStripTokens * kPitch * sizeof(float);
   static constexpr size_t kWindow = kRing > kPartials ? kRing : kPartials;
 
   unsigned char* shared;
@@ -37,8 +38,8 @@ struct Layout {
   DF_DEVICE Rows keys(int slot) const { return {reinterpret_cast<T*>(shared) + 2 * slot * kStep * kChannels}; }
   DF_DEVICE Rows values(int slot) const { return {keys(slot).data + kStep * kChannels}; }
   DF_DEVICE float* partial(int candidate, int share) const {
-    const int warp = candidate / kStrip * kShares + share;
-    return reinterpret_cast<float*>(shared) + (warp * kStrip + candidate % kStrip) * kPitch;
+    const int warp = candidate / kStripTokens * kShares + share;
+    return reinterpret_cast<float*>(shared) + (warp * kStripTokens + candidate % kStripTokens) * kPitch;
   }
   DF_DEVICE int* window() const { return reinterpret_cast<int*>(shared + kWindow); }
 };
@@ -90,7 +91,7 @@ struct Eight {
   }
 };
 
-// A softmax in the making: the weights' sum, the scores' maximum, and the lane's eight channels of the output.
+// Running softmax: the sum of weights, the maximum of scores, and the lane's eight channels of the output.
 template <typename T>
 struct Running {
   Eight<T> out;
@@ -103,11 +104,11 @@ struct Running {
     for (float& x : out.x) x *= correction;
   }
   DF_DEVICE void add(float weight, const float* value) {
-    for (int d = 0; d < kChunk; ++d) out.x[d] += weight * value[d];
+    for (int d = 0; d < kChunkChannels; ++d) out.x[d] += weight * value[d];
   }
 };
 
-// One strip of queries as the left side of products, straight from memory; those past the end are 0.
+// A strip of queries as the left side of products, straight from memory; those beyond the end are 0.
 template <typename T, int kChannels>
 DF_DEVICE void load_queries(const DecodeAttention& p, const Owned& owned, int first, uint32_t (&a)[kChannels / 16][4]) {
   const int lane = threadIdx.x % kWarp;
@@ -124,7 +125,7 @@ DF_DEVICE void load_queries(const DecodeAttention& p, const Owned& owned, int fi
   }
 }
 
-// What the text gives the candidates, to the partials. All threads of the block.
+// Attention of the candidates to the text, left in the partial results. All threads of the block call it.
 template <typename T, int kChannels>
 DF_DEVICE void attend_to_text(const DecodeAttention& p, const Owned& owned, float to_log2,
                               const Layout<T, kChannels>& shared) {
@@ -133,15 +134,15 @@ DF_DEVICE void attend_to_text(const DecodeAttention& p, const Owned& owned, floa
   const auto v = rows_of<const T>(p.text_v, p.shape, owned.prompt, owned.head);
   const int text_len = p.shape.grid.text_len;
   const auto load = [&](int slot, int first) {
-    constexpr int kChunks = kChannels / kChunk, kRows = kBlockThreads / kChunks;  // rows at once
+    constexpr int kChunks = kChannels / kChunkChannels, kRows = kBlockThreads / kChunks;  // rows at once
     static_assert(kStep % kRows == 0);
     const int chunk = threadIdx.x % kChunks;
     if (first < text_len) {
 #pragma unroll
       for (int i = 0; i < kStep / kRows; ++i) {
         const int row = threadIdx.x / kChunks + i * kRows;
-        const bool inside = first + row < text_len && chunk * kChunk < p.shape.channels;
-        const int64_t token = inside ? first + row : 0, channel = inside ? chunk * kChunk : 0;
+        const bool inside = first + row < text_len && chunk * kChunkChannels < p.shape.channels;
+        const int64_t token = inside ? first + row : 0, channel = inside ? chunk * kChunkChannels : 0;
         copy_async<16>(shared.keys(slot).at(row, chunk), k.data + token * k.stride + channel, inside);
         copy_async<16>(shared.values(slot).at(row, chunk), v.data + token * v.stride + channel, inside);
       }
@@ -151,7 +152,7 @@ DF_DEVICE void attend_to_text(const DecodeAttention& p, const Owned& owned, floa
   for (int slot = 0; slot < L::kSlots; ++slot) load(slot, slot * kStep);
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int strip = warp / kShares * kStrip, share = warp % kShares;  // the first candidate of the strip
+  const int strip = warp / kShares * kStripTokens, share = warp % kShares;  // the first candidate of the strip
   const bool idle = owned.first + strip >= owned.end;
   uint32_t queries[kChannels / 16][4];
   load_queries<T, kChannels>(p, owned, owned.first + strip, queries);
@@ -160,15 +161,15 @@ DF_DEVICE void attend_to_text(const DecodeAttention& p, const Owned& owned, floa
   int slot = 0;
   for (int first = 0; first < text_len; first += kStep) {
     wait_copies<L::kSlots - 1>();
-    __syncthreads();  // the slot is there
-    const int key = first + share * kBlock;
+    __syncthreads();  // the slot has arrived
+    const int key = first + share * kBlockTokens;
     if (!idle && key < text_len) {
       const auto of_share = [&](const typename L::Rows& rows) {
-        return typename L::Rows{rows.data + share * kBlock * kChannels};
+        return typename L::Rows{rows.data + share * kBlockTokens * kChannels};
       };
-      float scores[kBlock / 8][4];
+      float scores[kBlockTokens / 8][4];
       of_share(shared.keys(slot)).score(queries, scores);
-      for (int n = 0; n < kBlock / 8; ++n) {
+      for (int n = 0; n < kBlockTokens / 8; ++n) {
         for (int i = 0; i < 4; ++i) {
           const bool inside = key + StripMask::column_of(n, i) < text_len;
           scores[n][i] = inside ? scores[n][i] * to_log2 : -INFINITY;
@@ -177,7 +178,7 @@ DF_DEVICE void attend_to_text(const DecodeAttention& p, const Owned& owned, floa
       softmax.add(scores, out);
       of_share(shared.values(slot)).weigh(scores, out);
     }
-    __syncthreads();  // and everybody has read it
+    __syncthreads();  // and all threads have read it
     load(slot, first + L::kSlots * kStep);
     slot = (slot + 1) % L::kSlots;
   }
@@ -194,15 +195,15 @@ DF_DEVICE void attend_to_text(const DecodeAttention& p, const Owned& owned, floa
 }
 
 // Stores the new token of one candidate and attends to it, to the `seen` tokens of its window and, by way of the
-// partials, to the text. A group of kChunks lanes has the channels of a row, eight each; the groups have different
-// rows.
+// partial results, to the text. A group of kChunks lanes has the channels of a row, eight each; the groups have
+// different rows.
 template <typename T, int kChannels>
 DF_DEVICE void attend_to_image(const DecodeAttention& p, const Owned& owned, int candidate, int new_slot, int seen,
                                float to_log2, const Layout<T, kChannels>& shared) {
-  constexpr int kChunks = kChannels / kChunk, kGroups = kWarp / kChunks;
+  constexpr int kChunks = kChannels / kChunkChannels, kGroups = kWarp / kChunks;
   const int lane = threadIdx.x % kWarp, chunk = lane % kChunks, group = lane / kChunks;
-  const bool inside = chunk * kChunk < p.shape.channels;
-  const int channel = inside ? chunk * kChunk : 0;
+  const bool inside = chunk * kChunkChannels < p.shape.channels;
+  const int channel = inside ? chunk * kChunkChannels : 0;
   const auto row_of = [&](const View& view) { return rows_of<T>(view, p.shape, candidate, owned.head).data + channel; };
   const auto load = [](const T* row, bool wanted) {
     return wanted ? *reinterpret_cast<const uint4*>(row) : make_uint4(0, 0, 0, 0);
@@ -265,12 +266,12 @@ DF_DEVICE void attend_to_image(const DecodeAttention& p, const Owned& owned, int
   for (const float* part : text) {
     const float weight = exp2_approximate(part[kChannels + 1] - most);
     softmax.total += weight * part[kChannels];
-    softmax.add(weight, part + chunk * kChunk);
+    softmax.add(weight, part + chunk * kChunkChannels);
   }
   if (writes) *reinterpret_cast<uint4*>(row_of(p.out)) = softmax.out.bits(1.0f / softmax.total);
 }
 
-// The slots of what `query` sees, in shared memory; itself comes last. All threads of the block.
+// Lists the slots of the tokens that `query` sees, its own last. All threads of the block call it.
 template <typename Mask>
 DF_DEVICE void list_window(const Mask& mask, int query, int* slots) {
   for (int i = 0; i < mask.runs(); ++i) {
@@ -323,4 +324,4 @@ cudaError_t launch_tile_decode(const DecodeAttention& params, int window, cudaSt
   });
 }
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

@@ -1,7 +1,9 @@
-// Which kernels of sparse attention run.
+// Choice of the kernels of sparse attention: on tensor cores if the shape allows.
 #include "attention/cuda_sparse_attention.h"
 
 namespace dalle_fast {
+
+using namespace attention;
 
 cudaError_t launch_sparse_attention_forward(const SparseAttentionForward& params, cudaStream_t stream) {
   return on_tensor_cores(params.shape) ? launch_tile_forward(params, stream) : launch_plain_forward(params, stream);

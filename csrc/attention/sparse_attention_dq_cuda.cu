@@ -1,16 +1,16 @@
-// The gradient of q. A block of threads owns 64 queries of a head, makes the weights of their keys again from the
-// log-sum-exp, 32 keys at a time, and keeps the gradient in registers. It also leaves delta = sum of dout out for the
-// kernel that comes next (sparse_attention_dkv.cu).
+// The gradient of q on tensor cores. A block of threads owns 64 queries of a head, computes the weights of their keys
+// again from the log-sum-exp, 32 keys at a time, and keeps the gradient in registers. It also writes delta, the sum of
+// dout out, for the next kernel (sparse_attention_dkv_cuda.cu).
 #include "attention/cuda_sparse_attention.h"
 #include "attention/cuda_tile.h"
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 namespace {
 
 template <int kChannels>
-constexpr int kBlocks = kChannels == 128  ? 2
-                        : kChannels == 64 ? 3
-                                          : 4;  // of a multiprocessor, at once
+constexpr int kResidentBlocks = kChannels == 128  ? 2
+                                : kChannels == 64 ? 3
+                                                  : 4;  // of a multiprocessor, at once
 
 // Sums of the products of two strips, row by row.
 template <typename T, int kSteps>
@@ -28,20 +28,20 @@ DF_DEVICE void dot_rows(const uint32_t (&a)[kSteps][4], const uint32_t (&b)[kSte
 }
 
 template <typename T, int kChannels>
-__global__ void __launch_bounds__(kThreads, kBlocks<kChannels>) dq_kernel(SparseAttentionBackward p) {
+__global__ void __launch_bounds__(kTileThreads, kResidentBlocks<kChannels>) dq_kernel(SparseAttentionBackward p) {
   DF_SHARED(shared);
-  const Ring<T, kChannels> ring{reinterpret_cast<T*>(shared)};
+  const TileRing<T, kChannels> ring{reinterpret_cast<T*>(shared)};
 
   const AttentionShape& shape = p.shape;
   const StreamMask mask{shape.kind, shape.grid};
-  const Tile tile = query_tile(mask.grid, blockIdx.x);
+  const TokenTile tile = query_tile(mask.grid, blockIdx.x);
   const TokenRows<const T> k(p.k, shape, tile.head), v(p.v, shape, tile.head);
 
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * kStrip, first = tile.first + row;
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * kStripTokens, first = tile.first + row;
   const bool idle = first >= tile.end;
-  const View own[kStages] = {p.q, p.dout, p.out};
-  for (int i = 0; i < kStages; ++i) {
-    ring.tile(i).template load<kTile>(TokenRows<const T>(own[i], shape, tile.head), mask, tile.first, tile.end);
+  const View own[kRingSlots] = {p.q, p.dout, p.out};
+  for (int i = 0; i < kRingSlots; ++i) {
+    ring.tile(i).template load<kTileTokens>(TokenRows<const T>(own[i], shape, tile.head), mask, tile.first, tile.end);
   }
   commit_copies();
   wait_copies<0>();
@@ -65,30 +65,30 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kChannels>) dq_kernel(Sparse
   }
   __syncthreads();
 
-  Blocks<true> blocks(mask, tile);
+  VisibleBlocks<true> blocks(mask, tile);
   const auto load = [&](int slot) {
     const int block = blocks.next();
     if (block >= 0) ring.load(slot, k, v, mask, block, blocks.end(block));
     return block;
   };
-  Pipeline pipeline(load);
+  RingPipeline pipeline(load);
 
   const float to_log2 = static_cast<float>(shape.scale) * kLog2E;
   float dq[kChannels / 8][4] = {};
   pipeline.run([&](int block, int slot) {
     if (idle) return;
-    const int query = min(first + lane % kStrip, tile.end - 1);
+    const int query = min(first + lane % kStripTokens, tile.end - 1);
     const StripMask strip = StripMask::of_queries(mask.keep(query, block));
     if (!strip.any) return;
 
-    float weights[kBlock / 8][4], dscores[kBlock / 8][4];
+    float weights[kBlockTokens / 8][4], dscores[kBlockTokens / 8][4];
     ring.first(slot).score(queries, weights);
     ring.second(slot).score(dout, dscores);
     for (auto& x : weights) {
       for (int i = 0; i < 4; ++i) x[i] = exp2_approximate(x[i] * to_log2 - lse[i / 2]);
     }
     strip.hide(weights, 0.0f);
-    for (int n = 0; n < kBlock / 8; ++n) {
+    for (int n = 0; n < kBlockTokens / 8; ++n) {
       for (int i = 0; i < 4; ++i) dscores[n][i] = weights[n][i] * (dscores[n][i] - delta[i / 2]);
     }
     ring.first(slot).weigh(dscores, dq);
@@ -106,9 +106,9 @@ cudaError_t launch_tile_dq(const SparseAttentionBackward& params, cudaStream_t s
   return with_tile_kernel(params.shape, [&](auto element, auto channels) {
     using T = decltype(element);
     constexpr int kChannels = decltype(channels)::value;
-    return launch(dq_kernel<T, kChannels>, query_tiles(params.shape), kThreads, Ring<T, kChannels>::kBytes, stream,
-                  params);
+    return launch(dq_kernel<T, kChannels>, query_tiles(params.shape), kTileThreads, TileRing<T, kChannels>::kBytes,
+                  stream, params);
   });
 }
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

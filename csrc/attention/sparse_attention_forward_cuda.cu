@@ -1,53 +1,53 @@
-// A block of threads owns 64 queries of a head and meets their keys and values, 32 at a time, in one pass with an
-// online softmax. Queries, scores and the output stay in registers.
+// The forward on tensor cores. A block of threads owns 64 queries of a head and meets their keys and values, 32 at a
+// time, in one pass with an online softmax. Queries, scores and the output stay in registers.
 #include "attention/cuda_sparse_attention.h"
 #include "attention/cuda_tile.h"
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 namespace {
 
 template <int kChannels>
-constexpr int kBlocks = kChannels == 128  ? 2
-                        : kChannels == 64 ? 4
-                                          : 5;  // of a multiprocessor, at once
+constexpr int kResidentBlocks = kChannels == 128  ? 2
+                                : kChannels == 64 ? 4
+                                                  : 5;  // of a multiprocessor, at once
 
 template <typename T, int kChannels>
-__global__ void __launch_bounds__(kThreads, kBlocks<kChannels>) forward_kernel(SparseAttentionForward p) {
+__global__ void __launch_bounds__(kTileThreads, kResidentBlocks<kChannels>) forward_kernel(SparseAttentionForward p) {
   DF_SHARED(shared);
-  const Ring<T, kChannels> ring{reinterpret_cast<T*>(shared)};
+  const TileRing<T, kChannels> ring{reinterpret_cast<T*>(shared)};
 
   const AttentionShape& shape = p.shape;
   const StreamMask mask{shape.kind, shape.grid};
-  const Tile tile = query_tile(mask.grid, blockIdx.x);
+  const TokenTile tile = query_tile(mask.grid, blockIdx.x);
   const TokenRows<const T> q(p.q, shape, tile.head), k(p.k, shape, tile.head), v(p.v, shape, tile.head);
 
-  Blocks<true> blocks(mask, tile);
+  VisibleBlocks<true> blocks(mask, tile);
   const auto load = [&](int slot) {
     const int block = blocks.next();
     if (block >= 0) ring.load(slot, k, v, mask, block, blocks.end(block));
     return block;
   };
 
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * kStrip, first = tile.first + row;
+  const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * kStripTokens, first = tile.first + row;
   const bool idle = first >= tile.end;
   // The queries pass through the slot that is needed last.
-  ring.tile(kStages - 1).template load<kTile>(q, mask, tile.first, tile.end);
-  Pipeline pipeline(load);
-  wait_copies<kStages - 2>();
+  ring.tile(kRingSlots - 1).template load<kTileTokens>(q, mask, tile.first, tile.end);
+  RingPipeline pipeline(load);
+  wait_copies<kRingSlots - 2>();
   __syncthreads();
   uint32_t queries[kChannels / 16][4];
-  ring.tile(kStages - 1).strip(row, queries);
+  ring.tile(kRingSlots - 1).strip(row, queries);
 
   const float to_log2 = static_cast<float>(shape.scale) * kLog2E;
   float out[kChannels / 8][4] = {};
   StripSoftmax softmax;
   pipeline.run([&](int block, int slot) {
     if (idle) return;
-    const int query = min(first + lane % kStrip, tile.end - 1);
+    const int query = min(first + lane % kStripTokens, tile.end - 1);
     const StripMask strip = StripMask::of_queries(mask.keep(query, block));
     if (!strip.any) return;
 
-    float scores[kBlock / 8][4];
+    float scores[kBlockTokens / 8][4];
     ring.first(slot).score(queries, scores);
     for (auto& x : scores) {
       for (float& score : x) score *= to_log2;
@@ -78,9 +78,9 @@ cudaError_t launch_tile_forward(const SparseAttentionForward& params, cudaStream
   return with_tile_kernel(params.shape, [&](auto element, auto channels) {
     using T = decltype(element);
     constexpr int kChannels = decltype(channels)::value;
-    return launch(forward_kernel<T, kChannels>, query_tiles(params.shape), kThreads, Ring<T, kChannels>::kBytes, stream,
-                  params);
+    return launch(forward_kernel<T, kChannels>, query_tiles(params.shape), kTileThreads, TileRing<T, kChannels>::kBytes,
+                  stream, params);
   });
 }
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

@@ -1,18 +1,18 @@
-// Any dtype, layout and number of channels, without tensor cores: float32 and float64, for which those are not precise
-// enough, and 16-bit tensors whose shape they cannot take (on_tensor_cores in attention_params.h).
+// Sparse attention of any dtype, layout and number of channels, without tensor cores: float32 and float64, for which
+// those are not precise enough, and 16-bit tensors whose shape they cannot take (on_tensor_cores() in params.h).
 //
-// A warp owns 128 channels of a query, or of a key for dk and dv, and meets the other side 32 tokens at a time, one for
-// each lane: for the scores a lane takes a token, for the sums weighted with them a few channels. Scores need all
-// channels: with more than 128 they are made again for every 128.
+// A warp owns 128 channels of a query, or of a key for dk and dv, and meets the other side 32 tokens at a time. For the
+// scores a lane takes a token, for the sums weighted with them a few channels. Scores need all channels: with more than
+// 128 channels, scores are computed again for every 128.
 #include <cmath>
 
 #include "attention/cuda_sparse_attention.h"
 #include "attention/cuda_stream_mask.h"
+#include "common/format.h"
 #include "cuda/device.h"
-#include "cuda/half.h"
 #include "cuda/reduce.h"
 
-namespace dalle_fast {
+namespace dalle_fast::attention {
 namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
@@ -43,13 +43,13 @@ struct Head {
 
 DF_HOST_DEVICE inline int blocks_of(const Grid& grid) { return (grid.seq_len() + kWarps - 1) / kWarps; }
 
-// What a warp owns: a token of the stream, in one head, and the channels of its lanes.
+// Part of a warp: a token of the stream in one head, and the channels of its lanes.
 struct Part {
   StreamMask mask;
   int channels, piece;
   int head;       // b H + h
   int i;          // the token in the mask's order
-  int token = 0;  // and in memory
+  int token = 0;  // its index in memory
 
   DF_DEVICE explicit Part(const AttentionShape& shape)
       : mask{shape.kind, shape.grid}, channels(shape.channels), piece(blockIdx.y) {
@@ -63,7 +63,7 @@ struct Part {
   DF_DEVICE int64_t first_row() const { return int64_t{head} * mask.grid.seq_len(); }  // of lse and delta
   DF_DEVICE bool first_lane() const { return piece == 0 && threadIdx.x % kWarp == 0; }
 
-  // Calls f(channel, which of the lane's).
+  // Calls f(channel, its index in the lane).
   template <typename F>
   DF_DEVICE void for_each_channel(F&& f) const {
     for (int j = 0; j < kOwned; ++j) {
@@ -73,17 +73,17 @@ struct Part {
   }
 
   template <typename T>
-  DF_DEVICE void store(const Compute<T> (&x)[kOwned], Compute<T> scale, const Head<T>& to) const {
+  DF_DEVICE void store(const Arithmetic<T> (&x)[kOwned], Arithmetic<T> scale, const Head<T>& to) const {
     const Row<T> out = to[token];
     for_each_channel([&](int d, int j) { out.data[d * out.stride] = narrow<T>(x[j] * scale); });
   }
 };
 
-// 32 tokens that the token of a warp meets, in shared memory; every lane of the warp calls every function.
+// 32 tokens of the other side, in shared memory; every lane of the warp calls every function.
 template <typename T>
 class Group {
  public:
-  using C = Compute<T>;
+  using C = Arithmetic<T>;
 
   // `token` is that of the lane.
   DF_DEVICE void set(int token) {
@@ -123,7 +123,7 @@ class Group {
   int tokens_[kWarp];
 };
 
-// Calls f(whether the lane has a key) for all that the query sees, with a group of keys at a time.
+// Calls f(whether the lane has a key) for each group of keys that the query sees.
 template <typename T, typename F>
 DF_DEVICE void for_each_group_of_keys(const Part& part, Group<T>& group, F&& f) {
   for (int n = 0; n < part.mask.ranges(part.i); ++n) {
@@ -136,7 +136,7 @@ DF_DEVICE void for_each_group_of_keys(const Part& part, Group<T>& group, F&& f) 
   }
 }
 
-// Calls f(whether the lane's query sees the key, its token) for all that do, with a group of queries at a time.
+// Calls f(whether the lane's query sees the key, its token) for each group of queries that may see it.
 template <typename T, typename F>
 DF_DEVICE void for_each_group_of_queries(const Part& part, Group<T>& group, F&& f) {
   const bool text = part.mask.is_text(part.i);
@@ -150,7 +150,7 @@ DF_DEVICE void for_each_group_of_queries(const Part& part, Group<T>& group, F&& 
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) forward_kernel(SparseAttentionForward p) {
-  using C = Compute<T>;
+  using C = Arithmetic<T>;
   __shared__ Group<T> groups[kWarps];
   Group<T>& group = groups[threadIdx.x / kWarp];
   const AttentionShape& shape = p.shape;
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(SparseAttentionFor
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) dq_kernel(SparseAttentionBackward p) {
-  using C = Compute<T>;
+  using C = Arithmetic<T>;
   __shared__ Group<T> groups[kWarps];
   Group<T>& group = groups[threadIdx.x / kWarp];
   const AttentionShape& shape = p.shape;
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 4) dq_kernel(SparseAttentionBackward
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 4) dkv_kernel(SparseAttentionBackward p) {
-  using C = Compute<T>;
+  using C = Arithmetic<T>;
   __shared__ Group<T> groups[kWarps];
   Group<T>& group = groups[threadIdx.x / kWarp];
   const AttentionShape& shape = p.shape;
@@ -235,19 +235,18 @@ cudaError_t launch_parts(Kernel kernel, const Params& params, cudaStream_t strea
 }  // namespace
 
 cudaError_t launch_plain_forward(const SparseAttentionForward& params, cudaStream_t stream) {
-  return with_element_type(params.shape.format, [&](auto element) {
-    return launch_parts(forward_kernel<decltype(element)>, params, stream);
-  });
+  return with_format(params.shape.format,
+                     [&](auto element) { return launch_parts(forward_kernel<decltype(element)>, params, stream); });
 }
 
 cudaError_t launch_plain_dq(const SparseAttentionBackward& params, cudaStream_t stream) {
-  return with_element_type(params.shape.format,
-                           [&](auto element) { return launch_parts(dq_kernel<decltype(element)>, params, stream); });
+  return with_format(params.shape.format,
+                     [&](auto element) { return launch_parts(dq_kernel<decltype(element)>, params, stream); });
 }
 
 cudaError_t launch_plain_dkv(const SparseAttentionBackward& params, cudaStream_t stream) {
-  return with_element_type(params.shape.format,
-                           [&](auto element) { return launch_parts(dkv_kernel<decltype(element)>, params, stream); });
+  return with_format(params.shape.format,
+                     [&](auto element) { return launch_parts(dkv_kernel<decltype(element)>, params, stream); });
 }
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::attention

@@ -11,12 +11,10 @@
 
 namespace dalle_fast {
 
-// Whether the CUDA kernel takes this tensor. In the tests without a GPU (DALLE_FAST_CUDA_ON_CPU) it takes all.
+// Whether the CUDA kernel takes this tensor.
 inline bool on_cuda(const torch::stable::Tensor& x) {
-#if defined(DALLE_FAST_CUDA_ON_CPU)
-  return true;
-#elif defined(DALLE_FAST_CUDA)
-  return x.is_cuda();
+#ifdef DALLE_FAST_CUDA
+  return kEveryTensorOnCuda || x.is_cuda();
 #else
   return false;
 #endif
@@ -32,14 +30,14 @@ inline void check_launch(cudaError_t error, const char* op) {
 // Calls launch(stream) with the device of x current, on torch's stream there.
 template <typename Launch>
 void launch_on_device_of(const torch::stable::Tensor& x, const char* op, const Launch& launch) {
-#ifdef DALLE_FAST_CUDA_ON_CPU
-  check_launch(launch(cudaStream_t{}), op);
-#else
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  void* stream;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  check_launch(launch(static_cast<cudaStream_t>(stream)), op);
-#endif
+  if constexpr (kEveryTensorOnCuda) {
+    check_launch(launch(cudaStream_t{}), op);
+  } else {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    void* stream;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    check_launch(launch(static_cast<cudaStream_t>(stream)), op);
+  }
 }
 
 #endif

@@ -1,6 +1,7 @@
 // Formats of tensor elements: as a value, for kernels that choose at run time, and as types with their conversions, for
 // host and device. 16-bit numbers are rounded to nearest even and NaN stays NaN: with instructions on the device, on
-// the host without a branch, so that loops vectorise (not every processor with AVX2 converts float16).
+// the host without a branch, so that loops vectorise (not every processor with AVX2 converts float16). Not by
+// cuda_fp16.h: the emulation runs without a CUDA toolkit.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// What every kernel includes first: the CUDA language, from nvcc or, in tests without a GPU, from tests/cuda_on_cpu.
+// The first include of every kernel: the CUDA language, from nvcc or, in tests without a GPU, from tests/cuda_on_cpu.
 #pragma once
 
 #include <cstdint>
@@ -6,45 +6,40 @@
 
 #include "common/runtime.h"
 
+// A kernel's phases are functions, or members of a class that has no arrays: the kernel holds those and passes them.
+// The compiler keeps an object with an array that a loop indexes out of registers until it has unrolled that loop.
 #define DF_DEVICE __device__ __forceinline__
-
-// The block's dynamic shared memory as `unsigned char* name`.
-#ifdef DALLE_FAST_CUDA_ON_CPU
-#define DF_SHARED(name) unsigned char* const name = cuda_on_cpu::dynamic_shared()
-#else
-#define DF_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
-#endif
 
 namespace dalle_fast {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
-#ifndef DALLE_FAST_CUDA_ON_CPU
-// Lets the kernel have all the shared memory of a block on the current device, not what one launch takes: the limit is
-// the kernel's, and another thread may be about to launch it with more.
+// Shared memory that a block can have on the current device, static and dynamic, in bytes.
+inline cudaError_t max_shared_bytes(int* bytes) {
+  int device;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
+// Allows the kernel all of that, not what one launch takes: the limit belongs to the kernel, and another thread may be
+// about to launch it with more.
 inline cudaError_t allow_shared_memory(const void* kernel) {
-  int device, most;
+  int most;
   cudaFuncAttributes attributes;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
+  cudaError_t error = max_shared_bytes(&most);
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaSuccess) return error;
   const int dynamic = most - static_cast<int>(attributes.sharedSizeBytes);
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic);
 }
-#endif
 
 // Starts `kernel` on `stream`: grid and block in blocks and threads, shared_bytes of dynamic shared memory.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                    Arguments&&... arguments) {
-#ifdef DALLE_FAST_CUDA_ON_CPU
-  const std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
-  return cuda_on_cpu::run(grid, block, shared_bytes, [&] { std::apply(kernel, values); });
-#else
   constexpr size_t kWithoutAsking = 48 * 1024;
   if (shared_bytes > kWithoutAsking) {
     const cudaError_t error = allow_shared_memory(reinterpret_cast<const void*>(kernel));
@@ -56,19 +51,9 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
-#endif
 }
 
-// Sets a flag that any thread of any block may set, all to the same value.
-DF_DEVICE void raise_flag(int32_t* flag) {
-#ifdef DALLE_FAST_CUDA_ON_CPU
-  __atomic_store_n(flag, 1, __ATOMIC_RELAXED);  // what ThreadSanitizer knows to be no race
-#else
-  *flag = 1;
-#endif
-}
-
-// Blocks for a kernel that takes a fixed number of them: as many as run at once.
+// Number of blocks that run at once, for a kernel that loops over its work.
 template <typename Kernel>
 cudaError_t resident_blocks(Kernel kernel, int threads, size_t shared_bytes, int* blocks) {
   int device, processors, per_processor;

@@ -1,135 +1,29 @@
-// Products of small matrices of 16-bit elements (T: Half, BFloat16) by the tensor cores, and the copies that feed them:
-// an instruction each, in PTX on a GPU and spelled out in the emulation.
+// Products of small matrices of 16-bit elements (T: Half, BFloat16) on the tensor cores, and the copies that feed them:
+// a PTX instruction each. The emulation has its own header of this name.
 //
 //   pack<T>(low, high), unpack<T>(bits)   two elements as one word
 //   mma<T>(c, a, b0, b1)                  c += a b
 //   load_blocks(blocks, row)              four blocks [8, 8] from shared memory: lane 8 i + j gives the address of
-//                                         row j of block i, aligned to its 16 bytes; of each, (g, 2t) and (g, 2t + 1)
+//                                         row j of block i, aligned to 16 bytes; of each, gets (g, 2t) and (g, 2t + 1)
 //   load_blocks_transposed(blocks, row)   the same, but (2t, g) and (2t + 1, g)
-//   copy_async<bytes>(shared, x, inside)  starts a copy of 4 or 16 bytes, aligned so; of zeros if not `inside`
+//   copy_async<bytes>(shared, x, inside)  starts a copy of 4 or 16 bytes, aligned to these; of zeros if not `inside`
 //   commit_copies()                       the thread's copies since the last call become a group
-//   wait_copies<n>()                      until all but the thread's last n groups have arrived
+//   wait_copies<n>()                      waits until all but the thread's last n groups have arrived
 //
 // All lanes of a warp call mma and load_blocks together. A lane is 4 g + t and holds, as pairs of neighbouring columns
 // or (for b) rows, the lower index in the lower half:
 //   a [16, 16]: a[0] (g, 2t), a[1] (g + 8, 2t), a[2] (g, 2t + 8), a[3] (g + 8, 2t + 8)
 //   b [16, 8]:  b0 (2t, g), b1 (2t + 8, g)
 //   c [16, 8]:  c[0], c[1] (g, 2t), c[2], c[3] (g + 8, 2t), in float32
-// So pairs of two neighbouring c are an a: a product can be the left side of the next one where it is.
+// So the pairs of two neighbouring c make an a: a product can be the left side of the next one in place.
 #pragma once
 
-#include <cstring>
 #include <type_traits>
 
+#include "common/format.h"
 #include "cuda/device.h"
-#include "cuda/half.h"
-
-#ifdef DALLE_FAST_CUDA_ON_CPU
-#include <deque>
-#include <utility>
-#include <vector>
-#endif
 
 namespace dalle_fast {
-
-#ifdef DALLE_FAST_CUDA_ON_CPU
-
-template <typename T>
-uint32_t pack(float low, float high) {
-  const T pair[2] = {narrow<T>(low), narrow<T>(high)};
-  uint32_t bits;
-  std::memcpy(&bits, pair, sizeof(bits));
-  return bits;
-}
-
-template <typename T>
-float2 unpack(uint32_t bits) {
-  T pair[2];
-  std::memcpy(pair, &bits, sizeof(bits));
-  return {widen(pair[0]), widen(pair[1])};
-}
-
-template <typename T>
-void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  struct Operands {
-    uint32_t a[4], b[2];
-  };
-  const Operands* lanes = warp_gather(Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
-  const int g = cuda_on_cpu::lane() / 4, t = cuda_on_cpu::lane() % 4;
-  for (int k = 0; k < 16; k += 2) {
-    const int lane = k % 8 / 2, half = k / 8;
-    const float2 top = unpack<T>(lanes[4 * g + lane].a[2 * half]);
-    const float2 bottom = unpack<T>(lanes[4 * g + lane].a[2 * half + 1]);
-    for (int n = 0; n < 2; ++n) {
-      const float2 column = unpack<T>(lanes[4 * (2 * t + n) + lane].b[half]);
-      c[n] += top.x * column.x + top.y * column.y;
-      c[2 + n] += bottom.x * column.x + bottom.y * column.y;
-    }
-  }
-}
-
-inline void load_blocks(uint32_t (&blocks)[4], const void* row) {
-  const void* const* rows = warp_gather(row);
-  const int g = cuda_on_cpu::lane() / 4, t = cuda_on_cpu::lane() % 4;
-  for (int i = 0; i < 4; ++i) std::memcpy(&blocks[i], static_cast<const uint32_t*>(rows[8 * i + g]) + t, 4);
-}
-
-inline void load_blocks_transposed(uint32_t (&blocks)[4], const void* row) {
-  const void* const* rows = warp_gather(row);
-  const int g = cuda_on_cpu::lane() / 4, t = cuda_on_cpu::lane() % 4;
-  for (int i = 0; i < 4; ++i) {
-    uint16_t pair[2];
-    for (int j = 0; j < 2; ++j) pair[j] = static_cast<const uint16_t*>(rows[8 * i + 2 * t + j])[g];
-    std::memcpy(&blocks[i], pair, 4);
-  }
-}
-
-// Copies that the calling thread has started. They are made when it waits for them, no earlier.
-struct Copies {
-  struct Copy {
-    void* shared;
-    const void* global;  // null: zeros
-    size_t bytes;
-  };
-  std::vector<Copy> started;
-  std::deque<std::vector<Copy>> groups;
-
-  static Copies& of_thread() {
-    static std::vector<Copies> copies(1024);
-    return copies[threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)];
-  }
-};
-
-template <int kBytes>
-void copy_async(void* shared, const void* global, bool inside) {
-  if (reinterpret_cast<uintptr_t>(shared) % kBytes != 0 || reinterpret_cast<uintptr_t>(global) % kBytes != 0) {
-    cuda_on_cpu::fail("a copy that is not aligned");
-  }
-  cuda_on_cpu::may_write(shared, kBytes);
-  Copies::of_thread().started.push_back({shared, inside ? global : nullptr, kBytes});
-}
-
-inline void commit_copies() {
-  Copies& copies = Copies::of_thread();
-  copies.groups.push_back(std::move(copies.started));
-  copies.started.clear();
-}
-
-template <int kGroups>
-void wait_copies() {
-  auto& groups = Copies::of_thread().groups;
-  for (; groups.size() > kGroups; groups.pop_front()) {
-    for (const Copies::Copy& copy : groups.front()) {
-      if (copy.global != nullptr) {
-        std::memcpy(copy.shared, copy.global, copy.bytes);
-      } else {
-        std::memset(copy.shared, 0, copy.bytes);
-      }
-    }
-  }
-}
-
-#else
 
 DF_DEVICE uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -209,7 +103,5 @@ template <int kGroups>
 DF_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
-
-#endif
 
 }  // namespace dalle_fast

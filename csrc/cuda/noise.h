@@ -1,4 +1,4 @@
-// Philox noise in kernels. Arrays of registers are only indexed by what is known when compiling.
+// Philox noise in kernels. Arrays are indexed by constants only, so that they stay in registers.
 #pragma once
 
 #include "common/rng.h"
@@ -6,21 +6,22 @@
 
 namespace dalle_fast {
 
-constexpr int kQuad = 4;  // elements that a block of Philox yields
+constexpr int kQuad = 4;  // elements that one block of Philox yields
 
 template <typename T>
 struct alignas(kQuad * sizeof(T) < 16 ? kQuad * sizeof(T) : 16) Quad {
   T at[kQuad];
 };
 
-// log of a positive, normal x, within 4e-7 and its rounding. The special function unit is that close near 1 only.
+// Logarithm of a positive, normal x, to 4e-7 plus rounding. The special function unit is that precise near 1 only.
 DF_DEVICE float log_of(float x) {
   const int exponent = (__float_as_int(x) - 0x3F3504F3) >> 23;  // such that the mantissa lies in [sqrt(1/2), sqrt(2))
   const float mantissa = __int_as_float(__float_as_int(x) - exponent * (1 << 23));
-  return static_cast<float>(exponent) * 0.693147181f + __logf(mantissa);
+  return static_cast<float>(exponent) * kLn2 + __logf(mantissa);
 }
+DF_DEVICE double log_of(double x) { return log(x); }
 
-// -log(u) near u = 1 is what makes large noise: that logarithm must be close in its last places.
+// Large noise comes from -log(u) near u = 1: there that logarithm must be exact to its last places.
 DF_DEVICE float exponential_from_word(uint32_t word) { return -logf(uniform_from_word(word)); }
 DF_DEVICE float gumbel_from_word(uint32_t word) { return -log_of(exponential_from_word(word)); }
 
@@ -40,6 +41,7 @@ DF_DEVICE Quad<uint32_t> quad_words(uint64_t seed, uint64_t first) {
   return {{words[0], words[1], words[2], words[3]}};
 }
 
+// The word of one element.
 DF_DEVICE uint32_t element_word(uint64_t seed, uint64_t element) {
   const PhiloxWords drawn = philox(seed, element / kQuad);
   const uint32_t low = element & 1 ? drawn.word[1] : drawn.word[0], high = element & 1 ? drawn.word[3] : drawn.word[2];

@@ -1,4 +1,5 @@
-// Reductions over a warp or a block. Their order is fixed by the number of threads: two runs give the same bits.
+// Reductions over a warp or a block. Their order is fixed by the number of threads: two runs give the same bits. Not by
+// CUB: the emulation runs without a CUDA toolkit.
 #pragma once
 
 #include <cstring>
@@ -7,12 +8,9 @@
 
 namespace dalle_fast {
 
-// The value of the lane whose number differs in the bits of `bits`; T is any plain struct of 32-bit words.
+// The value of the lane whose index differs in the bits of `bits`. T is any plain struct of 32-bit words.
 template <typename T>
 DF_DEVICE T shuffle_xor(const T& x, int bits) {
-#ifdef DALLE_FAST_CUDA_ON_CPU
-  return warp_gather(x)[cuda_on_cpu::lane() ^ bits];
-#else
   static_assert(sizeof(T) % sizeof(uint32_t) == 0);
   constexpr int kWords = sizeof(T) / sizeof(uint32_t);
   uint32_t words[kWords];
@@ -22,7 +20,6 @@ DF_DEVICE T shuffle_xor(const T& x, int bits) {
   T other;
   memcpy(&other, words, sizeof(T));
   return other;
-#endif
 }
 
 struct Add {
@@ -47,11 +44,11 @@ DF_DEVICE T warp_reduce(T x, Op op) {
   return x;
 }
 
-// All threads of the block get x reduced with op. `scratch` is shared memory for one value a warp.
+// All threads of the block get x reduced with op. `scratch` is shared memory for one value per warp.
 template <int threads, typename T, typename Op>
 DF_DEVICE T block_reduce(T x, Op op, T* scratch) {
   x = warp_reduce(x, op);
-  __syncthreads();  // the last reduction's values have been read
+  __syncthreads();  // the values of the last reduction have been read
   if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = x;
   __syncthreads();
   x = scratch[0];

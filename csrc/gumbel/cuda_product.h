@@ -1,12 +1,12 @@
-// The products of a tile with the codebook on the FP32 (or FP64) units: a warp has kOwnRows rows of the result and all
-// channels of the block, a lane OwnChannels of these. gumbel_product_mma.h has the same two classes for 16 bits.
+// The products of a tile with the codebook on the FP32 (or FP64) units: a warp owns kWarpRows rows of the result, and a
+// lane some of the block's channels. cuda_product_mma.h has the same two classes for 16 bits.
 #pragma once
 
 #include "gumbel/cuda_tile.h"
 
-namespace dalle_fast {
+namespace dalle_fast::gumbel {
 
-// z [kTilePixels, kChannels], the sum over codes of weights times the codebook.
+// z [kTilePixels, kChannels], the product of the weights and the codebook.
 template <typename S, bool tensor_cores = sizeof(S) == 2>
 class ForwardProduct {
  public:
@@ -17,7 +17,7 @@ class ForwardProduct {
   DF_DEVICE explicit ForwardProduct(unsigned char* shared)
       : weights_(reinterpret_cast<T*>(shared)), codebook_(weights_ + kTileCodes * kCodePitch) {}
 
-  // Where a quad's noisy logits wait for their reference; the weight may take their place.
+  // Place of a quad's noisy logits until the reference is known; the weights may take it over.
   DF_DEVICE Quad<T>& noisy(int code, int quad) const {
     return reinterpret_cast<Quad<T>*>(weights_ + code * kCodePitch)[quad];
   }
@@ -25,15 +25,16 @@ class ForwardProduct {
 
   // Rows of the codebook from first_code on, 0 beyond the last code or channel.
   DF_DEVICE void load_codebook(const S* codebook, int codes, int64_t channels, int first_code, int64_t first_channel) {
-    for_each_of_rows<kChannels>(codebook, codes, channels, first_code, first_channel,
-                                [&](int code, int channel, S x) { codebook_[code * kChannels + channel] = widen(x); });
+    for_each_codebook_element<kChannels>(
+        codebook, codes, channels, first_code, first_channel,
+        [&](int code, int channel, S x) { codebook_[code * kChannels + channel] = widen(x); });
   }
 
   // z *= factor of the pixel
   DF_DEVICE void rescale(const T* factor) {
 #pragma unroll
-    for (int r = 0; r < kOwnRows; ++r) {
-      const T scale = factor[row() + r];
+    for (int r = 0; r < kWarpRows; ++r) {
+      const T scale = factor[first_row_of_warp() + r];
 #pragma unroll
       for (int c = 0; c < kCount; ++c) z_[r].at[c] *= scale;
     }
@@ -42,10 +43,10 @@ class ForwardProduct {
   DF_DEVICE void add() {
 #pragma unroll 4
     for (int code = 0; code < kTileCodes; ++code) {
-      const Own w = reinterpret_cast<const Own*>(codebook_ + code * kChannels)[lane()];
-      const auto* weights = reinterpret_cast<const Quad<T>*>(weights_ + code * kCodePitch + row());
+      const Own w = reinterpret_cast<const Own*>(codebook_ + code * kChannels)[lane_index()];
+      const auto* weights = reinterpret_cast<const Quad<T>*>(weights_ + code * kCodePitch + first_row_of_warp());
 #pragma unroll
-      for (int r = 0; r < kOwnRows; r += kQuad) {
+      for (int r = 0; r < kWarpRows; r += kQuad) {
         const Quad<T> y = weights[r / kQuad];
 #pragma unroll
         for (int i = 0; i < kQuad; ++i) {
@@ -56,23 +57,23 @@ class ForwardProduct {
     }
   }
 
-  // body(pixel, channel, z) for what the thread has.
+  // Calls body(pixel, channel, z) for the elements that the thread holds.
   template <typename Body>
   DF_DEVICE void for_each(const Body& body) const {
 #pragma unroll
-    for (int r = 0; r < kOwnRows; ++r) {
+    for (int r = 0; r < kWarpRows; ++r) {
 #pragma unroll
-      for (int c = 0; c < kCount; ++c) body(row() + r, lane() * kCount + c, z_[r].at[c]);
+      for (int c = 0; c < kCount; ++c) body(first_row_of_warp() + r, lane_index() * kCount + c, z_[r].at[c]);
     }
   }
 
  private:
   static constexpr int kCount = kChannels / kWarp;
-  using Own = Channels<T, kCount>;
+  using Own = ChannelVector<T, kCount>;
 
   T* weights_;   // [kTileCodes][kCodePitch]
   T* codebook_;  // [kTileCodes][kChannels]
-  Own z_[kOwnRows] = {};
+  Own z_[kWarpRows] = {};
 };
 
 // dy [kTileCodes, kTilePixels] = codebook dz, and the codebook's gradient [kTileCodes, kChannels] += y dz.
@@ -90,8 +91,9 @@ class BackwardProduct {
         dz_(codebook_ + kTileCodes * kChannels) {}
 
   DF_DEVICE void load_codebook(const S* codebook, int codes, int64_t channels, int first_code, int64_t first_channel) {
-    for_each_of_rows<kChannels>(codebook, codes, channels, first_code, first_channel,
-                                [&](int code, int channel, S x) { *at(codebook_, code, code, channel) = widen(x); });
+    for_each_codebook_element<kChannels>(
+        codebook, codes, channels, first_code, first_channel,
+        [&](int code, int channel, S x) { *at(codebook_, code, code, channel) = widen(x); });
   }
 
   DF_DEVICE void set_dz(int channel, int quad, const Quad<T>& dz) {
@@ -101,14 +103,14 @@ class BackwardProduct {
 
   DF_DEVICE void clear_dy() {
 #pragma unroll
-    for (int c = 0; c < kOwnCodes; ++c) dy_own_[c] = {};
+    for (int c = 0; c < kThreadCodes; ++c) dy_own_[c] = {};
   }
 
   DF_DEVICE void add_dy() {
     for (int channel = 0; channel < kChannels; channel += kQuad) {
-      Quad<T> w[kOwnCodes];
+      Quad<T> w[kThreadCodes];
 #pragma unroll
-      for (int c = 0; c < kOwnCodes; ++c) {
+      for (int c = 0; c < kThreadCodes; ++c) {
         const int code = place_.slice + c * kTileSlices;
         w[c] = *reinterpret_cast<const Quad<T>*>(at(codebook_, code, code, channel));
       }
@@ -116,7 +118,7 @@ class BackwardProduct {
       for (int i = 0; i < kQuad; ++i) {
         const auto dz = *reinterpret_cast<const Quad<T>*>(at(dz_, place_.quad * kQuad + i, place_.quad, channel));
 #pragma unroll
-        for (int c = 0; c < kOwnCodes; ++c) {
+        for (int c = 0; c < kThreadCodes; ++c) {
 #pragma unroll
           for (int j = 0; j < kQuad; ++j) dy_own_[c].at[i] += w[c].at[j] * dz.at[j];
         }
@@ -124,9 +126,9 @@ class BackwardProduct {
     }
   }
 
-  // Leaves dy where dy(c) finds it; all threads call it.
+  // Makes dy(c) available; all threads call it.
   DF_DEVICE void share_dy() {}
-  // Of the thread's code number c and its quad.
+  // dy of the thread's code number c, at its quad.
   DF_DEVICE Quad<T> dy(int c) const { return dy_own_[c]; }
 
   DF_DEVICE void set_y(int code, int quad, const Quad<T>& y) {
@@ -138,11 +140,11 @@ class BackwardProduct {
       Own dz[kQuad];
 #pragma unroll
       for (int i = 0; i < kQuad; ++i) {
-        dz[i] = *reinterpret_cast<const Own*>(at(dz_, pixel + i, pixel / kQuad, lane() * kCount));
+        dz[i] = *reinterpret_cast<const Own*>(at(dz_, pixel + i, pixel / kQuad, lane_index() * kCount));
       }
 #pragma unroll
-      for (int r = 0; r < kOwnRows; ++r) {
-        const auto y = *reinterpret_cast<const Quad<T>*>(y_ + (row() + r) * kCodePitch + pixel);
+      for (int r = 0; r < kWarpRows; ++r) {
+        const auto y = *reinterpret_cast<const Quad<T>*>(y_ + (first_row_of_warp() + r) * kCodePitch + pixel);
 #pragma unroll
         for (int i = 0; i < kQuad; ++i) {
 #pragma unroll
@@ -152,19 +154,19 @@ class BackwardProduct {
     }
   }
 
-  // body(code, channel, gradient) for what the thread has.
+  // Calls body(code, channel, gradient) for the elements that the thread holds.
   template <typename Body>
   DF_DEVICE void for_each(const Body& body) const {
 #pragma unroll
-    for (int r = 0; r < kOwnRows; ++r) {
+    for (int r = 0; r < kWarpRows; ++r) {
 #pragma unroll
-      for (int c = 0; c < kCount; ++c) body(row() + r, lane() * kCount + c, gradient_[r].at[c]);
+      for (int c = 0; c < kCount; ++c) body(first_row_of_warp() + r, lane_index() * kCount + c, gradient_[r].at[c]);
     }
   }
 
  private:
   static constexpr int kCount = kChannels / kWarp;
-  using Own = Channels<T, kCount>;
+  using Own = ChannelVector<T, kCount>;
 
   // Groups of four channels trade places by `key`, which differs between the rows that lanes read together: no bank
   // conflicts.
@@ -176,8 +178,8 @@ class BackwardProduct {
   T* y_;         // [kTileCodes][kCodePitch]
   T* codebook_;  // [kTileCodes][kChannels]
   T* dz_;        // [kTilePixels][kChannels]
-  Quad<T> dy_own_[kOwnCodes] = {};
-  Own gradient_[kOwnRows] = {};
+  Quad<T> dy_own_[kThreadCodes] = {};
+  Own gradient_[kWarpRows] = {};
 };
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::gumbel

@@ -1,22 +1,22 @@
-// The products of gumbel_product.h for 16 bits (S: BFloat16, Half), on tensor cores. The codebook and dz go in as they
-// are; what is made in float32, weights and y, as the sum of two numbers of S. So nothing but the result is rounded.
+// The products of cuda_product.h for 16 bits (S: BFloat16, Half), on tensor cores. The codebook and dz go in as they
+// are; weights and y, computed in float32, as the sum of two numbers of S. So nothing but the result is rounded.
 #pragma once
 
 #include "cuda/mma.h"
 #include "gumbel/cuda_product.h"
 
-namespace dalle_fast {
+namespace dalle_fast::gumbel {
 
-// Eight elements more than a row has: the eight rows that one instruction reads lie in different banks.
+// A row and eight elements more: the eight rows that one instruction reads lie in different banks.
 constexpr int kPixelPitch = kTilePixels + 8;
 
 // One of the four blocks that a lane addresses for load_blocks, and its row there.
 struct BlockRow {
-  int block = lane() / 8, row = lane() % 8;
+  int block = lane_index() / 8, row = lane_index() % 8;
 };
 
-// What the numbers of a SplitTile are multiplied by. Below 2^-14 float16 has fewer and fewer bits, and most of 8192
-// codes have weights as small as that.
+// Scale factor of the numbers in a SplitTile. Below 2^-14 float16 has fewer and fewer bits, and most of 8192 codes have
+// weights as small as that.
 template <typename S>
 constexpr float kSplitScale = std::is_same_v<S, Half> ? 0x1p15f : 1.0f;
 
@@ -42,22 +42,23 @@ struct SplitTile {
   }
 };
 
-// Rows of the codebook from first_code on, 0 beyond the last code or channel, to rows `pitch` apart; 16 bytes at a time
-// where rows are aligned to these.
+// Copies rows of the codebook from first_code on, 0 beyond the last code or channel, to rows `pitch` apart; 16 bytes at
+// a time where rows are aligned to that.
 template <int block_channels, int pitch, typename S>
-DF_DEVICE void copy_rows(const S* codebook, int codes, int64_t channels, int first_code, int64_t first_channel, S* to) {
+DF_DEVICE void copy_codebook_rows(const S* codebook, int codes, int64_t channels, int first_code, int64_t first_channel,
+                                  S* to) {
   constexpr int kAtOnce = 16 / sizeof(S), kParts = block_channels / kAtOnce;
-  static_assert(pitch % kAtOnce == 0 && kTileThreads % kParts == 0);
+  static_assert(pitch % kAtOnce == 0 && kProductThreads % kParts == 0);
   if (channels % kAtOnce != 0 || reinterpret_cast<uintptr_t>(codebook) % 16 != 0) {
-    for_each_of_rows<block_channels>(codebook, codes, channels, first_code, first_channel,
-                                     [&](int code, int channel, S x) { to[code * pitch + channel] = x; });
+    for_each_codebook_element<block_channels>(codebook, codes, channels, first_code, first_channel,
+                                              [&](int code, int channel, S x) { to[code * pitch + channel] = x; });
     return;
   }
-  using Part = Channels<S, kAtOnce>;
+  using Part = ChannelVector<S, kAtOnce>;
   const int channel = threadIdx.x % kParts * kAtOnce;
   const S* const from = codebook + first_code * channels + first_channel + channel;
 #pragma unroll
-  for (int row = threadIdx.x / kParts; row < kTileCodes; row += kTileThreads / kParts) {
+  for (int row = threadIdx.x / kParts; row < kTileCodes; row += kProductThreads / kParts) {
     const bool inside = first_code + row < codes && first_channel + channel < channels;
     *reinterpret_cast<Part*>(to + row * pitch + channel) =
         inside ? *reinterpret_cast<const Part*>(from + row * channels) : Part{};
@@ -83,7 +84,7 @@ class ForwardProduct<S, true> {
   DF_DEVICE void set_weight(int code, int quad, const Quad<float>& weight) const { weights_.set(code, quad, weight); }
 
   DF_DEVICE void load_codebook(const S* codebook, int codes, int64_t channels, int first_code, int64_t first_channel) {
-    copy_rows<kChannels, kChannelPitch>(codebook, codes, channels, first_code, first_channel, codebook_);
+    copy_codebook_rows<kChannels, kChannelPitch>(codebook, codes, channels, first_code, first_channel, codebook_);
   }
 
   DF_DEVICE void rescale(const float* factor) {
@@ -120,7 +121,7 @@ class ForwardProduct<S, true> {
     for (int n = 0; n < kOwnBlocks; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        body(pixel() + i / 2 * 8, first_channel() + n * 8 + lane() % 4 * 2 + i % 2, z_[n][i] / kSplitScale<S>);
+        body(pixel() + i / 2 * 8, first_channel() + n * 8 + lane_index() % 4 * 2 + i % 2, z_[n][i] / kSplitScale<S>);
       }
     }
   }
@@ -130,7 +131,7 @@ class ForwardProduct<S, true> {
   static constexpr int kOwnBlocks = kChannels / 2 / 8;
   static DF_DEVICE int first_pixel() { return threadIdx.x / kWarp % 4 * 16; }
   static DF_DEVICE int first_channel() { return threadIdx.x / kWarp / 4 * (kChannels / 2); }
-  static DF_DEVICE int pixel() { return first_pixel() + lane() / 4; }
+  static DF_DEVICE int pixel() { return first_pixel() + lane_index() / 4; }
 
   float* noisy_;  // [kTileCodes][kCodePitch]
   SplitTile<S> weights_;
@@ -155,7 +156,7 @@ class BackwardProduct<S, true> {
         dz_(codebook_ + kTileCodes * kChannelPitch) {}
 
   DF_DEVICE void load_codebook(const S* codebook, int codes, int64_t channels, int first_code, int64_t first_channel) {
-    copy_rows<kChannels, kChannelPitch>(codebook, codes, channels, first_code, first_channel, codebook_);
+    copy_codebook_rows<kChannels, kChannelPitch>(codebook, codes, channels, first_code, first_channel, codebook_);
   }
 
   DF_DEVICE void set_dz(int channel, int quad, const Quad<float>& dz) {
@@ -193,7 +194,7 @@ class BackwardProduct<S, true> {
     for (int n = 0; n < kDyBlocks; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        dy_[(code() + i / 2 * 8) * kCodePitch + first_pixel() + n * 8 + lane() % 4 * 2 + i % 2] = dy_own_[n][i];
+        dy_[(code() + i / 2 * 8) * kCodePitch + first_pixel() + n * 8 + lane_index() % 4 * 2 + i % 2] = dy_own_[n][i];
       }
     }
     __syncthreads();
@@ -232,7 +233,8 @@ class BackwardProduct<S, true> {
     for (int n = 0; n < kOwnBlocks; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        body(code() + i / 2 * 8, first_channel() + n * 8 + lane() % 4 * 2 + i % 2, gradient_[n][i] / kSplitScale<S>);
+        body(code() + i / 2 * 8, first_channel() + n * 8 + lane_index() % 4 * 2 + i % 2,
+             gradient_[n][i] / kSplitScale<S>);
       }
     }
   }
@@ -243,7 +245,7 @@ class BackwardProduct<S, true> {
   static DF_DEVICE int first_code() { return threadIdx.x / kWarp % 4 * 16; }
   static DF_DEVICE int first_pixel() { return threadIdx.x / kWarp / 4 * (kTilePixels / 2); }
   static DF_DEVICE int first_channel() { return threadIdx.x / kWarp / 4 * (kChannels / 2); }
-  static DF_DEVICE int code() { return first_code() + lane() / 4; }
+  static DF_DEVICE int code() { return first_code() + lane_index() / 4; }
 
   TilePlace place_;
   float* dy_;  // [kTileCodes][kCodePitch]
@@ -254,4 +256,4 @@ class BackwardProduct<S, true> {
   float gradient_[kOwnBlocks][4] = {};
 };
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::gumbel

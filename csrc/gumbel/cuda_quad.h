@@ -1,49 +1,31 @@
-// What the Gumbel kernels share. Threads work on quads, four neighbouring pixels at one code: that is what a block of
-// Philox yields, and one load where pixels lie side by side.
+// Grids of logits by quads, four neighbouring pixels at one code: the elements of one block of Philox, and one load
+// where pixels lie side by side. Noise, sums and statistics of quads, for all Gumbel kernels.
 #pragma once
 
 #include <limits>
 
-#include "cuda/device.h"
-#include "cuda/half.h"
+#include "common/format.h"
+#include "cuda/intrinsics.h"
 #include "cuda/noise.h"
 #include "gumbel/gumbel.h"
 
-namespace dalle_fast {
+namespace dalle_fast::gumbel {
 
-// Below 2^-126 they give 0: three instructions less than __expf, two less than __fdividef.
-DF_DEVICE float exp_of(float x) {
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
-  return y;
-#else
-  return __expf(x);
-#endif
-}
-DF_DEVICE float ratio_of(float a, float b) {
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
-  return y;
-#else
-  return a / b;
-#endif
-}
+DF_DEVICE float exp_of(float x) { return exp2_approximate(x * kLog2E); }
+DF_DEVICE float ratio_of(float a, float b) { return divide_approximate(a, b); }
 DF_DEVICE double exp_of(double x) { return exp(x); }
 DF_DEVICE double ratio_of(double a, double b) { return a / b; }
-DF_DEVICE double log_of(double x) { return log(x); }
 
 // At tau = 1 there is a short cut. The noise is -log E with E = -log u, so exp(logit + noise) = exp(logit) / E, and the
-// KL needs exp(logit) as well: a code takes one exponential, one logarithm and a division, where it is two of each
-// otherwise. Kernels have it as a template argument.
+// KL needs exp(logit) as well: a code takes one exponential, one logarithm and a division instead of two exponentials
+// and two logarithms. It is a template argument of the kernels.
 template <typename Body>
 cudaError_t with_short_cut(const GumbelShape& s, const Body& body) {
   return s.tau == 1 ? body(std::true_type{}) : body(std::false_type{});
 }
 
-// How far logits may lie above the reference that keeps their exponentials in range. It is raised by those beyond: at
-// the first codes, and hardly ever again.
+// Most that a logit may exceed the reference which keeps exponentials in range. Larger ones raise the reference: at the
+// first codes, and hardly ever again.
 constexpr float kSlack = 16;
 
 // The noise of an image's quads.
@@ -140,11 +122,11 @@ template <typename T>
 struct PlainSums {
   T reference;  // one of them; none is larger by more than kSlack
   T sum;        // of exp(logit - reference)
-  T weighted;   // of the same times (logit - reference)
+  T weighted;   // of (logit - reference) exp(logit - reference)
 
   DF_DEVICE bool too_low_for(T logit) const { return logit > reference + T(kSlack); }
 
-  // Makes the sums relative to a larger logit; returns exp(reference - larger), by which they become smaller.
+  // Makes the sums relative to a larger logit; returns exp(reference - larger), the factor by which they shrink.
   DF_DEVICE T raise(T larger) {
     const T below = reference - larger, factor = exp_of(below);
     weighted = factor > 0 ? factor * (weighted + below * sum) : T(0);
@@ -161,7 +143,7 @@ struct PlainSums {
     return weight;
   }
 
-  // The noisy logit for exp(noisy - reference), which the short cut computes with in its place.
+  // The noisy logit, from the exp(noisy - reference) that the short cut computes with.
   DF_DEVICE T noisy_of(T ratio) const {
     return ratio > 0 ? reference + log_of(ratio) : std::numeric_limits<T>::lowest();  // 0: all logits are -inf
   }
@@ -176,7 +158,7 @@ struct PlainSums {
   }
 };
 
-// The largest noisy logit, and its code: the first of equals.
+// The largest noisy logit and its code, the first of equals.
 template <typename T>
 struct Best {
   T noisy;
@@ -187,20 +169,20 @@ struct Best {
   }
 };
 
-// What is known of a pixel after some of the codes.
+// Sums of a pixel over some of the codes.
 template <typename T>
-struct PixelSums {
+struct RunningSums {
   Best<T> best;
   T noisy_sum;  // of exp((noisy - largest) / tau), the largest so far
   PlainSums<T> plain;
 
-  static constexpr DF_DEVICE PixelSums none() {
+  static constexpr DF_DEVICE RunningSums none() {
     // Finite, so that a pixel whose logits are all -inf so far gives zeros and not NaN.
     constexpr T kLowest = std::numeric_limits<T>::lowest();
     return {{kLowest, 0}, 0, {kLowest, 0, 0}};
   }
 
-  // The statistics at `index` of an image's [kGumbelStats, pixels].
+  // Writes the statistics to pixel `index` of [kGumbelStats, pixels].
   DF_DEVICE void write(const GumbelShape& s, T* stats, int64_t index) const {
     const double sum = plain.sum, log_plain = log(sum), log_codes = log(static_cast<double>(s.codes));
     stats[kNoisyReference * s.pixels + index] = best.noisy;
@@ -215,9 +197,9 @@ template <typename T>
 struct MergeSums {
   T inverse_tau;
 
-  DF_DEVICE PixelSums<T> operator()(const PixelSums<T>& a, const PixelSums<T>& b) const {
+  DF_DEVICE RunningSums<T> operator()(const RunningSums<T>& a, const RunningSums<T>& b) const {
     const bool a_wins = a.best.beats(b.best);
-    PixelSums<T> merged = a;
+    RunningSums<T> merged = a;
     merged.best = {a_wins ? a.best.noisy : b.best.noisy, a_wins ? a.best.code : b.best.code};
     const T below = (a_wins ? b.best.noisy : a.best.noisy) - merged.best.noisy;
     merged.noisy_sum =
@@ -227,9 +209,9 @@ struct MergeSums {
   }
 };
 
-// What the backward knows of a pixel.
+// Statistics of a pixel, from the forward for the backward.
 template <typename T>
-struct PixelStats {
+struct ForwardStats {
   T noisy_reference, noisy_log_sum, plain_lse, kl;
 
   // y of a noisy logit.
@@ -247,7 +229,7 @@ struct PixelStats {
 // y of a quad; its noise is drawn again.
 template <bool short_cut, typename T>
 DF_DEVICE Quad<T> soft_quad(const QuadNoise& noise, const Quad<T>& logits, int64_t code, int64_t pixel,
-                            const PixelStats<T> (&stats)[kQuad], T inverse_tau) {
+                            const ForwardStats<T> (&stats)[kQuad], T inverse_tau) {
   Quad<T> y = short_cut ? noise.exponential<T>(code, pixel) : noise.add_to(logits, code, pixel);
 #pragma unroll
   for (int i = 0; i < kQuad; ++i) {
@@ -258,7 +240,7 @@ DF_DEVICE Quad<T> soft_quad(const QuadNoise& noise, const Quad<T>& logits, int64
 }
 
 template <typename T>
-DF_DEVICE PixelStats<T> load_stats(const GumbelShape& s, const T* stats, int64_t image, int64_t pixel) {
+DF_DEVICE ForwardStats<T> load_stats(const GumbelShape& s, const T* stats, int64_t image, int64_t pixel) {
   if (pixel >= s.pixels) return {};
   const T* at = stats + image * kGumbelStats * s.pixels + pixel;
   return {at[kNoisyReference * s.pixels], at[kNoisyLogSum * s.pixels], at[kPlainLse * s.pixels],
@@ -269,4 +251,4 @@ DF_DEVICE PixelStats<T> load_stats(const GumbelShape& s, const T* stats, int64_t
 template <typename T>
 cudaError_t launch_sum_kl(const GumbelShape& shape, const T* stats, T* kl, cudaStream_t stream);
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::gumbel

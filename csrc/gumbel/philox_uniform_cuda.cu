@@ -1,4 +1,4 @@
-// A thread draws the four elements of one block of Philox.
+// A thread draws the four elements of one block of Philox, so that no block is computed twice.
 #include "common/rng.h"
 #include "cuda/device.h"
 #include "gumbel/philox_uniform.h"

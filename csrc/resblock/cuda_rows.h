@@ -1,9 +1,9 @@
-// Rows of the residual stream in a block's hands, for residual_layer_norm and its backward.
+// Rows of the residual stream in the registers of a block, for residual_layer_norm and its backward.
 //
-// A block takes one row at a time; a persistent grid takes all. Each warp has a piece of the row, cut into kChunks
-// chunks of kVec neighbouring elements for each lane: what a block has in registers. A layout says whether that is the
-// whole row (Resident: float32, 16-byte aligned, widths of whole chunks up to 8,192) or one strip of it after another,
-// read again in each pass (Strips: every width and type).
+// A block takes one row at a time, a persistent grid takes all. Each warp has a piece of the row, kChunks chunks of
+// kVec neighbouring elements per lane. A layout says whether a block so holds the whole row (ResidentRows: float32,
+// aligned to 16 bytes, widths of whole chunks up to 8,192) or one strip of it after another, read again in each pass
+// (StripRows: every width and type).
 #pragma once
 
 #include <cmath>
@@ -14,34 +14,36 @@
 
 #include "common/format.h"
 #include "cuda/device.h"
-#include "cuda/half.h"
 #include "cuda/reduce.h"
 
-namespace dalle_fast {
+namespace dalle_fast::resblock {
 
-constexpr int kMostThreads = 512;  // of a block: 128 registers each
-constexpr int kMostWarps = kMostThreads / kWarp;
+constexpr int kMaxRowThreads = 512;  // of a block: 128 registers each
+constexpr int kMaxRowWarps = kMaxRowThreads / kWarp;
 
-struct Resident {
+struct ResidentRows {
   static constexpr bool kResident = true;
   static constexpr int kVec = 4, kChunks = 4;
 };
 
-struct Strips {
+struct StripRows {
   static constexpr bool kResident = false;
   static constexpr int kVec = 1, kChunks = 4;
 };
 
-// What a thread has of a row or strip.
+// The part of a row or strip that a thread holds.
 template <typename T, typename Layout>
-using Piece = T[Layout::kChunks][Layout::kVec];
+using RowPiece = T[Layout::kChunks][Layout::kVec];
 
+// Elements that a thread holds.
 template <typename Layout>
 constexpr int kThreadElements = Layout::kChunks * Layout::kVec;
 
+// True if ResidentRows takes rows of this width in these tensors.
 template <typename T>
 bool fits_resident(int64_t width, std::initializer_list<const void*> pointers) {
-  bool fits = sizeof(T) == 4 && width % Resident::kVec == 0 && width <= kMostThreads * kThreadElements<Resident>;
+  bool fits =
+      sizeof(T) == 4 && width % ResidentRows::kVec == 0 && width <= kMaxRowThreads * kThreadElements<ResidentRows>;
   for (const void* pointer : pointers) fits = fits && reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
   return fits;
 }
@@ -50,7 +52,7 @@ bool fits_resident(int64_t width, std::initializer_list<const void*> pointers) {
 template <typename Layout>
 int row_threads(int64_t width) {
   const int64_t warps = (width + kThreadElements<Layout> * kWarp - 1) / (kThreadElements<Layout> * kWarp);
-  return static_cast<int>(warps < kMostWarps ? warps : kMostWarps) * kWarp;
+  return static_cast<int>(warps < kMaxRowWarps ? warps : kMaxRowWarps) * kWarp;
 }
 
 // Calls body(first element of the strip) once, or for every strip of a row.
@@ -76,7 +78,7 @@ DF_DEVICE void for_each_chunk(int64_t width, int64_t strip, const Body& body) {
   }
 }
 
-// What a chunk moves as: one instruction.
+// Type that a chunk is moved as, in one instruction.
 template <typename S, int kVec>
 using Vector = std::conditional_t<kVec == 1, S, std::conditional_t<sizeof(S) * kVec == 16, uint4, uint2>>;
 
@@ -94,7 +96,7 @@ template <typename S, typename T, int kVec>
 DF_DEVICE void store_chunk(const T (&from)[kVec], S* to) {
   S chunk[kVec];
 #pragma unroll
-  for (int v = 0; v < kVec; ++v) chunk[v] = narrow<S>(static_cast<Compute<S>>(from[v]));
+  for (int v = 0; v < kVec; ++v) chunk[v] = narrow<S>(static_cast<Arithmetic<S>>(from[v]));
   if constexpr (kVec == 1) {
     *to = chunk[0];
   } else {
@@ -104,12 +106,13 @@ DF_DEVICE void store_chunk(const T (&from)[kVec], S* to) {
   }
 }
 
-// Calls body with a value of the format's type; T is the stream's.
+// Calls body(S()) for the element type S of a resblock's tensor: of 16 bits, or that of the stream, T.
 template <typename T, typename Body>
-DF_DEVICE void with_format(Format format, const Body& body) {
-  if (format == Format::kBFloat16) return body(BFloat16{});
-  if (format == Format::kFloat16) return body(Half{});
-  body(T{});
+DF_DEVICE void with_branch_format(Format format, const Body& body) {
+  with_format(format, [&](auto element) {
+    using S = decltype(element);
+    if constexpr (sizeof(S) == 2 || std::is_same_v<S, T>) body(element);
+  });
 }
 
 template <typename T>
@@ -120,7 +123,7 @@ DF_DEVICE bool is_finite(T x) {
 // Replaces each x by its sum over the block, in an order that only blockDim decides. `parts` is shared memory that no
 // thread may still read from an earlier call: alternate between two.
 template <typename T, int kSums>
-DF_DEVICE void sum_over_block(T (&x)[kSums], T (*parts)[kMostWarps]) {
+DF_DEVICE void sum_over_block(T (&x)[kSums], T (*parts)[kMaxRowWarps]) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
 #pragma unroll
   for (int s = 0; s < kSums; ++s) {
@@ -132,4 +135,4 @@ DF_DEVICE void sum_over_block(T (&x)[kSums], T (*parts)[kMostWarps]) {
   for (int s = 0; s < kSums; ++s) x[s] = warp_reduce(lane < warps ? parts[s][lane] : T(0), Add());
 }
 
-}  // namespace dalle_fast
+}  // namespace dalle_fast::resblock

@@ -1,28 +1,31 @@
-// residual_layer_norm: one read of x and branch, one write of the sum and of its LayerNorm, 12 bytes an element with a
-// 16-bit resblock; bound by memory. Rows as in resblock_rows.h. The variance is that of the differences from the mean,
-// so it needs the mean first: two sums over the block for each row.
+// residual_layer_norm: one read of x and branch, one write of the sum and of its LayerNorm, 12 bytes per element with a
+// 16-bit resblock; bound by memory. Rows as in cuda_rows.h. The variance is that of the differences from the mean, so
+// it needs the mean first: two sums over the block for each row.
 #include "resblock/cuda_rows.h"
 #include "resblock/resblock.h"
 
 namespace dalle_fast {
+
+using namespace resblock;
+
 namespace {
 
 template <typename Layout, typename T>
-__global__ void __launch_bounds__(kMostThreads) forward_kernel(ResidualLayerNorm<T> p) {
+__global__ void __launch_bounds__(kMaxRowThreads) forward_kernel(ResidualLayerNorm<T> p) {
   constexpr int kVec = Layout::kVec;
-  __shared__ T sum_parts[1][kMostWarps], square_parts[1][kMostWarps];
+  __shared__ T sum_parts[1][kMaxRowWarps], square_parts[1][kMaxRowWarps];
   const T inverse_width = T(1) / p.width;
   const T* const totals = p.branch == nullptr ? p.x : p.total;
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const int64_t start = row * p.width;
-    Piece<T, Layout> total;
+    RowPiece<T, Layout> total;
 
     T sum[1] = {0};
     for_each_strip<Layout>(p.width, [&](int64_t strip) {
       for_each_chunk<Layout>(p.width, strip, [&](int c, int64_t i) { load_chunk(p.x + start + i, total[c]); });
       if (p.branch != nullptr) {
-        Piece<T, Layout> branch;
-        with_format<T>(p.branch_format, [&](auto element) {
+        RowPiece<T, Layout> branch;
+        with_branch_format<T>(p.branch_format, [&](auto element) {
           const auto* branches = static_cast<const decltype(element)*>(p.branch) + start;
           for_each_chunk<Layout>(p.width, strip, [&](int c, int64_t i) { load_chunk(branches + i, branch[c]); });
         });
@@ -65,7 +68,7 @@ __global__ void __launch_bounds__(kMostThreads) forward_kernel(ResidualLayerNorm
 #pragma unroll
         for (int v = 0; v < kVec; ++v) total[c][v] = (total[c][v] - mean) * rstd * weight[v] + bias[v];
       });
-      with_format<T>(p.normed_format, [&](auto element) {
+      with_branch_format<T>(p.normed_format, [&](auto element) {
         auto* normed = static_cast<decltype(element)*>(p.normed) + start;
         for_each_chunk<Layout>(p.width, strip, [&](int c, int64_t i) { store_chunk(total[c], normed + i); });
       });
@@ -93,10 +96,10 @@ template <typename T>
 cudaError_t launch_residual_layer_norm(const ResidualLayerNorm<T>& p, cudaStream_t stream) {
   if constexpr (sizeof(T) == 4) {
     if (fits_resident<T>(p.width, {p.x, p.branch, p.weight, p.bias, p.total, p.normed})) {
-      return launch_forward<Resident>(p, stream);
+      return launch_forward<ResidentRows>(p, stream);
     }
   }
-  return launch_forward<Strips>(p, stream);
+  return launch_forward<StripRows>(p, stream);
 }
 
 template cudaError_t launch_residual_layer_norm(const ResidualLayerNorm<float>&, cudaStream_t);

@@ -1,14 +1,18 @@
-// scale_gradient and unscale_gradient: elementwise, bound by memory. update_scales: a thread a resblock.
+// scale_gradient and unscale_gradient: elementwise, bound by memory. update_scales: one thread per resblock. All
+// overwrite what they write; a grid as large as runs at once takes all elements.
 #include "resblock/cuda_rows.h"
 #include "resblock/resblock.h"
 #include "resblock/scale_state.h"
 
 namespace dalle_fast {
+
+using namespace resblock;
+
 namespace {
 
 constexpr int kThreads = 256;
 
-// Calls body(i) for the thread's elements of n.
+// Calls body(i) for the thread's share of n elements.
 template <typename Body>
 DF_DEVICE void for_each_element(int64_t n, const Body& body) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -18,7 +22,7 @@ DF_DEVICE void for_each_element(int64_t n, const Body& body) {
 __global__ void __launch_bounds__(kThreads) scale_kernel(GradientScaling p) {
   const float scale = *p.scale;
   const auto* in = static_cast<const float*>(p.in);
-  with_format<float>(p.out_format, [&](auto element) {
+  with_branch_format<float>(p.out_format, [&](auto element) {
     using S = decltype(element);
     auto* out = static_cast<S*>(p.out);
     for_each_element(p.n, [&](int64_t i) { out[i] = narrow<S>(in[i] * scale); });
@@ -28,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(GradientScaling p) {
 __global__ void __launch_bounds__(kThreads) unscale_kernel(GradientScaling p) {
   const float scale = *p.scale;
   auto* out = static_cast<float*>(p.out);
-  with_format<float>(p.in_format, [&](auto element) {
+  with_branch_format<float>(p.in_format, [&](auto element) {
     const auto* in = static_cast<const decltype(element)*>(p.in);
     for_each_element(p.n, [&](int64_t i) {
       const float x = widen(in[i]);

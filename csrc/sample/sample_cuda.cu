@@ -1,15 +1,17 @@
-// A block owns a row. The row stays in shared memory, as integers in the order of the logits, for as many codes as fit
-// there (28,000 with top_p, 56,000 without, on sm_90); longer rows are read again from memory in every pass.
+// A block owns a row. The row stays in shared memory, as integers in the order of the logits, if it fits (28,000 codes
+// with top_p, 56,000 without, on sm_90); longer rows are read from memory again in every pass.
 //
-// Nothing is sorted: top-k and top-p look for the last logit they keep by bisection over the bits, each step a count,
-// or a sum of weights in units of 2^-30, over the row. These sums are of integers and so exact: what is kept is what
-// the definition keeps. So is the draw: of the noisy logits in float32 those near the largest are computed once more in
-// float64, and only two codes whose exact scores differ by less than the last place of a logarithm could change sides.
+// Nothing is sorted: top-k and top-p find the last logit they keep by bisection over its bits, each step a count, or a
+// sum of weights in units of 2^-30, over the row. These sums are of integers and so exact: what is kept is what the
+// definition keeps. The draw is exact, too: of the noisy logits in float32, those near the largest are computed again
+// in float64, and only two codes whose exact scores differ by less than the last place of a logarithm could change
+// places.
 #include <cfloat>
 #include <climits>
 #include <limits>
 
-#include "cuda/half.h"
+#include "common/format.h"
+#include "cuda/intrinsics.h"
 #include "cuda/noise.h"
 #include "cuda/reduce.h"
 #include "sample/sample.h"
@@ -53,7 +55,7 @@ class Row {
   DF_DEVICE Row(const Sample& s, int* keys, int* weights)
       : s_(s), offset_(blockIdx.x * s.row_stride), keys_(keys), weights_(weights) {}
 
-  // Reads the row; its largest value, or NaN if there is one.
+  // Reads the row; returns its largest value, or NaN if there is one.
   DF_DEVICE float load() {
     float largest = kDropped;
     for_each([&](int64_t i) {
@@ -153,9 +155,9 @@ class Row {
   }
 
   DF_DEVICE float logit(int64_t i) const {
-    if (s_.format == Format::kFloat16) return widen(static_cast<const Half*>(s_.logits)[offset_ + i]);
-    if (s_.format == Format::kBFloat16) return widen(static_cast<const BFloat16*>(s_.logits)[offset_ + i]);
-    return static_cast<const float*>(s_.logits)[offset_ + i];
+    return with_format(s_.format, [&](auto element) {
+      return static_cast<float>(widen(static_cast<const decltype(element)*>(s_.logits)[offset_ + i]));
+    });
   }
 
   DF_DEVICE int key(int64_t i) const { return keys_ != nullptr ? keys_[i] : key_of(logit(i)); }
@@ -182,7 +184,7 @@ class Row {
   int64_t offset_;
   int *keys_, *weights_;
   float largest_;
-  // Of the row's codes those above this key stay, and those equal to it before an index.
+  // Codes above this key stay, and those equal to it that come before an index.
   int last_ = key_of(kDropped);
   int64_t end_of_equal_ = s_.codes;
 };
@@ -203,11 +205,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(Sample s, bool in_shar
 }  // namespace
 
 cudaError_t launch_sample(const Sample& params, cudaStream_t stream) {
-  int device, most;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
+  int most;
+  const cudaError_t error = max_shared_bytes(&most);
   if (error != cudaSuccess) return error;
   const int64_t wanted = params.codes * (params.top_p < 1 ? 2 : 1) * static_cast<int64_t>(sizeof(int));
   const bool in_shared = wanted <= most - kStaticShared;

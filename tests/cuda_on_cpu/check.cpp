@@ -1,9 +1,10 @@
-// Small kernels that the emulation must run right, or must refuse: `check NAME` prints what came out.
+// Small kernels that the emulation must run correctly or refuse: `check NAME` prints the result.
 #include <cstdio>
 #include <string>
 #include <vector>
 
 #include "cuda/device.h"
+#include "cuda/intrinsics.h"
 #include "cuda/mma.h"
 
 using namespace dalle_fast;
@@ -77,7 +78,7 @@ __global__ void overrun(int* out) {
   out[0] = bytes[4 * (threadIdx.x + 1)];
 }
 
-// Each thread reads what another has written to shared memory; `meet` is all that lies between.
+// Each thread reads what another has written to shared memory, with only `meet` in between.
 template <typename Meet>
 DF_DEVICE void exchange(int* out, const Meet& meet) {
   __shared__ int values[kThreads];

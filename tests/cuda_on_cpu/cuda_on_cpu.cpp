@@ -19,7 +19,7 @@ extern unsigned char __start_cuda_on_cpu_shared[] __attribute__((weak, visibilit
 extern unsigned char __stop_cuda_on_cpu_shared[] __attribute__((weak, visibility("hidden")));
 }
 
-// Keeps the registers that a call must preserve on the running stack, stores where that ends in *from, and goes on
+// Saves the registers that a call must preserve on the running stack, stores the end of that in *from, and continues
 // where `to` was left. swapcontext would do, but it calls the system each time.
 extern "C" void cuda_on_cpu_switch(void** from, void* to);
 #ifndef __x86_64__
@@ -109,7 +109,7 @@ std::string name(const dim3& i) {
   return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
 }
 
-// Runs any thread that can; the launch is over when all have returned.
+// Switches to a thread that can run, or to the host when all have returned.
 void hand_over() {
   int waiting = 0;
   for (int i = running_index() + 1, n = 0; n < threads; ++i, ++n) {
@@ -136,7 +136,7 @@ void release_barrier_if_all_are_there() {
 
 void run_fiber() {
   running->sanitized.arrive_from(left->sanitized);
-  for (;;) {  // a block each
+  for (;;) {  // once per block
     block_memory.leave(0);
     (*thread_body)();
     block_memory.arrive(1);
@@ -166,7 +166,7 @@ void prepare(Fiber& fiber) {
   fiber.top = std::fill_n(end - 2 - kRegisters, kRegisters, nullptr) - kRegisters;
 }
 
-// Between the variables lies what AddressSanitizer guards.
+// AddressSanitizer guards the bytes between the variables.
 __attribute__((no_sanitize("address"))) void poison_static_shared() {
   for (volatile unsigned char* byte = __start_cuda_on_cpu_shared; byte < __stop_cuda_on_cpu_shared; ++byte) {
     *byte = kPoison;

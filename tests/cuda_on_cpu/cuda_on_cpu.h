@@ -1,9 +1,10 @@
-// The CUDA language on a CPU, as far as the kernels of csrc/cuda use it: for tests without a GPU, and for nothing else.
+// The CUDA language on a CPU, as far as the kernels of csrc use it: for tests without a GPU, and for nothing else. The
+// headers of csrc that must differ are in common/ and cuda/ beside this one, which come first on the include path.
 //
 // Blocks run one after another. The threads of a block are fibers: one runs until it waits at a barrier or a warp
-// collective, then the next. Shared memory holds NaN (all bits set) at the start of every block. What hardware would
-// only punish now and then is an error here: a barrier or a collective that not all threads reach, a collective on part
-// of a warp, more shared memory than a block can have.
+// collective, then the next. Shared memory holds NaN (all bits set) at the start of every block. Mistakes that hardware
+// punishes only now and then are errors here: a barrier or a collective that not all threads reach, a collective on
+// part of a warp, more shared memory than a block can have.
 #pragma once
 
 #include <cmath>
@@ -54,10 +55,19 @@ enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfigura
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 using cudaStream_t = struct CUstream_st*;
 
-const char* cudaGetErrorString(cudaError_t error);  // of a failed launch: what went wrong in which thread
+const char* cudaGetErrorString(cudaError_t error);  // of a failed launch: the reason, and the thread
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  return *attributes = {}, cudaSuccess;
+}
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int threads, size_t shared_bytes) {
@@ -77,8 +87,8 @@ cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<
 unsigned char* dynamic_shared();
 int lane();
 
-// Waits for the other threads of the warp; returns where all of them put `bytes` bytes, one after another. Whether it
-// also orders what they do to memory matters to ThreadSanitizer alone.
+// Waits for the other threads of the warp; returns the `bytes` bytes of each, one after another. `orders_memory`, as
+// __syncwarp does and shuffles do not, matters to ThreadSanitizer alone.
 const void* gather(const void* mine, size_t bytes, bool orders_memory);
 
 // For ThreadSanitizer: the calling thread may write these bytes at any time from now on.
@@ -86,7 +96,21 @@ void may_write(void* data, size_t bytes);
 
 }  // namespace cuda_on_cpu
 
-// Every thread of the warp calls it; returns the values of all 32, valid until the caller's next warp_gather. All
+// Launches.
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  const std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
+  return cuda_on_cpu::run(config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                          [&] { std::apply(kernel, values); });
+}
+
+// Returns the values of all 32 lanes, each of which must call it; valid until the caller's next warp_gather. All
 // collectives of a warp are made of it.
 template <typename T>
 const T* warp_gather(const T& mine) {

@@ -1,4 +1,4 @@
-// What AddressSanitizer and ThreadSanitizer must be told of fibers. Without them all of this does nothing.
+// Tells AddressSanitizer and ThreadSanitizer of fibers. Without them all of this does nothing.
 //
 // To ThreadSanitizer a fiber is a thread, although only one runs at a time: two accesses to the same memory, one of
 // them a write, are a race unless __syncthreads or __syncwarp puts them in order. A shuffle orders no memory.
@@ -65,7 +65,7 @@ struct SanitizedFiber {
   }
 };
 
-// While one of these lives, what the fiber reads and writes is the scheduler's business and no race.
+// While one of these lives, reads and writes of the fiber belong to the scheduler and are no race.
 struct Scheduling {
   Scheduling() {
 #ifdef __SANITIZE_THREAD__
@@ -81,7 +81,7 @@ struct Scheduling {
   }
 };
 
-// A place where fibers meet again and again. What each did before arrive() comes before what any does after leave().
+// A place where fibers meet again and again. All that fibers do before arrive() comes before all they do after leave().
 // Meetings take two addresses in turn, because one fiber may arrive at the next before another has left this one.
 class Meeting {
  public:
