@@ -93,6 +93,12 @@ def _groups(
     return groups
 
 
+def count_codes(codes: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """How often each code occurs: int64 [vocab_size]. Unlike ``torch.bincount``, it never waits for a GPU."""
+    flat = codes.flatten()
+    return flat.new_zeros(vocab_size).index_add_(0, flat, torch.ones_like(flat))
+
+
 class Encoder(nn.Module):
     """Images [B, 3, S, S] (pixels mapped by phi) to logits over the codes [B, K, h, w]."""
 
@@ -199,6 +205,6 @@ class DiscreteVAE(TrainableModel):
                 "nll": nll.detach(),
                 "kl": kl.mean(),
                 "mse": F.mse_loss(unmap_pixels(torch.sigmoid(mu)), images),
-                "code_counts": torch.bincount(codes.flatten(), minlength=self.cfg.vocab_size),
+                "code_counts": count_codes(codes, self.cfg.vocab_size),
             }
         return loss, metrics

@@ -62,7 +62,7 @@ def int64_scalar(name: str, value: int | Tensor, device: torch.device) -> Tensor
         raise TypeError(f"{name}: expected an int or an int64 tensor, got {type(value).__name__}")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name}: expected 64 bits with a sign, got {value}")
-    return torch.tensor(value, dtype=torch.int64, device=device)
+    return torch.full((), value, dtype=torch.int64, device=device)  # filled there: a copy would wait for the device
 
 
 def _fits(sizes: Sequence[int], shape: Sequence[int | str]) -> bool:

@@ -16,7 +16,7 @@ from ..distributed.start import new_model
 from ..distributed.world import ALONE, World, join_world
 from ..models import DiscreteVAE
 from ..models.codebook_init import init_codes
-from ..models.dvae import PIXEL_MARGIN
+from ..models.dvae import PIXEL_MARGIN, count_codes
 from ..models.precision import dtype_of
 from .loop import fit
 from .metrics import Metrics
@@ -111,5 +111,5 @@ class DVAETask(CorpusTask):
             "nll": metrics["nll"],
             "kl": metrics["kl"],
             "mse": (model.decode(codes) - images).square().mean(),
-            "code_counts": torch.bincount(codes.flatten(), minlength=model.cfg.vocab_size),
+            "code_counts": count_codes(codes, model.cfg.vocab_size),
         }
