@@ -51,7 +51,7 @@ class Usage:
 def readable(mangled: str) -> str:
     """Name and template arguments of a kernel, without namespaces and parameters."""
     name = subprocess.run(["c++filt", "-p", mangled], capture_output=True, text=True, check=True).stdout.strip()
-    return re.sub(r"\(anonymous namespace\)::|dalle_fast::|^void ", "", name)
+    return re.sub(r"(?:\(anonymous namespace\)|[a-z]\w*)::|^void ", "", name)
 
 
 def usages(report: str) -> Iterator[Usage]:
