@@ -175,9 +175,9 @@ KINDS = {
     "16 bits": (lambda w, h: blank_png(w, h, 16), (7071, 7071), (0, 0, 0)),
     "RGBA": (lambda w, h: blank_png(w, h, 8, 6), (7071, 7071), (255, 255, 255)),
     "RGBA of 16 bits": (lambda w, h: blank_png(w, h, 16, 6), (7071, 7071), (255, 255, 255)),
-    "WEBP": (lambda w, h: png((9, 9, 9), (w, h), file_format="WEBP", lossless=True, method=0), (5590, 5590), (9, 9, 9)),
+    "WEBP": (lambda w, h: png((9, 9, 9), (w, h), file_format="WEBP", lossless=True, method=0), (5700, 5700), (9, 9, 9)),
     "JPEG": (
-        lambda w, h: png((9, 9, 9, 9), (w, h), "CMYK", "JPEG", progressive=True, subsampling=0), (6450, 6450), None
+        lambda w, h: png((9, 9, 9, 9), (w, h), "CMYK", "JPEG", progressive=True, subsampling=0), (6580, 6580), None
     ),
 }  # fmt: skip
 

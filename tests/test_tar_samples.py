@@ -197,6 +197,26 @@ HEADERS = {
     "octal": header("b.png", b"99999999999\0"),
 }  # fmt: skip
 
+
+def test_an_end_of_zeros(tmp_path: Path) -> None:
+    """As much as tar writes is padding; a megabyte is a download that did not end."""
+    content = shard_of(tmp_path / "a.tar", 0).read_bytes()
+    for zeros, named in ((0, []), (50_000, []), (2_000_000, ["a.tar"])):
+        (tmp_path / "a.tar").write_bytes(content + bytes(zeros))
+        pairs = open_pairs(tmp_path / "a.tar")
+        assert (len(pairs), [name for name, _ in pairs.skipped]) == (3, named)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 20])
+def test_a_hole_is_not_the_end(tmp_path: Path, blocks: int) -> None:
+    """Zeros where a header should be are the end mark to tarfile; members behind them are not lost without a word."""
+    head, tail = (shard_of(tmp_path / "part", i, 1).read_bytes()[: 4 * BLOCK] for i in (0, 1))
+    (tmp_path / "a.tar").write_bytes(head + bytes(blocks * BLOCK) + tail + bytes(2 * BLOCK))
+    pairs = open_pairs(tmp_path / "a.tar")
+    assert len(pairs) == 1
+    assert list(pairs.skipped) == [("a.tar", "truncated or damaged at byte 2048: expected nothing behind the end mark")]
+
+
 INDEX = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))

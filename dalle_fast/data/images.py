@@ -22,7 +22,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # never Pillow's others
 
 _HEADER = 1 << 16  # bytes; most formats state the size within these
 _STRIP = 1 << 22  # pixels that are converted at once
-_MAX_DECODER = 500_000_000  # bytes of an image and its decoder
+_MAX_MEMORY = 520_000_000  # bytes of a file, its decoder and its pixels
 # The first bytes of other files, and of damaged ones, for reasons.
 _SIGNATURES = (
     ("a damaged JPEG", rb"\xff\xd8\xff"),
@@ -67,13 +67,13 @@ warnings.filterwarnings("ignore", module=r"PIL\.", append=True)
 def decode_image(content: bytes) -> np.ndarray:
     """The pixels of an image file as uint8 [H, W, 3]: upright by its EXIF tag, transparency over white.
 
-    The first frame of an animation. Besides the result, of 3 bytes per pixel, it takes at most 500 MB.
+    The first frame of an animation. It takes at most 520 MB, the file and the result included.
 
     Raises:
         OSError: another format, or more pixels than MAX_PIXELS.
         Exception: for broken content, of any type that Pillow raises. Messages are the same each time.
     """
-    with _open(content) as file:
+    with _open(content, len(content)) as file:
         if simplejpeg and file.format == "JPEG" and file.mode in ("RGB", "L") and _orientation(file) == 1:
             with suppress(ValueError):  # Pillow decides about damaged files, with or without this package
                 return simplejpeg.decode_jpeg(content)
@@ -84,6 +84,7 @@ def decode_image(content: bytes) -> np.ndarray:
         for top in range(0, file.height, rows):
             bottom = min(top + rows, file.height)
             pixels[top:bottom] = _rgb(file.crop((0, top, file.width, bottom)))
+    del file  # its pixels
     return np.ascontiguousarray(_upright(pixels, orientation))
 
 
@@ -94,11 +95,11 @@ def read_image_size(read: Callable[[int], bytes], length: int) -> tuple[int, int
     """
     _check_length(length)
     try:
-        return _stated_size(read(min(length, _HEADER)))
+        return _stated_size(read(min(length, _HEADER)), length)
     except Exception:  # Pillow raises it for a longer header, and for damaged bytes
         if length <= _HEADER:
             raise
-        return _stated_size(read(length))
+        return _stated_size(read(length), length)
 
 
 def reason_of(error: BaseException) -> str:
@@ -110,21 +111,25 @@ def _stable(message: str) -> str:
     return re.sub(r"<([\w.]+)[^<>]*? at 0x[0-9a-fA-F]+>| at 0x[0-9a-fA-F]+", r"\1", message)
 
 
-def _stated_size(content: bytes) -> tuple[int, int]:
-    with _open(content) as file:  # reads no pixels
+def _stated_size(content: bytes, length: int) -> tuple[int, int]:
+    with _open(content, length) as file:  # reads no pixels
         return file.size
 
 
-def _open(content: bytes) -> Image.Image:
-    """An image file whose pixels are still to be read. Raises OSError for another format and for too many pixels."""
-    _check_length(len(content))
+def _open(content: bytes, length: int) -> Image.Image:
+    """An image file of ``length`` bytes, of which the first, at least, are here; its pixels are still to be read.
+
+    Raises:
+        OSError: another format, or too many pixels.
+    """
+    _check_length(length)
     try:
         file = Image.open(io.BytesIO(content), formats=FORMATS)
     except UnidentifiedImageError:
         raise UnidentifiedImageError(f"expected {', '.join(FORMATS)}, got {_kind_of(content)}") from None
     except Image.DecompressionBombError as error:  # its limit is four times ours
         raise OSError(f"expected at most {MAX_PIXELS:,} pixels, got more: {error}") from None
-    most = min(MAX_PIXELS, _MAX_DECODER // _bytes_per_pixel(file))
+    most = min(MAX_PIXELS, (_MAX_MEMORY - length) // _bytes_per_pixel(file))
     if not 0 < file.width * file.height <= most:
         file.close()
         raise OSError(f"expected 1 to {most:,} pixels, got {file.width} x {file.height}")
@@ -143,14 +148,14 @@ def _kind_of(content: bytes) -> str:
 
 
 def _bytes_per_pixel(file: Image.Image) -> int:
-    """Bytes per pixel that an image and its decoder take at most."""
+    """Bytes per pixel that an image takes at most, in its decoder or beside the result."""
     if isinstance(file, WebPImagePlugin.WebPImageFile):
         return 16  # the canvas, the frame before and a copy
     if isinstance(file, TiffImagePlugin.TiffImageFile):
         return 12  # a single strip of 8 bytes per pixel
     if isinstance(file, JpegImagePlugin.JpegImageFile) and file.info.get("progressive"):
         return 4 + 2 * len(file.layer)  # coefficients of 16 bits
-    return 4
+    return 7
 
 
 def _orientation(file: Image.Image) -> int:

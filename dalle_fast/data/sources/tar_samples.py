@@ -20,6 +20,7 @@ from ..pairs import IMAGE_EXTENSIONS, Skipped, Unusable, caption_of, extension_o
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_HEADERS = 1 << 20  # bytes of all headers of a member
+_MAX_PADDING = 1 << 20  # bytes of zeros behind the last member; GNU tar writes 10 KB
 _MAX_CAPTION = 1_000_000  # bytes of a caption's file
 
 
@@ -143,9 +144,13 @@ def members_of(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
                 yield member
                 tar.members.clear()
                 offset, headers.left = tar.offset, MAX_HEADERS
-            file.seek(tar.offset)
+            offset = tar.offset
+            file.seek(offset)
             if file.read(BLOCK) != bytes(BLOCK):  # tarfile takes a broken header for the end
                 raise tarfile.ReadError("expected a header or the end mark")
+            while content := file.read(1 << 16):
+                if any(content) or file.tell() > offset + _MAX_PADDING:  # and a hole in the file
+                    raise tarfile.ReadError("expected nothing behind the end mark")
     except OSError:
         raise
     except Exception as error:  # tarfile raises many kinds for damaged headers
