@@ -161,6 +161,7 @@ def test_filter(workers: int, mixed: Path, tmp_path: Path) -> None:
         **{f"same{i}.png": "repeated caption" for i in range(6)},
     }
     assert dropped["name.png"]["caption"] == "IMG_1234.jpg"
+    assert dropped["torn.png"]["error"] == "OSError: Truncated File Read"
     view = json.loads((tmp_path / "kept" / "view.json").read_text())
     assert (view["pairs"], view["kept"], view["dropped"]) == (21, 10, counts)
     assert view["settings"]["filter"]["max_repeats"] == 5

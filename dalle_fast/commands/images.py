@@ -107,10 +107,10 @@ def _check_suffix(path: Path) -> None:
 
 def _read_image(path: Path) -> np.ndarray:
     """The pixels of a file, uint8 [H, W, 3]."""
-    from ..data.images import decode_image
+    from ..data.images import decode_image, reason_of
 
     content = path.read_bytes()
     try:
         return decode_image(content)
     except Exception as error:  # on damaged bytes Pillow's decoders raise nearly anything
-        raise ValueError(f"image: expected an image file, got {path} ({error})") from error
+        raise ValueError(f"image: expected an image file, got {path} ({reason_of(error)})") from error

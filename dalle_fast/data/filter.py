@@ -101,9 +101,20 @@ def filter_pairs(
     def dropped() -> Iterator[Dropped]:
         for index in np.flatnonzero(reasons).tolist():
             broken = reasons[index] == BROKEN  # its caption may be broken, too
-            yield Dropped(index, REASONS[reasons[index]], {} if broken else {"caption": pairs.caption(index)})
+            details = {"error": _error_of(pairs, index)} if broken else {"caption": pairs.caption(index)}
+            yield Dropped(index, REASONS[reasons[index]], details)
 
     return write_view(folder, source, pairs, dropped(), {"filter": asdict(filters)})
+
+
+def _error_of(pairs: Pairs, index: int) -> str:
+    """The reason why a pair is broken; "" if it no longer is."""
+    try:
+        pairs.caption(index)
+        pairs.image_size(index)
+    except BrokenSample as error:
+        return error.reason
+    return ""
 
 
 def _more_than(repeats: int, hashes: np.ndarray) -> np.ndarray:

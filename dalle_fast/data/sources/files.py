@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..images import decode_image, read_image_size
+from ..images import decode_image, read_image_size, reason_of
 from ..pairs import IMAGE_EXTENSIONS, BrokenSample, Pair, Skipped, Unusable, caption_of, check_index, extension_of
 
 
@@ -48,7 +48,7 @@ class FilePairs:
         try:
             return Pair(decode_image(Path(os.fsdecode(path)).read_bytes()), caption.decode())
         except Exception as error:  # on damaged bytes Pillow's decoders raise nearly anything
-            raise BrokenSample(os.fsdecode(name), f"{type(error).__name__}: {error}") from error
+            raise BrokenSample(os.fsdecode(name), reason_of(error)) from error
 
     def captions(self) -> Iterator[str]:
         return (self.caption(index) for index in range(len(self)))
@@ -66,7 +66,7 @@ class FilePairs:
                 length = os.fstat(file.fileno()).st_size
                 return read_image_size(lambda size: os.pread(file.fileno(), size, 0), length)
         except Exception as error:  # as above
-            raise BrokenSample(os.fsdecode(name), f"{type(error).__name__}: {error}") from error
+            raise BrokenSample(os.fsdecode(name), reason_of(error)) from error
 
     def _texts(self, index: int) -> list[bytes]:
         """Name, path and caption of a pair."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..images import decode_image, read_image_size
+from ..images import decode_image, read_image_size, reason_of
 from ..pairs import BrokenSample, Pair, Skipped, Unusable, check_index
 from .tar_index import OpenShard, Record, ShardIndex, ShardTable, index_shards
 
@@ -42,7 +42,7 @@ class ShardPairs:
         try:
             return Pair(decode_image(files.image(record)), files.caption(record))
         except Exception as error:  # on damaged bytes Pillow's decoders raise nearly anything
-            raise BrokenSample(files.name(record), f"{type(error).__name__}: {error}") from error
+            raise BrokenSample(files.name(record), reason_of(error)) from error
 
     def find(self, number: int) -> tuple[OpenShard, Record]:
         """The files of a pair, and its place in them. Raises BrokenSample if they have changed."""
@@ -53,7 +53,7 @@ class ShardPairs:
             return files, files.record(number - int(self._ends[shard] - self._table.samples[shard]))
         except (OSError, ValueError) as error:
             name = os.path.basename(self._table[shard].shard)
-            raise BrokenSample(name, f"{type(error).__name__}: {error}") from error
+            raise BrokenSample(name, reason_of(error)) from error
 
     def captions(self) -> Iterator[str]:
         """All captions in order, shard after shard, without reading an image."""
@@ -65,7 +65,7 @@ class ShardPairs:
         try:
             return files.caption(record)
         except (OSError, Unusable) as error:
-            raise BrokenSample(files.name(record), f"{type(error).__name__}: {error}") from error
+            raise BrokenSample(files.name(record), reason_of(error)) from error
 
     def name(self, number: int) -> str:
         files, record = self.find(number)
@@ -76,7 +76,7 @@ class ShardPairs:
         try:
             return read_image_size(functools.partial(files.image, record), record.image_size)
         except Exception as error:  # as above
-            raise BrokenSample(files.name(record), f"{type(error).__name__}: {error}") from error
+            raise BrokenSample(files.name(record), reason_of(error)) from error
 
     def __getstate__(self) -> dict[str, Any]:
         """Without open files: data workers that are spawned open their own."""

@@ -32,10 +32,10 @@ from tqdm import tqdm
 
 from ...files import write_atomically
 from ..pairs import Skipped
-from .tar_samples import BLOCK, Record, find_samples, key_and_extension
+from .tar_samples import BLOCK, Record, find_samples, members_of
 
 FOLDER = ".dalle_fast_index"
-_MAGIC = b"DFINDEX1"
+_MAGIC = b"DFINDEX2"
 _HEADER = struct.Struct("<8sQqQQQ")  # magic; size and mtime in ns of the shard; samples; skipped, and their bytes
 _CHECKSUM = struct.Struct("<I")
 RECORD = struct.Struct("<IIIIHH")  # the fields of a Record
@@ -138,11 +138,10 @@ class OpenShard:
     def name(self, record: Record) -> str:
         """The name of a sample from its header in the shard; its place if the header cannot be read."""
         shard = os.path.basename(self._path)
-        with suppress(OSError, tarfile.TarError), open(self._path, "rb") as file:
+        with suppress(OSError, tarfile.ReadError), open(self._path, "rb") as file:
             file.seek((record.image - record.header) * BLOCK)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                if member := tar.next():
-                    return f"{shard}:{key_and_extension(member.name)[0]}"
+            if member := next(members_of(file), None):
+                return f"{shard}:{member.name.rpartition('.')[0]}"
         return f"{shard}:byte {record.image * BLOCK}"
 
 
