@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .files import write_atomically
+from .files import read_records, write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,16 +80,13 @@ def plot_logs(out: Path) -> list[Path]:
     Raises:
         FileNotFoundError: no log.
     """
-    logs = {stage: _records(out / stage / "log.jsonl") for stage in STAGES if (out / stage / "log.jsonl").is_file()}
+    logs = {stage: read_records(out / stage / "log.jsonl") for stage in STAGES if (out / stage / "log.jsonl").is_file()}
     if not logs:
         raise FileNotFoundError(f"out: expected the log of a training in {out}, got none")
     plots = [_plot_losses(logs, out / "losses.png")]
-    scales = [record for record in logs.get("dalle", []) if "log2_scales" in record]
+    scales = [record for record in logs.get("dalle", []) if isinstance(record.get("log2_scales"), list)]
+    scales = [record for record in scales if len(record["log2_scales"]) == len(scales[-1]["log2_scales"])]
     return [*plots, _plot_scales(scales, out / "scales.png")] if scales else plots
-
-
-def _records(log: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
 
 
 def _plot_losses(logs: dict[str, list[dict[str, Any]]], path: Path) -> Path:
@@ -99,11 +95,15 @@ def _plot_losses(logs: dict[str, list[dict[str, Any]]], path: Path) -> Path:
     figure, axes = plt.subplots(1, len(logs), figsize=(4 * len(logs), 3.2), layout="constrained", squeeze=False)
     for axis, (stage, records) in zip(axes[0], logs.items(), strict=True):
         for name, label in (("loss", "training"), ("val_loss", "held-out data")):
-            points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+            points = [(record["step"], record[name]) for record in records if _has_number(record, name)]
             axis.plot([step for step, _ in points], [loss for _, loss in points], label=label)
         axis.set(title=stage, xlabel="step", ylabel="loss (nats)")
         axis.legend()
     return _save(figure, path)
+
+
+def _has_number(record: dict[str, Any], name: str) -> bool:
+    return isinstance(record.get(name), (int, float))
 
 
 def _plot_scales(records: list[dict[str, Any]], path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all, and the hash of a file.
+"""Files and folders that appear complete or not at all, the hash of a file, and the log of a training.
 
 Readers of a name find the old content or the new, never a part of either. Writers of the same name do not disturb each
 other, whether threads, processes or nodes that share a disk: each writes under a hidden name of its own,
@@ -12,12 +12,16 @@ afterwards, which suits content that is checked when it is read, or easily made 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(
@@ -101,3 +105,34 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """The records of the log of a training: ``step``, and numbers, null, or lists and dicts of numbers by name.
+
+    Other lines, damaged or half written, are dropped; their number is printed to stderr.
+    """
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        found = [_record(line) for line in file if line.strip()]
+    records = [record for record in found if record is not None]
+    if dropped := len(found) - len(records):
+        print(f"{path}: {dropped} damaged {'line' if dropped == 1 else 'lines'} dropped", file=sys.stderr)
+    return records
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    values: list[Any] = []
+    for value in record.values():
+        inner = value.values() if isinstance(value, dict) else value
+        values += [inner] if inner is None or isinstance(inner, (int, float, str)) else inner
+    return record if all(value is None or _is_number(value) for value in values) else None
+
+
+def _is_number(value: Any) -> bool:
+    return (type(value) is int and abs(value) < 2**63) or (type(value) is float and math.isfinite(value))

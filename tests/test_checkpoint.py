@@ -7,13 +7,16 @@ import subprocess
 import sys
 import threading
 import warnings
+import zlib
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers.training import checkpoint, same, settings, task
+from helpers.training import CLIP, checkpoint, pairs, same, settings, task, tokenizer
 
 from dalle_fast.training import fit
 from dalle_fast.training.checkpoint import (
@@ -24,6 +27,8 @@ from dalle_fast.training.checkpoint import (
     saved_tensors,
     set_random_state,
 )
+from dalle_fast.training.clip import CLIPTask
+from dalle_fast.training.state import check_values
 
 RUN = {"fingerprint": {"kind": "dvae", "seed": 0}}
 
@@ -255,3 +260,153 @@ def test_killed_fifty_times_at_any_moment(tmp_path):
 
     assert log(killed) == log(whole)
     assert [record["step"] for record in log(killed)] == list(range(1, result["steps"] + 1))
+
+
+# ---------------------------------------------------------------------------------------------- run.json
+
+
+def trained(out: Path, kind: str = "dvae", steps: int = 3) -> Path:
+    """Checkpoints of steps 1 to 3; the last one."""
+    config = settings(kind, steps=steps, save_every=1, keep_checkpoints=3)
+    fit(task(kind, config), config, out)
+    return out / kind / "checkpoints" / f"step-{steps:08}"
+
+
+def goes_on_from(out: Path, kind: str = "dvae") -> int:
+    """The step from which the next run goes on."""
+    config = settings(kind, steps=4)
+    some = task(kind, config)
+    first: list[int] = []
+    batches = some.batches
+    some.batches = lambda start: first.append(start) or batches(start)
+    fit(some, config, out)
+    return first[0]
+
+
+def rewrite(path: Path, change, sign: bool = False) -> None:
+    """Change run.json as a stranger might (``sign``), as an older version would have written it, or as damage does."""
+    values = json.loads((path / "run.json").read_text())
+    old = values.pop("checksum")
+    change(values)
+    checksum = {"checksum": zlib.crc32(json.dumps(values, sort_keys=True).encode())} if sign else {}
+    assert old
+    (path / "run.json").write_text(json.dumps({**checksum, **values}))
+
+
+def test_every_change_of_a_digit_is_noticed(tmp_path):
+    path = trained(tmp_path) / "run.json"
+    text, draw = path.read_text(), random.Random(0)
+    digits = [i for i, letter in enumerate(text) if letter.isdigit()]
+    fingerprint = json.loads(text)["fingerprint"]
+    for place in draw.sample(digits, 30):
+        other = draw.choice([digit for digit in "0123456789" if digit != text[place]])
+        path.write_text(text[:place] + other + text[place + 1 :])
+        with pytest.warns(UserWarning, match="step-00000003: ignored, damaged is "):
+            found, _ = newest_checkpoint(path.parent.parent, fingerprint)
+        assert found.name == "step-00000002"
+
+
+def test_a_checkpoint_without_a_checksum_is_read(tmp_path):
+    path = trained(tmp_path)
+    rewrite(path, lambda values: [values.pop("skipped_in_a_row"), values["fingerprint"].pop("corpus")])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "checkpoint")
+        assert goes_on_from(tmp_path) == 3
+
+
+WRONG = {
+    "step": lambda v: v.update(step=2),
+    "step far": lambda v: v.update(step=10**9),
+    "step text": lambda v: v.update(step="3"),
+    "step float": lambda v: v.update(step=3.0),
+    "step missing": lambda v: v.pop("step"),
+    "random missing": lambda v: v.pop("random"),
+    "random short": lambda v: v["random"]["torch"].pop(),
+    "random large": lambda v: v["random"]["torch"].__setitem__(5, 300),
+    "random huge": lambda v: v["random"]["torch"].__setitem__(5, 10**30),
+    "numpy place": lambda v: v["random"]["numpy"].__setitem__(2, 10**6),
+    "python": lambda v: v["random"]["python"].__setitem__(1, [1, 2]),
+    "random text": lambda v: v.update(random="abc"),
+    "spikes": lambda v: v["spikes"].update(count="7"),
+    "spikes nan": lambda v: v["spikes"].update(mean=float("nan")),
+    "spikes list": lambda v: v.update(spikes=[]),
+    "spikes more": lambda v: v["spikes"].update(more=1),
+    "plateau": lambda v: v.update(plateau={"window": 1}),
+    "fingerprint": lambda v: v.update(fingerprint=None),
+    "fingerprint list": lambda v: v.update(fingerprint=[1]),
+    "seconds": lambda v: v.update(seconds=-1),
+    "seconds null": lambda v: v.update(seconds=None),
+    "seconds huge": lambda v: v.update(seconds=10**400),
+    "skipped": lambda v: v.update(skipped_updates=True),
+    "skipped in a row": lambda v: v.update(skipped_in_a_row=1),
+    "files": lambda v: v.update(files=7),
+    "no files": lambda v: v.update(files={}),
+    "files outside": lambda v: v["files"].update({"../../log.jsonl": 0}),
+    "files device": lambda v: v["files"].update({"/dev/zero": 0}),
+    "more": lambda v: v.update(more=1),
+}
+
+
+@pytest.mark.parametrize("sign", [True, False])
+def test_values_of_other_types_count_as_damage(sign, tmp_path):
+    path = trained(tmp_path)
+    original = (path / "run.json").read_text()
+    fingerprint = json.loads(original)["fingerprint"]
+    check = partial(check_values, device=torch.device("cpu"))
+    for name, change in WRONG.items():
+        (path / "run.json").write_text(original)
+        rewrite(path, change, sign)
+        before = random_state(torch.device("cpu"))
+        with pytest.warns(UserWarning, match=r"step-00000003: ignored, damaged is run\.json"):
+            found, _ = newest_checkpoint(path.parent, fingerprint, check)
+        assert found.name == "step-00000002", name
+        assert same(random_state(torch.device("cpu")), before), name
+    with pytest.warns(UserWarning, match=r"step-00000003: ignored"):
+        assert goes_on_from(tmp_path) == 2
+
+
+def test_run_json_in_pieces_counts_as_damage(tmp_path):
+    path = trained(tmp_path)
+    fingerprint = json.loads((path / "run.json").read_text())["fingerprint"]
+    for content in (b"[" * 200_000, b'{"step":' * 100_000, b"\xff\xfe", b"null", b'"text"', b"", b"1" * 10_000):
+        (path / "run.json").write_bytes(content)
+        with pytest.warns(UserWarning, match=r"step-00000003: ignored, damaged is run\.json"):
+            assert newest_checkpoint(path.parent, fingerprint)[0].name == "step-00000002"
+
+
+# ---------------------------------------------------------------------------------------------- the corpus
+
+
+def test_a_checkpoint_of_another_corpus_is_refused(tmp_path):
+    config = settings("clip", steps=2)
+    fit(task("clip", config), config, tmp_path)
+    for change in (lambda: pairs(11), lambda: named_pairs(10, "b")):
+        other = CLIPTask(change(), None, tokenizer(), CLIP, config)
+        with pytest.raises(ValueError, match=r"step-00000002: expected corpus=1\d pairs.*, got corpus=10 pairs;"):
+            fit(other, config, tmp_path)
+
+
+def test_corpora_of_equal_numbers_are_told_apart_by_names_and_captions(tmp_path):
+    config = settings("clip", steps=2)
+    fit(CLIPTask(named_pairs(10, "a"), None, tokenizer(), CLIP, config), config, tmp_path)
+    fit(CLIPTask(named_pairs(10, "a"), None, tokenizer(), CLIP, config), replace(config, steps=3), tmp_path)
+    with pytest.raises(ValueError, match=r"expected corpus=10 pairs of hash \w+, got corpus=10 pairs of hash"):
+        fit(CLIPTask(named_pairs(10, "b"), None, tokenizer(), CLIP, config), replace(config, steps=4), tmp_path)
+
+
+class NamedPairs(list):
+    """Pairs with names, as ``open_pairs`` opens them."""
+
+    folder = ""
+
+    def name(self, index: int) -> str:
+        return f"{self.folder}/{index}.png"
+
+    def caption(self, index: int) -> str:
+        return self[index].caption
+
+
+def named_pairs(n: int, folder: str) -> NamedPairs:
+    named = NamedPairs(pairs(n))
+    named.folder = folder
+    return named

@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import dalle_fast as df
+from dalle_fast.figures import plot_logs
 from dalle_fast.models import load_model
 from dalle_fast.ops import _library
 from dalle_fast.training import TrainingDiverged, TrainingStopped, fit
@@ -24,6 +27,7 @@ from dalle_fast.training import loop as training_loop
 from dalle_fast.training.loop import new_state, parameter_groups
 from dalle_fast.training.metrics import Incidents, Log, LossSpikes, perplexity
 from dalle_fast.training.state import places_of
+from dalle_fast.training.stopping import stop_signals
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,7 +81,7 @@ def stop_after(step: int, stopped_task, config, out: Path, signum: int = signal.
     return stopped.value
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_finishes_the_step_and_saves(signum, tmp_path):
     config = settings("dvae")
     handler = signal.getsignal(signum)
@@ -404,3 +408,194 @@ def test_the_random_start_is_the_seeds_alone():
     assert same(dict(first.state_dict()), dict(second.state_dict()))
     other = task("clip", settings("clip", seed=9)).model
     assert not same(dict(first.state_dict()), dict(other.state_dict()))
+
+
+def test_lines_that_are_no_records_are_dropped_and_counted(tmp_path, capsys):
+    path = tmp_path / "log.jsonl"
+    good = [{"step": 1, "loss": 3.5, "log2_scales": [1.0, 2]}, {"step": 2, "loss": None, "nonfinite": {"start": 1}}]
+    bad = [
+        b"\xff{}",
+        b'{"step": null}',
+        b'{"step": "x"}',
+        b"[" * 200_000,
+        b'{"step": 1, "loss": "x"}',
+        b"7",
+        b"{",
+        b"\x00",
+    ]
+    bad += [
+        b'{"step": 1, "loss": NaN}',
+        b'{"step": 1, "loss": 1' + b"0" * 400 + b"}",
+        b'{"step": true}',
+        b'{"loss": 1}',
+    ]
+    bad += [
+        b'{"step": 1, "log2_scales": ["a"]}',
+        b'{"step": 1, "log2_scales": [[1]]}',
+        b'{"a":' * 100_000,
+        b'{"loss": 1}',
+        b"\x00",
+    ]
+    lines = [json.dumps(record).encode() for record in good]
+    path.write_bytes(b"\n".join([bad[0], lines[0], *bad[1:], lines[1], b'{"step": 3, "loss": 1}', b'{"step": 4, "lo']))
+    with Log(path, step=2) as log:
+        log.write(3, {"loss": 2.0})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [*good, {"step": 3, "loss": 2.0}]
+    assert capsys.readouterr().err == f"{path}: {len(bad) + 1} damaged lines dropped\n"
+
+
+def test_a_damaged_log_is_plotted(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "dalle").mkdir()
+    log = tmp_path / "dalle" / "log.jsonl"
+    log.write_bytes(
+        b'{"step": 1, "loss": 1, "log2_scales": [1, 2]}\n\xff\n{"step": 2, "loss": [1]}\n{"step": "a", "loss": 2}\n'
+        b'{"step": 3, "log2_scales": 7}\n{"step": 4, "log2_scales": [1]}\n'
+        b'{"step": 5, "loss": 2, "log2_scales": [1, 2]}\n'
+    )
+    assert [path.name for path in plot_logs(tmp_path)] == ["losses.png", "scales.png"]
+    assert "log.jsonl: 2 damaged lines dropped" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- divergence
+
+
+def steps_saved(out: Path, kind: str = "dvae") -> list[int]:
+    return sorted(int(path.name[5:]) for path in (out / kind / "checkpoints").glob("step-*[0-9]"))
+
+
+def spoilt(config, bad, kind: str = "dvae"):
+    """A task whose loss is not finite in the steps, from 0, for which ``bad`` is true."""
+    some = task(kind, config)
+    loss = some.loss
+
+    def spoil(model, batch, step):
+        value, metrics = loss(model, batch, step)
+        return value * (float("nan") if bad(step) else 1.0), metrics
+
+    some.loss = spoil
+    return some
+
+
+@pytest.mark.parametrize("first", [6, 5, 0])
+def test_a_training_that_ends_with_skipped_steps_fails_and_exports_nothing(first, tmp_path):
+    config = settings("dvae", save_every=2, log_every=100)
+    (tmp_path / "dvae.safetensors").write_bytes(b"an earlier model")
+    with pytest.raises(
+        TrainingDiverged, match=rf"none in {7 - first} steps; the last good step is {first}\. Use a smaller lr"
+    ):
+        fit(spoilt(config, lambda step: step >= first), config, tmp_path)
+    assert (tmp_path / "dvae.safetensors").read_bytes() == b"an earlier model"
+    assert steps_saved(tmp_path) == {6: [4], 5: [2, 4], 0: []}[first]  # that of step 6 is set aside
+    fit(task("dvae", config), config, tmp_path)
+    assert load_model(tmp_path / "dvae.safetensors")
+    assert checkpoint(tmp_path, "dvae")["skipped_updates"] == 0
+
+
+def test_no_checkpoint_is_written_while_steps_are_skipped(tmp_path):
+    config = settings("dvae", steps=10, save_every=2, keep_checkpoints=2)
+    seen = {}
+    some = spoilt(config, lambda step: 4 < step < 8)
+    loss = some.loss
+    some.loss = lambda model, batch, step: seen.update({step: steps_saved(tmp_path)}) or loss(model, batch, step)
+    fit(some, config, tmp_path)
+    assert max(seen[8]) <= 4  # not 6 or 8, when steps were skipped
+    assert steps_saved(tmp_path) == [9, 10]  # the one that was due came with the first good step
+
+
+def test_a_run_of_skipped_steps_survives_a_resume(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_loop, "MAX_SKIPPED_IN_A_ROW", 4)
+    config = settings("dvae", steps=50, save_every=2)
+    some = spoilt(config, lambda step: step >= 4)
+    stop_after(6, some, config, tmp_path)
+    assert checkpoint(tmp_path, "dvae")["skipped_in_a_row"] == 2
+    assert steps_saved(tmp_path) == [2, 4, 6]  # none is deleted for it
+    assert not (tmp_path / "dvae.safetensors").exists()
+    with pytest.raises(TrainingDiverged, match=r"none in 4 steps; the last good step is 4\."):
+        fit(spoilt(config, lambda step: step >= 4), config, tmp_path)
+    assert steps_saved(tmp_path) == [2]
+    assert [path.name for path in (tmp_path / "dvae" / "checkpoints").glob("*.diverged")] == ["step-00000006.diverged"]
+    fit(task("dvae", config), replace(config, steps=8), tmp_path)
+    assert steps_saved(tmp_path)[-1] == 8
+
+
+@pytest.mark.parametrize("lr", [1e30, 1e38])
+@pytest.mark.parametrize("kind", KINDS)
+def test_too_large_a_step_size_never_ends_well(kind, lr, tmp_path):
+    for steps in (1, 2, 3, 9):
+        config = settings(kind, steps=steps, lr=lr, warmup_steps=0, log_every=1, save_every=1)
+        config = replace(config, lr_end=lr) if kind == "dvae" else config
+        out = tmp_path / str(steps)
+        try:
+            model, _ = fit(task(kind, config), config, out)
+        except TrainingDiverged:
+            assert not (out / f"{kind}.safetensors").exists()
+        else:
+            assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_a_training_whose_scales_still_come_down_ends_well_if_anything_was_learnt(tmp_path):
+    def overflowing(first: int, steps: int):
+        config = settings("dalle", steps=steps, resblock_dtype="float16", recompute=False)
+        some = task("dalle", config)
+        loss = some.loss
+
+        def overflow(model, batch, step):
+            value, metrics = loss(model, batch, step)
+            total = model.start.sum()
+            return value + ((total - total.detach()).sqrt() if step >= first else 0.0), metrics  # 0, of slope Inf
+
+        some.loss = overflow
+        return some, config
+
+    some, config = overflowing(4, 5)
+    fit(some, config, tmp_path / "learnt")
+    assert checkpoint(tmp_path / "learnt", "dalle")["skipped_in_a_row"] == 1
+    some, config = overflowing(0, 5)
+    with pytest.raises(TrainingDiverged, match="none in 5 steps; the last good step is 0"):
+        fit(some, config, tmp_path / "not learnt")
+
+
+# ---------------------------------------------------------------------------------------------- signals to the group
+
+GROUP = """
+import sys
+from pathlib import Path
+from helpers.training import settings, task
+from dalle_fast.training import TrainingStopped, fit
+
+config = settings("clip", steps=100_000, save_every=100_000, val_every=100_000, log_every=1, workers=2)
+try:
+    fit(task("clip", config), config, Path(sys.argv[1]))
+except TrainingStopped as stopped:
+    sys.exit(128 + stopped.signum)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_the_group_with_data_workers_saves(signum, tmp_path):
+    tests = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", GROUP, str(tmp_path)]
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    log, deadline = tmp_path / "clip" / "log.jsonl", time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") > 3) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signum)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signum, errors
+    assert "Traceback" not in errors
+    assert checkpoint(tmp_path, "clip")["step"] >= 4
+    with pytest.raises(ProcessLookupError):  # the workers have ended, too
+        os.killpg(process.pid, 0)
+
+
+def test_under_nohup_a_closed_terminal_is_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert received == []
+    finally:
+        signal.signal(signal.SIGHUP, before)

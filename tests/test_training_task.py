@@ -12,7 +12,8 @@ from dalle_fast.data.codes import EncodedPair
 from dalle_fast.data.pairs import BrokenSample, Pair
 from dalle_fast.models import DiscreteVAE
 from dalle_fast.tokenizer import Tokenizer
-from dalle_fast.training import train_clip, train_dalle, train_dvae, train_tokenizer
+from dalle_fast.training import fit, train_clip, train_dalle, train_dvae, train_tokenizer
+from dalle_fast.training.clip import CLIPTask
 from dalle_fast.training.dalle import DALLETask
 from dalle_fast.training.dvae import DVAETask
 
@@ -155,3 +156,102 @@ def test_codes_that_the_model_cannot_read_are_refused_before_they_reach_it(given
         next(DALLETask(spoiled, None, tokenizer(), DALLE, config, None).batches(0))
     with pytest.raises(ValueError, match=message):
         next(DALLETask(fits, spoiled, tokenizer(), DALLE, config, None).validation())
+
+
+# ---------------------------------------------------------------------------------------------- broken held-out samples
+
+
+class Broken(list):
+    """Pairs of which some cannot be read."""
+
+    def __init__(self, some, broken) -> None:
+        super().__init__(some)
+        self.broken = set(broken)
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise BrokenSample(f"val/{index}.png", "torn")
+        return super().__getitem__(index)
+
+
+def held_out(kind: str, broken, config=None):
+    config = config or settings(kind)
+    if kind == "dalle":
+        return DALLETask(codes(), Broken(codes(6), broken), tokenizer(), DALLE, config, None)
+    if kind == "clip":
+        return CLIPTask(pairs(), Broken(pairs(6), broken), tokenizer(), CLIP, config)
+    return DVAETask(pairs(), Broken(pairs(6), broken), DVAE, config)
+
+
+def report(out) -> dict[str, int]:
+    return {e["name"]: e["count"] for e in map(json.loads, (out / "skipped.jsonl").read_text().splitlines())}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_broken_held_out_samples_are_reported(kind, tmp_path):
+    config = settings(kind, steps=6, val_every=3)
+    _, metrics = fit(held_out(kind, (0, 2, 5), config), config, tmp_path)
+    assert np.isfinite(metrics["val_loss"])
+    assert report(tmp_path / kind) == {f"val/{i}.png": 2 for i in (0, 2, 5)}  # validations
+    fit(held_out(kind, (0, 2, 5), config), settings(kind, steps=9, val_every=3), tmp_path)
+    assert report(tmp_path / kind) == {f"val/{i}.png": 3 for i in (0, 2, 5)}  # a resumed run counts on
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_held_out_data_of_which_nothing_can_be_read_are_refused(kind):
+    with pytest.raises(
+        ValueError, match=r"val: expected readable samples, got 6 broken ones, such as val/0\.png: torn"
+    ):
+        held_out(kind, range(6))
+
+
+def test_a_resumed_run_keeps_the_report_of_the_first(tmp_path):
+    def run(steps: int) -> None:
+        config = settings("dvae", steps=steps, init_codes=False)
+        fit(DVAETask(Broken(pairs(), (1, 4)), None, DVAE, config), config, tmp_path)
+
+    run(4)
+    first = report(tmp_path / "dvae")
+    assert sum(first.values()) >= 2
+    with (tmp_path / "dvae" / "skipped.jsonl").open("ab") as file:
+        file.write(b'\xff\n{"name": 1}\n[[\n' + b"[" * 100_000 + b"\n")
+    run(5)
+    assert all(report(tmp_path / "dvae")[name] >= count for name, count in first.items())
+    run(12)
+    assert all(report(tmp_path / "dvae")[name] > count for name, count in first.items())
+
+
+def test_clip_needs_two_samples_to_tell_apart():
+    with pytest.raises(ValueError, match="batch_size: expected 2 or more, to tell one from another, got 1"):
+        settings("clip", batch_size=1)
+    with pytest.raises(ValueError, match="val: expected 2 samples or more, to tell one from another, got 1"):
+        CLIPTask(pairs(), pairs(1), tokenizer(), CLIP, settings("clip"))
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+NAN, INF = float("nan"), float("inf")
+EVERY = {
+    "warmup_steps": [-5], "lr": [INF, NAN, -1.0], "weight_decay": [NAN, -0.1], "clip_norm": [NAN, INF, -1.0],
+    "eps": [0.0, -1e-8, NAN], "betas": [(1.0, 0.9), (0.9, NAN), (-0.1, 0.9), (0.9, 1.5)], "ema_decay": [NAN, 1.0, -0.1],
+    "seed": [-1, 2**63, 2**70], "workers": [-1], "steps": [0], "batch_size": [0], "val_samples": [0],
+}  # fmt: skip
+OWN = {
+    "dvae": {
+        "beta": [NAN, -1.0, INF], "beta_end": [NAN], "tau": [0.0, -1.0, NAN], "tau_end": [0.0, NAN],
+        "lr_end": [-1.0, NAN], "encoder_lr": [-1.0, NAN, INF], "grain": [-0.1, NAN, INF], "lr_steps": [-1],
+        "tau_steps": [-1], "beta_steps": [-1],
+    },
+    "clip": {"batch_size": [1]},
+    "dalle": {
+        "caption_dropout": [NAN, 1.5, -0.1], "plateau_window": [0], "plateau_patience": [0, -1], "powersgd_rank": [0],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_that_cannot_be_are_refused_by_name(kind):
+    for name, values in [*EVERY.items(), *OWN[kind].items()]:
+        for value in values:
+            with pytest.raises(ValueError, match=rf"^{name}: expected .*, got {re.escape(str(value))}$"):
+                settings(kind, **{name: value})

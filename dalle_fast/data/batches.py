@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -109,6 +110,7 @@ class Batches:
         self.rank = rank
         self.ranks = ranks
         self.skipped: Counter[Skipped] = Counter()
+        self._reported: Counter[Skipped] = Counter()  # by the run that this one resumes
 
     def batch_at(self, step: int) -> Batch:
         """The batch of one step, as :func:`collate` makes it."""
@@ -127,12 +129,25 @@ class Batches:
             batch_size=None,
             sampler=steps,
             num_workers=self.workers,
-            worker_init_fn=_keep_memory_shared,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # else the loader would draw from torch's global one
         )
         for batch, skipped in loader:
             self.skipped.update(skipped)
             yield batch
+
+    def continue_report(self, path: str | Path) -> None:
+        """Go on with the counts that ``write_report`` has written, of a run that is resumed."""
+        at_opening = set(getattr(self.pairs, "skipped", ()))
+        text = Path(path).read_text(encoding="utf-8", errors="replace") if Path(path).is_file() else ""
+        for line in text.splitlines():
+            try:
+                entry = json.loads(line)
+                skipped, count = Skipped(entry["name"], entry["reason"]), entry["count"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue  # damaged
+            if type(skipped.name) is type(skipped.reason) is str and type(count) is int and skipped not in at_opening:
+                self._reported[skipped] += count
 
     def write_report(self, path: str | Path, others: Iterable[Counter[Skipped]] = ()) -> None:
         """Write the samples left out as JSON lines: name, reason and count.
@@ -140,7 +155,7 @@ class Batches:
         First those that the corpus skipped when it was opened, then those that could not be read by this process, or by
         other ranks, whose counts are ``others``.
         """
-        unreadable = sum(others, self.skipped)
+        unreadable = sum(others, self._reported + self.skipped)
         with open(path, "w", encoding="utf-8") as file:
             at_opening = ((skipped, 1) for skipped in getattr(self.pairs, "skipped", ()))
             for (name, reason), count in itertools.chain(at_opening, sorted(unreadable.items())):
@@ -173,8 +188,15 @@ class Batches:
         raise ValueError(f"pairs: expected readable ones, got {MAX_BROKEN_IN_A_ROW} broken in a row, the last {last}")
 
 
-def _keep_memory_shared(_worker: int) -> None:
-    """Exempt the objects from before the fork from garbage collection, which would touch and so copy them."""
+def start_worker(_worker: int) -> None:
+    """Prepare a data worker, for DataLoader.
+
+    A signal to the whole group of processes, as batch systems and terminals send it, is for the main process, which
+    still needs batches to end well; the workers end with it. Objects from before the fork are exempt from garbage
+    collection, which would touch and so copy them.
+    """
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
     gc.freeze()
 
 

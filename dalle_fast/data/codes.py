@@ -87,6 +87,7 @@ class EncodedPairs:
             if meta["format"] != FORMAT:
                 raise ValueError(f"got the format {meta['format']}, expected {FORMAT}")
             self.fingerprint: str = meta["fingerprint"]
+            self.source: str | None = meta.get("source")  # hash of the pairs that were encoded
             self.grid: tuple[int, int] = tuple(meta["grid"])
             self.draws: int = meta["draws"]
             self.skipped_count: int = meta["skipped"]  # images left out, named in skipped.jsonl

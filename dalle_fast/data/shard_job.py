@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..files import new_folder, write_atomically
-from .batches import collate
+from .batches import collate, start_worker
 from .pairs import BrokenSample, Pairs, Skipped
 from .sources.view import fingerprint_of
 
@@ -114,6 +114,7 @@ def process_in_shards(
         batch_size=None,
         sampler=(stretch for number in todo for stretch in stretches(number)),
         num_workers=options.workers,
+        worker_init_fn=start_worker,
         generator=torch.Generator(),  # else the loader would draw from torch's global one
     )
     prepared = iter(loader)

@@ -52,6 +52,8 @@ class CLIPTask(CorpusTask):
         world: World = ALONE,
     ) -> None:
         check_tokenizer(tokenizer, model_cfg)
+        if val_pairs is not None and min(len(val_pairs), train_cfg.val_samples) < 2:
+            raise ValueError("val: expected 2 samples or more, to tell one from another, got 1")
         size = model_cfg.image_size
         super().__init__(
             pairs,

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -20,17 +23,18 @@ import torch
 from tqdm import tqdm
 
 from ..data.batches import Batch
-from ..distributed.sharding import backward, counted_here, gather_model
+from ..distributed.sharding import backward, counted_here, gather_model, local
 from ..distributed.start import Start
 from ..distributed.world import ALONE, World
 from ..models import save_model
 from ..models.base import TrainableModel
 from ..ops import gradient_norm
-from .checkpoint import CheckpointWriter, newest_checkpoint, random_state, set_random_state
+from .checkpoint import CORPUS, CheckpointWriter, newest_checkpoint, random_state, set_random_state
+from .lock import locked
 from .metrics import Log, Meter, Metrics
 from .scales import Scales
 from .settings import TrainConfig
-from .state import State, new_state, parameter_groups
+from .state import State, check_values, new_state, parameter_groups
 from .stopping import TrainingDiverged, TrainingStopped, stop_signals
 
 MAX_SKIPPED_IN_A_ROW = 100  # steps without a finite gradient, after which the training is given up
@@ -42,6 +46,7 @@ class Task(Protocol[Model]):
     """A model and its data, as the loop sees them; see ``task.py``."""
 
     kind: str  # name of the model's file and of the folder of its training
+    corpus: str  # describes the training data, to tell them from others
     model: Model
     start: Start | None  # the random start of a model on "meta"
     scales: Scales | None  # of its gradients in 16 bits
@@ -57,6 +62,9 @@ class Task(Protocol[Model]):
 
     def evaluate(self, model: Model, batch: Batch) -> Metrics:
         """Metrics of a held-out batch, ``loss`` among them."""
+
+    def continue_report(self, path: Path) -> None:
+        """Go on with the report of skipped samples of the run that is resumed."""
 
     def report_skipped(self, path: Path) -> None:
         """Write the names of skipped samples, and why they were skipped."""
@@ -81,15 +89,27 @@ def fit(
         With many processes only the first has the model's values; the others have it on the device "meta".
 
     Raises:
-        TrainingStopped: on SIGINT or SIGTERM, to any of the processes, after saving.
-        ValueError: the checkpoint belongs to another model, seed or batch size, or none is intact.
-        TrainingDiverged: too many steps in a row had no finite gradient.
+        TrainingStopped: on SIGINT, SIGTERM or SIGHUP, to any of the processes, after saving.
+        ValueError: the checkpoint belongs to another model, corpus, seed or batch size, or none is intact; or another
+            training runs in the same folder.
+        TrainingDiverged: too many steps in a row, or the last ones, had no finite gradient, or the model that came out
+            is not finite. Nothing is exported, and the next run goes on from a checkpoint before these steps.
     """
-    out, device = Path(out), torch.device(config.device)
-    folder = out / task.kind
+    folder = Path(out) / task.kind
     folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        world.ask_first(lambda: stack.enter_context(locked(folder)))
+        return _fit(task, config, folder, resume, world)
+
+
+def _fit(
+    task: Task[Model], config: TrainConfig, folder: Path, resume: bool, world: World
+) -> tuple[Model, dict[str, float]]:
+    device, exported = torch.device(config.device), folder.parent / f"{task.kind}.safetensors"
     fingerprint = fingerprint_of(task, config)
-    checkpoint = world.ask_first(lambda: newest_checkpoint(folder / "checkpoints", fingerprint)) if resume else None
+    check = partial(check_values, device=device)
+    found = partial(newest_checkpoint, folder / "checkpoints", fingerprint, check)
+    checkpoint = world.ask_first(found) if resume else None
 
     if device.type == "cpu":
         keep_freed_memory()
@@ -98,12 +118,13 @@ def fit(
         state.load(*checkpoint)
         if world.is_first:  # it belongs to rank 0; others never use it
             set_random_state(checkpoint[1]["random"], device)
+        task.continue_report(folder / "skipped.jsonl")
     writer = CheckpointWriter(folder / "checkpoints", config.keep_checkpoints, world)
     if not resume:
         world.ask_first(writer.clear)
 
     metrics: dict[str, float] = {}  # the newest of each
-    meter, skipped_in_a_row = Meter(world), 0
+    meter, save_is_due = Meter(world), False
     start = time.perf_counter() - state.seconds
     hidden = None if world.is_first else True  # None: on a tty only
     bar = tqdm(total=config.steps, initial=state.step, desc=task.kind, unit="step", disable=hidden)
@@ -117,20 +138,15 @@ def fit(
             state.seconds = time.perf_counter() - start
             if finite:
                 meter.add(values)
-                skipped_in_a_row = 0
+                state.skipped_in_a_row = 0
             else:
                 state.skipped_steps += 1
-                skipped_in_a_row += 1
-                patience = MAX_SKIPPED_IN_A_ROW
-                if state.scales and bool(values["loss"].isfinite()):
-                    patience = state.scales.patience  # scales that are too large come down in time
-                if skipped_in_a_row >= patience:
-                    raise TrainingDiverged(f"gradient: expected a finite one, got none in {skipped_in_a_row} steps")
-
+                state.skipped_in_a_row += 1
             last = state.step == config.steps
+            diverged = not finite and has_diverged(state, values, last)
             stop = world.largest(signals[0] if signals else 0)  # a signal to any process stops all, after this step
             bar.update()
-            if last or state.step % config.log_every == 0:
+            if last or diverged or state.step % config.log_every == 0:
                 counters = {"lr": lr, "skipped_updates": state.skipped_steps, "seconds": state.seconds}
                 if state.powersgd:
                     counters["bytes_between_machines"] = state.powersgd.sent
@@ -140,18 +156,27 @@ def fit(
                     log.write(state.step, state.scales.record())
                 bar.set_postfix(loss=record.get("loss"))
                 metrics |= record
+            if diverged:
+                raise give_up(state, config, writer, f"a finite gradient, got none in {state.skipped_in_a_row} steps")
             if last or state.step % config.val_every == 0:
                 with state.average.in_model() as model:
                     record = validate(task, model, device, world)
                 log.write(state.step, record)
                 metrics |= record
-            if last or stop:
+                if last and not math.isfinite(record.get("val_loss", 0.0)):
+                    raise give_up(state, config, writer, f"a finite loss on held-out data, got {record['val_loss']}")
+            if (last or stop) and not is_finite(state):
+                raise give_up(state, config, writer, "finite parameters, got Inf or NaN in them")
+            if last or (stop and finite):
                 with state.average.in_model() as model:
-                    export(model, out / f"{task.kind}.safetensors", world)
-            if last or stop or state.step % config.save_every == 0:
+                    export(model, exported, world)
+            # While steps are skipped nothing is learnt, and the state may be past help: it replaces no good checkpoint.
+            save_is_due |= state.step % config.save_every == 0
+            if last or stop or (save_is_due and finite):
                 run = {"fingerprint": fingerprint, "random": random_state(device), **state.values()}
-                writer.save(state.step, state.tensors(), run)
+                writer.save(state.step, state.tensors(), run, keep_all=not finite)
                 task.report_skipped(folder / "skipped.jsonl")
+                save_is_due = False
             if last or stop:
                 writer.wait()
             if stop:
@@ -160,6 +185,35 @@ def fit(
     model = state.model.eval().requires_grad_(False)
     metrics = metrics or {**validate(task, model, device, world), "seconds": state.seconds}
     return gather_model(model, world) if world.size > 1 else model.cpu(), metrics
+
+
+def has_diverged(state: State[Model], values: Metrics, last: bool) -> bool:
+    """True if the steps just skipped mean that the training is lost: too many in a row, or the last one of all.
+
+    Scales that are too large come down in time, as long as the loss is finite; then only a run of nothing but skipped
+    steps ends as diverged.
+    """
+    if state.scales and bool(values["loss"].isfinite()):
+        return state.skipped_in_a_row >= state.scales.patience or (last and state.skipped_in_a_row == state.step)
+    return last or state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+
+
+def is_finite(state: State[Model]) -> bool:
+    """True if all parameters and their averages are."""
+    tensors = (*state.parameters, *state.average.tensors().values())
+    finite = all(bool(local(tensor.detach()).isfinite().all()) for tensor in tensors)
+    return not state.world.largest(int(not finite))
+
+
+def give_up(state: State[Model], config: TrainConfig, writer: CheckpointWriter, expected: str) -> TrainingDiverged:
+    """The error of a training that has diverged; sets aside the checkpoints of the state that it diverged from."""
+    good = state.step - state.skipped_in_a_row
+    state.world.ask_first(lambda: writer.set_aside(good))
+    return TrainingDiverged(
+        f"training: expected {expected}; the last good step is {good}. Use a smaller lr, now {config.lr:g}, more "
+        f"warmup_steps, now {config.warmup_steps}, or clip_norm, now {config.clip_norm:g}. The next run goes on from "
+        "the newest checkpoint before that step, or starts anew"
+    )
 
 
 def train_step(
@@ -260,7 +314,8 @@ def fingerprint_of(task: Task[Model], config: TrainConfig) -> dict[str, Any]:
     """Values in which a checkpoint must agree with the run that resumes it: model, moments, and the order of data."""
     sizes = json.loads(json.dumps(asdict(task.model.cfg)))  # tuples become lists, as they are read back
     moments = [group["moments"] for group in parameter_groups(task.model, config)]
-    return {"kind": task.kind, "seed": config.seed, "batch_size": config.batch_size, "moments": moments, **sizes}
+    run = {"kind": task.kind, CORPUS: task.corpus, "seed": config.seed, "batch_size": config.batch_size}
+    return {**run, "moments": moments, **sizes}
 
 
 def keep_freed_memory() -> bool:

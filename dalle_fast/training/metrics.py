@@ -14,7 +14,7 @@ from typing import IO, Any
 import torch
 
 from ..distributed.world import ALONE, World
-from ..files import write_atomically
+from ..files import read_records, write_atomically
 
 Metrics = dict[str, torch.Tensor]
 
@@ -119,8 +119,8 @@ class Log:
                     "tensorboard: expected the package, got none; try: pip install tensorboard"
                 ) from error
             self._writer = SummaryWriter(path.parent / "tensorboard", purge_step=step + 1)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and step else []
-        kept = [line for line in lines if _step_of(line) <= step]
+        records = read_records(path) if path.exists() and step else []
+        kept = [json.dumps(record) for record in records if record["step"] <= step]
         write_atomically(path, "".join(line + "\n" for line in kept), durable=False)  # a kill here keeps the log
         self._file = path.open("a", encoding="utf-8")
 
@@ -149,11 +149,3 @@ class Log:
             self._file.close()
         if self._writer:
             self._writer.close()
-
-
-def _step_of(line: str) -> float:
-    """The step of a record; infinite for a line that a killed run left half written."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
@@ -42,11 +43,24 @@ class TrainConfig(ABC):
         for name in (*counts, "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
-        for name in ("lr", "weight_decay", "clip_norm", "workers", "seed"):
-            if not getattr(self, name) >= 0:
+        for name in ("workers", "warmup_steps"):
+            if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay: expected 0 or more and below 1, got {self.ema_decay}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected 0 or more and below 2^63, got {self.seed}")
+        self._expect_finite("lr", "weight_decay", "clip_norm")
+        self._expect_finite("eps", above_0=True)
+        for name, decay in (("ema_decay", self.ema_decay), *(("betas", beta) for beta in self.betas)):
+            if not 0 <= decay < 1:
+                raise ValueError(f"{name}: expected 0 or more and below 1, got {getattr(self, name)}")
+
+    def _expect_finite(self, *names: str, above_0: bool = False) -> None:
+        """Raise ValueError for a setting that is negative, infinite or NaN."""
+        for name in names:
+            value = getattr(self, name)
+            if not (0 < value < math.inf if above_0 else 0 <= value < math.inf):
+                expected = "a finite number above 0" if above_0 else "a finite number of 0 or more"
+                raise ValueError(f"{name}: expected {expected}, got {value}")
 
     @abstractmethod
     def lr_at(self, step: int) -> float:
@@ -97,8 +111,11 @@ class TrainDVAE(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.grain >= 0:
-            raise ValueError(f"grain: expected 0 or more, got {self.grain}")
+        self._expect_finite("lr_end", "beta", "beta_end", "grain", "encoder_lr")
+        self._expect_finite("tau", "tau_end", above_0=True)
+        for name in ("lr_steps", "tau_steps", "beta_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
 
     def lr_at(self, step: int) -> float:
         return warmup(step, self.warmup_steps) * cosine(step, self.lr, self.lr_end, self.lr_steps)
@@ -127,6 +144,11 @@ class TrainCLIP(TrainConfig):
     clip_norm: float = 0.0
     ema_decay: float = 0.999
     ema_every: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size: expected 2 or more, to tell one from another, got {self.batch_size}")
 
     def lr_at(self, step: int) -> float:
         return warmup(step, self.warmup_steps) * cosine(step, self.lr, 0.0, self.steps)
@@ -159,6 +181,9 @@ class TrainDALLE(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("plateau_window", "plateau_patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout: expected a share in [0, 1], got {self.caption_dropout}")
         if self.powersgd_rank is not None and self.powersgd_rank < 1:

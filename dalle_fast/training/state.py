@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -16,7 +18,7 @@ from ..distributed.start import Start
 from ..distributed.world import ALONE, World
 from ..models.base import TrainableModel
 from .average import RunningAverage
-from .checkpoint import load_tensors, saved_tensors
+from .checkpoint import check_random_state, load_tensors, saved_tensors
 from .metrics import Incidents, LossSpikes
 from .optimizer import AdamW16
 from .scales import GradientScales, Scales
@@ -43,6 +45,7 @@ class State(Generic[Model]):
     spikes: LossSpikes = field(default_factory=LossSpikes)
     step: int = 0  # finished steps, and so the position in the data
     skipped_steps: int = 0  # those without a finite gradient
+    skipped_in_a_row: int = 0  # the last of them
     seconds: float = 0.0
     incidents: Incidents = field(default_factory=Incidents)  # since the last log record; not in checkpoints
     parameters: list[torch.Tensor] = field(init=False)  # in the order of the optimizer
@@ -95,6 +98,7 @@ class State(Generic[Model]):
             "spikes": asdict(self.spikes),
             "step": self.step,
             "skipped_updates": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "seconds": self.seconds,
         }
 
@@ -114,6 +118,7 @@ class State(Generic[Model]):
         self.spikes = LossSpikes(**values["spikes"])
         self.step, self.seconds = values["step"], values["seconds"]
         self.skipped_steps = values["skipped_updates"]
+        self.skipped_in_a_row = values.get("skipped_in_a_row", 0)  # old checkpoints lack it
 
     def _make_room(self, saved: dict[str, torch.Tensor]) -> None:
         """Allocate the tensors, uninitialised, that the optimizer otherwise makes in its first step."""
@@ -128,6 +133,43 @@ class State(Generic[Model]):
                 parameter = parameters[owner].detach()
                 like = local(parameter) if tensor.shape == parameter.shape else tensor  # with its strides, if possible
                 self.optimizer.state[parameters[owner]][key] = torch.empty_like(like, dtype=tensor.dtype, device=device)
+
+
+def check_values(step: int, values: Mapping[str, Any], device: torch.device) -> None:
+    """Raise ValueError unless ``State.load`` and ``set_random_state`` can use the values of a checkpoint.
+
+    Args:
+        step: finished steps, by the name of the checkpoint.
+    """
+    names = {"files", "fingerprint", "random", "plateau", "spikes", "step", "skipped_updates", "seconds"}
+    if differing := names ^ (values.keys() - {"skipped_in_a_row"}):
+        raise ValueError(f"expected {', '.join(sorted(names))}, got more or less: {', '.join(sorted(differing))}")
+    if values["step"] != step or type(values["step"]) is not int:
+        raise ValueError(f"step: expected {step}, got {values['step']}")
+    skipped, in_a_row = values["skipped_updates"], values.get("skipped_in_a_row", 0)
+    if not (type(skipped) is type(in_a_row) is int and 0 <= in_a_row <= skipped <= step):
+        raise ValueError(f"skipped steps: expected at most {step}, got {skipped}, of which {in_a_row} in a row")
+    seconds = values["seconds"]
+    if type(seconds) not in (int, float) or not 0 <= seconds < 2**63:
+        raise ValueError(f"seconds: expected 0 or more, got {seconds}")
+    _check_fields(LossSpikes, values["spikes"])
+    if values["plateau"] is not None:
+        _check_fields(Plateau, values["plateau"])
+    try:
+        check_random_state(values["random"], device)
+    except Exception as error:  # each generator has its own
+        raise ValueError(f"random: expected states of the generators, got {type(error).__name__}: {error}") from None
+
+
+def _check_fields(kind: type[LossSpikes] | type[Plateau], values: Any) -> None:
+    """Raise ValueError unless the values are those of the fields of LossSpikes or Plateau."""
+    types = {f.name: f.type for f in fields(kind)}
+    if not isinstance(values, dict) or values.keys() != types.keys():
+        raise ValueError(f"expected {', '.join(types)}, got {values}")
+    for name, value in values.items():
+        of_type = (type(value) is int and abs(value) < 2**63) or (types[name] == "float" and type(value) is float)
+        if not of_type or math.isnan(value) or (value < 0 and name not in ("mean", "total", "best")):
+            raise ValueError(f"{name}: expected a number of type {types[name]}, got {value}")
 
 
 def new_state(

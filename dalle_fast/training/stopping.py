@@ -10,7 +10,7 @@ from types import FrameType
 
 
 class TrainingStopped(Exception):
-    """SIGINT or SIGTERM: the run has saved its state and goes on from there next time."""
+    """SIGINT, SIGTERM or SIGHUP: the run has saved its state and goes on from there next time."""
 
     def __init__(self, signum: int, step: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}, saved after step {step}")
@@ -19,17 +19,22 @@ class TrainingStopped(Exception):
 
 
 class TrainingDiverged(Exception):
-    """Too many steps in a row had no finite gradient."""
+    """Too many steps in a row, or the last ones, had no finite gradient; or the trained model is not finite."""
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying from them; a second signal has its usual effect."""
+    """Collect SIGINT, SIGTERM and SIGHUP instead of dying from them; a second signal has its usual effect.
+
+    SIGHUP, of a terminal that is closed, stays ignored under ``nohup``.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield received
         return
-    earlier = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    earlier = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if earlier[signal.SIGHUP] == signal.SIG_IGN:
+        del earlier[signal.SIGHUP]
 
     def restore() -> None:
         for signum, handler in earlier.items():

@@ -7,10 +7,10 @@ trains any of them.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ import torch
 from ..config import CLIPConfig, DALLEConfig
 from ..data.augment import augment_dalle, center_crop_resize
 from ..data.batches import Batch, Batches, Corpus, collate
-from ..data.pairs import BrokenSample, Pair
+from ..data.codes import EncodedPairs
+from ..data.pairs import BrokenSample, Pair, Pairs, Skipped
+from ..data.sources.view import fingerprint_of
 from ..distributed.start import Start
 from ..distributed.world import ALONE, World
 from ..models.base import TrainableModel
@@ -63,6 +65,14 @@ def check_memory(
         print(plan, file=sys.stderr)
 
 
+def describe_corpus(pairs: Corpus) -> str:
+    """Number of pairs and, if they have names, a hash of names and captions spread over them: to tell corpora apart."""
+    if isinstance(pairs, EncodedPairs):
+        return f"{len(pairs)} codes of {pairs.source} by dVAE {pairs.fingerprint}, draws {pairs.draws}"
+    named = hasattr(pairs, "name") and hasattr(pairs, "caption")
+    return f"{len(pairs)} pairs" + (f" of hash {fingerprint_of(cast(Pairs, pairs))}" if named else "")
+
+
 class CorpusTask:
     """The data side of a task.
 
@@ -89,32 +99,53 @@ class CorpusTask:
     ) -> None:
         self._batches = Batches(pairs, config.batch_size, sample, config.seed, config.workers, world.rank, world.size)
         self._world = world
+        self.corpus = describe_corpus(pairs)
         self._val_pairs = val_pairs
         self._val_sample = val_sample
         self._val_samples = config.val_samples
         self._val_batch_size = config.batch_size // world.size
+        self._val_skipped: Counter[Skipped] = Counter()
+        self._check_validation()
 
     def batches(self, start: int) -> Iterator[Batch]:
         return self._batches.iterate(start)
 
     def validation(self) -> Iterator[tuple[Batch, int]]:
-        """Batches of held-out samples, spread evenly over their corpus; broken ones are skipped."""
-        if self._val_pairs is None:
-            return
-        total = len(self._val_pairs)
-        count = min(total, self._val_samples)
+        """Batches of held-out samples, spread evenly over their corpus; broken ones are skipped and reported."""
         samples: list[Sample] = []
-        for i in range(count):
-            with suppress(BrokenSample):
-                samples.append(self._val_sample(self._val_pairs[i * total // count]))
-            if samples and (len(samples) == self._val_batch_size or i == count - 1):
+        for sample in self._read_validation(self._val_skipped):
+            samples.append(sample)
+            if len(samples) == self._val_batch_size:
                 yield collate(samples), len(samples)
                 samples = []
+        if samples:
+            yield collate(samples), len(samples)
+
+    def _read_validation(self, skipped: Counter[Skipped]) -> Iterator[Sample]:
+        pairs = self._val_pairs if self._val_pairs is not None else ()
+        count = min(len(pairs), self._val_samples)
+        for i in range(count):
+            try:
+                yield self._val_sample(pairs[i * len(pairs) // count])
+            except BrokenSample as error:
+                skipped[Skipped(error.name, error.reason)] += 1
+
+    def _check_validation(self) -> None:
+        """Raise ValueError if none of the held-out samples can be read: before the first step, not long after it."""
+        skipped: Counter[Skipped] = Counter()
+        if self._val_pairs is None or any(True for _ in self._read_validation(skipped)):
+            return
+        name, reason = next(iter(skipped), ("", "no pairs"))
+        raise ValueError(f"val: expected readable samples, got {skipped.total()} broken ones, such as {name}: {reason}")
+
+    def continue_report(self, path: Path) -> None:
+        if self._world.is_first:
+            self._batches.continue_report(path)
 
     def report_skipped(self, path: Path) -> None:
         _, *others = self._world.gather(self._batches.skipped)
-        if self._world.is_first:
-            self._batches.write_report(path, others)
+        if self._world.is_first:  # every process reads all held-out samples
+            self._batches.write_report(path, [*others, self._val_skipped])
 
 
 # ---------------------------------------------------------------------------------------------- captioned samples

@@ -49,7 +49,7 @@ models.KINDS["toy"] = (Toy, ToyConfig)
 class ToyTask:
     """Noise from every global generator, and batches that depend on the step: a resumed run must restore both."""
 
-    kind, start, scales = "toy", None, None
+    kind, corpus, start, scales = "toy", "noise", None, None
 
     def __init__(self) -> None:
         self.model = Toy(ToyConfig())
@@ -67,6 +67,9 @@ class ToyTask:
 
     def validation(self) -> list:
         return []
+
+    def continue_report(self, path: Path) -> None:
+        pass
 
     def report_skipped(self, path: Path) -> None:
         path.write_text("")

@@ -72,7 +72,7 @@ def checkpoint(out: Path, kind: str) -> dict:
     tensors = {name: torch.empty_like(t, device="cpu") for name, t in saved_tensors(path).items()}
     load_tensors(path, tensors)
     values = json.loads((path / RUN_FILE).read_text())
-    return {name: value for name, value in values.items() if name != "files"} | tensors
+    return {name: value for name, value in values.items() if name not in ("checksum", "files")} | tensors
 
 
 def part(content: dict, name: str) -> dict:
