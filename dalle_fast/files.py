@@ -18,6 +18,7 @@ import os
 import secrets
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,3 +137,12 @@ def _record(line: str) -> dict[str, Any] | None:
 
 def _is_number(value: Any) -> bool:
     return (type(value) is int and abs(value) < 2**63) or (type(value) is float and math.isfinite(value))
+
+
+def crc_of(path: Path) -> int:
+    """The CRC-32 of a file, which tells damage, not malice."""
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc

@@ -301,3 +301,58 @@ def test_a_source_that_changes_while_it_is_filtered(tmp_path: Path) -> None:
     assert [REASONS[reason] for reason in reasons] == 4 * ["kept"] + 4 * ["broken image"]
     with pytest.raises(ValueError, match=r"pairs: expected them as they were when they were opened, got b\.tar: "):
         filter_pairs(tmp_path / "kept", tmp_path, pairs, Filters(language="none"))
+
+
+@pytest.fixture
+def view(tmp_path: Path) -> Path:
+    source = write_folder(tmp_path / "source", {f"{i}.png": (png(), f"caption {i}") for i in range(6)})
+    write_view(tmp_path / "view", source, open_pairs(source), [Dropped(1, "red", {})], {})
+    return tmp_path / "view"
+
+
+def test_every_changed_byte_of_the_indices_is_noticed(view: Path) -> None:
+    whole = (view / "kept.npy").read_bytes()
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        (view / "kept.npy").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"kept\.npy: expected it as it was written, got other bytes"):
+            open_pairs(view)
+
+
+@pytest.mark.parametrize(
+    "kept", [[0, 2, 1, 4, 5], [0, 1, 1, 2, 3], [-1, 0, 1, 2, 3], [0, 1, 2, 3, 6], [0, 1, 2, 3, 2**62]]
+)
+def test_views_without_a_checksum_open_with_indices_that_fit(view: Path, kept: list[int]) -> None:
+    content = json.loads((view / "view.json").read_text())
+    del content["kept_crc"]
+    (view / "view.json").write_text(json.dumps(content))
+    assert len(open_pairs(view)) == 5
+    np.save(view / "kept.npy", np.array(kept))
+    with pytest.raises(ValueError, match=r"view: expected .*indices .*kept\.npy"):
+        open_pairs(view)
+    np.save(view / "kept.npy", np.array(kept, np.float64))
+    with pytest.raises(ValueError, match="expected 5 indices, got float64"):
+        open_pairs(view)
+
+
+def test_a_view_of_itself_is_an_error(view: Path, tmp_path: Path) -> None:
+    write_view(tmp_path / "outer", view, open_pairs(view), [], {})
+    (tmp_path / "alias").symlink_to(tmp_path / "outer")
+    content = json.loads((view / "view.json").read_text())
+    for source in ("view", "outer", "alias"):
+        (view / "view.json").write_text(json.dumps({**content, "source": str(tmp_path / source)}))
+        for opened in ("view", "outer", "alias"):
+            with pytest.raises(ValueError, match="view: expected a view of a source, got a view of itself in"):
+                open_pairs(tmp_path / opened)
+
+
+@pytest.mark.parametrize(
+    "change", [{"source": 3}, {"source": None}, {"fingerprint": []}, {"kept": "5"}, {"format": []}]
+)
+def test_other_types_in_a_view_are_named(view: Path, change: dict) -> None:
+    content = json.loads((view / "view.json").read_text())
+    for text in (json.dumps({**content, **change}), "[" * 200_000, '{"a":' * 200_000):
+        (view / "view.json").write_text(text)
+        with pytest.raises(ValueError, match=r"view: expected view\.json and kept\.npy in"):
+            open_pairs(view)

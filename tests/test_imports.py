@@ -16,19 +16,19 @@ PACKAGE = ROOT / "dalle_fast"
 CSRC = ROOT / "csrc"
 
 BINARIES = {"_C", "_host", "_build_info"}  # made by setup.py
-LEAVES = {"_lazy", "config", "files", "mask", "minifloat"}
+LEAVES = {"_lazy", "captions", "config", "files", "mask", "minifloat"}
 MODELS = {"ops", "sampling", *LEAVES}
 TOOLS = {"data", "distributed", "figures", "models", "tokenizer", *MODELS}
 # Each room of the package, from the bottom up, and the rooms that it may import: arrows only go down.
 ROOMS: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "figures": {"files"},
-    "tokenizer": {"_host", "files"},
+    "tokenizer": {"_host", "captions", "files"},
     "reference": {"mask", "minifloat"},
     "ops": {"_C", "_build_info", "mask", "reference"},
     "sampling": {"config", "ops"},
     "models": MODELS,
-    "data": {"_host", "_lazy", "files", "tokenizer"},
+    "data": {"_host", "_lazy", "captions", "files", "tokenizer"},
     "distributed": {"minifloat", "models"},
     "pipeline": {"config", "data", "distributed", "figures", "files", "models", "sampling", "tokenizer"},
     "training": TOOLS,

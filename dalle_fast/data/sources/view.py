@@ -1,14 +1,15 @@
 """Views: some of the pairs of a source, without a copy of any.
 
 A view is a folder of ``view.json`` (the source, its fingerprint, the number of pairs kept, and dropped for each
-reason), ``kept.npy`` (int64, the indices of the pairs kept, ascending) and ``dropped.jsonl`` (index, name and reason of
-each other pair). It is a source like any other: ``open_pairs`` reads it, and there may be views of it.
+reason, the CRC-32 of ``kept.npy``), ``kept.npy`` (int64, the indices of the pairs kept, ascending) and
+``dropped.jsonl`` (index, name and reason of each other pair). It is a source like any other: ``open_pairs`` reads it,
+and there may be views of it.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
+import itertools
 import json
 import os
 from collections import Counter
@@ -18,13 +19,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...files import new_folder
-from ..pairs import BrokenSample, Pair, Pairs, Skipped, check_index
+from ...files import crc_of, new_folder
+from ..pairs import BrokenSample, Pair, Pairs, Skipped, captions_at, check_index
+from .names import absolute_source
 
 VIEW = "view.json"
 _KEPT, _DROPPED = "kept.npy", "dropped.jsonl"
 _FORMAT = "dalle_fast.view"
 _PROBES = 256  # pairs that a fingerprint reads
+_BLOCK = 1 << 20  # indices that are checked at once
 
 
 class Dropped(NamedTuple):
@@ -42,6 +45,7 @@ class View:
         self._pairs = pairs
         self._folder = folder
         self._kept = np.load(folder / _KEPT, mmap_mode="r")
+        _check_kept(self._kept, len(pairs), folder)
 
     def __reduce__(self) -> Any:  # else data workers that are spawned would get a copy of the indices
         return View, (self._pairs, self._folder)
@@ -57,10 +61,20 @@ class View:
         return self._pairs[self._place(index)]
 
     def captions(self) -> Iterator[str]:
-        return (self.caption(index) for index in range(len(self)))
+        return itertools.chain.from_iterable(map(self.all_captions, range(len(self))))
 
     def caption(self, index: int) -> str:
         return self._pairs.caption(self._place(index))
+
+    def all_captions(self, index: int) -> list[str]:
+        """All captions of an image."""
+        return captions_at(self._pairs, self._place(index))
+
+    def seen_in(self, epoch: int, index: int) -> Pair:
+        """The pair as an epoch sees it: with another of the image's captions each time, in turn."""
+        place = self._place(index)
+        seen_in = getattr(self._pairs, "seen_in", None)
+        return seen_in(epoch, place) if seen_in else self._pairs[place]
 
     def name(self, index: int) -> str:
         return self._pairs.name(self._place(index))
@@ -79,7 +93,8 @@ def fingerprint_of(pairs: Pairs) -> str:
     digest = hashlib.blake2b(str(len(pairs)).encode(), digest_size=16)
     for index in np.linspace(0, len(pairs) - 1, min(_PROBES, len(pairs)), dtype=np.int64).tolist():
         try:
-            digest.update(f"\0{pairs.name(index)}\0{pairs.caption(index)}".encode(errors="surrogateescape"))
+            captions = "\n".join(captions_at(pairs, index))
+            digest.update(f"\0{pairs.name(index)}\0{captions}".encode(errors="surrogateescape"))
         except BrokenSample as error:
             raise ValueError(f"pairs: expected them as they were when they were opened, got {error}") from None
     return digest.hexdigest()
@@ -91,16 +106,39 @@ def read_view(folder: Path) -> tuple[str, str]:
     Raises:
         ValueError: the folder is no intact view.
     """
+    path = folder / _KEPT
     try:
         view = json.loads((folder / VIEW).read_text(encoding="utf-8"))
         if view["format"] != _FORMAT:
             raise ValueError(f"got the format {view['format']}")
-        kept = np.load(folder / _KEPT, mmap_mode="r").shape
-        if kept != (view["kept"],):
-            raise ValueError(f"expected {view['kept']} indices, got {list(kept)}")
-        return view["source"], view["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        source, fingerprint = view["source"], view["fingerprint"]
+        if not isinstance(source, str) or not isinstance(fingerprint, str):
+            raise ValueError(f"expected names of the source and its fingerprint, got {source!r} and {fingerprint!r}")
+        if not path.is_file():
+            raise ValueError(f"{_KEPT}: no such file")
+        if "kept_crc" in view and crc_of(path) != view["kept_crc"]:  # older views have none
+            raise ValueError(f"{path}: expected it as it was written, got other bytes")
+        try:
+            kept = np.load(path, mmap_mode="r")
+        except Exception as error:  # on damaged bytes numpy raises nearly anything
+            raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
+        if kept.shape != (view["kept"],) or kept.dtype != np.dtype("<i8"):
+            raise ValueError(f"expected {view['kept']} indices, got {kept.dtype} {[*kept.shape]}")
+        return source, fingerprint
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"view: expected {VIEW} and {_KEPT} in {folder}, got {error}") from None
+
+
+def _check_kept(kept: np.ndarray, count: int, folder: Path) -> None:
+    """Raise ValueError unless the indices ascend from 0 or more to less than ``count``."""
+    last = -1
+    for start in range(0, len(kept), _BLOCK):
+        block = kept[start : start + _BLOCK]
+        if block[0] <= last or (np.diff(block) <= 0).any():
+            raise ValueError(f"view: expected ascending indices in {folder / _KEPT}, got others from number {start} on")
+        last = int(block[-1])
+    if last >= count:
+        raise ValueError(f"view: expected indices up to {count - 1} in {folder / _KEPT}, got {last}")
 
 
 def write_view(
@@ -122,9 +160,7 @@ def write_view(
     """
     counts: Counter[str] = Counter()
     keeps = np.ones(len(pairs), bool)
-    source = os.fspath(source)
-    if os.path.exists(source) or glob.has_magic(source):
-        source = os.path.abspath(source)
+    source = absolute_source(os.fspath(source))
     with new_folder(folder) as partial:
         with (partial / _DROPPED).open("w", encoding="utf-8") as file:
             for row, reason, details in dropped:
@@ -142,6 +178,7 @@ def write_view(
             "fingerprint": fingerprint_of(pairs),
             "pairs": len(pairs),
             "kept": len(kept),
+            "kept_crc": crc_of(partial / _KEPT),
             "dropped": dict(counts),
             "settings": settings,
         }
