@@ -98,18 +98,19 @@ def on_torch_attention(model: df.DALLE) -> df.DALLE:
 @torch.no_grad()
 def torch_generate(model: df.DALLE, text: torch.Tensor) -> torch.Tensor:
     """Sampling as it is usually written: a full cache, torch's attention, torch.multinomial."""
+    model.renew_packed_weights()
     x = model.embed_text(text)
     for layer in model.layers:
         x = x + layer.attn.prefill(layer.attn_norm(x))
-        x = x + layer.mlp(layer.mlp_norm(x))
+        x = x + layer.sampling_mlp(layer.mlp_norm(x))
     drawn = []
     for i in range(model.cfg.image_len):
-        logits = model.to_image(model.norm(x[:, -1]))
+        logits = model.to_image.sampling(model.norm(x[:, -1]))
         drawn.append(torch.multinomial(logits.softmax(-1), 1))
         x = model.embed_image(drawn[-1], torch.tensor([i]))
         for layer in model.layers:
             x = x + layer.attn.decode(layer.attn_norm(x), model.cfg.text_len + i)
-            x = x + layer.mlp(layer.mlp_norm(x))
+            x = x + layer.sampling_mlp(layer.mlp_norm(x))
     return torch.cat(drawn, 1)
 
 

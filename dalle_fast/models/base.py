@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import nn
@@ -14,10 +15,12 @@ class TrainableModel(nn.Module, ABC):
 
     Attributes:
         cfg: its sizes, a dataclass of ``dalle_fast.config``.
+        trained_with: by name, the hashes of the parts of a system that it was trained with; empty if unknown.
         entry_points: methods beside ``forward`` that are called from outside and read parameters.
     """
 
     cfg: Any
+    trained_with: Mapping[str, str] = MappingProxyType({})
     entry_points: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

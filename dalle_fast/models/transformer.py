@@ -126,13 +126,14 @@ class Layer(nn.Module):
     def prefill(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         attended, k, v = self.attn.prefill(self.attn_norm(x))
         x = x + attended
-        return x + self._sampling_mlp(self.mlp_norm(x)), k, v
+        return x + self.sampling_mlp(self.mlp_norm(x)), k, v
 
     def decode(self, x: torch.Tensor, caches: Caches, position: torch.Tensor) -> torch.Tensor:
         x = x + self.attn.decode(self.attn_norm(x), caches, position)
-        return x + self._sampling_mlp(self.mlp_norm(x))
+        return x + self.sampling_mlp(self.mlp_norm(x))
 
-    def _sampling_mlp(self, x: torch.Tensor) -> torch.Tensor:
+    def sampling_mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """The MLP as in sampling, see ``Linear``."""
         up, gelu, down = self.mlp
         return down.sampling(gelu(up.sampling(x)))
 
@@ -276,7 +277,8 @@ class DALLE(TrainableModel):
         self.packed_format = format
         return self
 
-    def _renew_packed_weights(self) -> None:
+    def renew_packed_weights(self) -> None:
+        """Copy the weights as they are now, if ``pack`` has asked for that."""
         on_cpu = self.device.type == "cpu" and self.start.dtype == torch.float32
         for module in self.modules():
             if isinstance(module, Linear):
@@ -289,7 +291,7 @@ class DALLE(TrainableModel):
         Copies the weights first, if ``pack`` has asked for that.
         """
         self.check_text(text_tokens)
-        self._renew_packed_weights()
+        self.renew_packed_weights()
         x = self.embed_text(text_tokens)
         caches = []
         for layer in self.layers:
