@@ -29,7 +29,7 @@ def _check_number(name: str, value: Any) -> None:
 
 def _check_multiple(name: str, value: int, of: str, unit: int) -> None:
     if value % unit:
-        raise ValueError(f"{name}: expected a multiple of {of} {unit}, got {value}")
+        raise ValueError(f"{name}: expected a multiple of {unit} ({of}), got {value}")
 
 
 def _shown(value: Any) -> str:

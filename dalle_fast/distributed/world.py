@@ -170,13 +170,13 @@ def join_world(device: str, parallel: Literal["fsdp", "ddp"] = "fsdp") -> Iterat
     Raises:
         ValueError: an environment that torchrun does not make, a device that is not there, or one with an index.
     """
-    place = check_device(device)
     _, size = this_process()
+    if size > 1 and device not in BACKENDS:
+        raise ValueError(f"device: expected one of {', '.join(BACKENDS)} with many processes, got {device}")
+    place = check_device(device)
     if size == 1:
         yield ALONE
         return
-    if place.index is not None:
-        raise ValueError(f"device: expected one of {', '.join(BACKENDS)} with many processes, got {device}")
     rank, on_node = _from_environment("RANK"), _from_environment("LOCAL_WORLD_SIZE")
     if not 0 <= rank < size or not 1 <= on_node <= size or size % on_node:
         raise ValueError(

@@ -323,7 +323,7 @@ class DALLE(TrainableModel):
         Args:
             text_tokens: encoded captions, int64 [P, T].
             n: candidates for each caption.
-            sampling: temperature, top_k, top_p, guidance and seed.
+            sampling: temperature, top_k, top_p, guidance and seed. A caption's codes do not depend on the others.
             image_prompt: codes [h, w] and a bool map [h, w] of those to keep. The others must be a rectangle that
                 reaches the bottom-right corner; they are sampled. Leading rows are the paper's image prompts.
 
@@ -337,6 +337,7 @@ class DALLE(TrainableModel):
         h, w, image_len = self.cfg.height, self.cfg.width, self.cfg.image_len
         if image_prompt is not None:
             check_image_prompt(image_prompt, h, w, self.cfg.image_vocab)
+        prompts = len(text_tokens)
         guidance = self.cfg.guidance if sampling.guidance is None else sampling.guidance
         if guidance != 1.0:
             empty = torch.arange(self.cfg.text_len, device=self.device) + self.cfg.text_vocab
@@ -345,5 +346,5 @@ class DALLE(TrainableModel):
         logits, caches = self.prefill(text_tokens, n)
         decode = partial(self.decode, caches=caches)
         first = logits.repeat_interleave(n, 0)
-        *_, codes = draw_codes(decode, first, image_len, sampling, guidance, image_prompt, every=image_len)
+        *_, codes = draw_codes(decode, first, image_len, sampling, guidance, image_prompt, image_len, prompts)
         return codes.view(-1, h, w)
