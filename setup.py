@@ -9,6 +9,8 @@ every address, or of what threads do to the same memory.
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import sysconfig
 from pathlib import Path
 
@@ -79,6 +81,9 @@ def check_toolchain() -> None:
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not header.exists():
         raise SystemExit(f"{header} is missing: install Python's headers (Debian, Ubuntu: apt-get install python3-dev)")
+    compiler = (shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]
+    if shutil.which(compiler) is None:
+        raise SystemExit(f"{compiler} is missing: install a C++ compiler (Debian, Ubuntu: apt-get install g++)")
 
 
 def cuda_as_cpp() -> list[str]:
@@ -127,6 +132,7 @@ class Build(BuildExtension):
     """Compiles, then records what was built and why in ``dalle_fast/_build_info.py``."""
 
     def run(self) -> None:
+        check_toolchain()
         super().run()
         target = Path(self.get_ext_fullpath("dalle_fast._C")).parent / "_build_info.py"
         target.write_text(
@@ -136,6 +142,5 @@ class Build(BuildExtension):
         )
 
 
-check_toolchain()
 WITH_CUDA, CUDA_REASON = cuda_decision()
 setup(ext_modules=[torch_ops(WITH_CUDA), *host_module()], cmdclass={"build_ext": Build})

@@ -64,24 +64,28 @@ class TorchAttention(torch.nn.Module):
 
     def prefill(self, x: torch.Tensor) -> torch.Tensor:
         """Text of all candidates; starts the cache of the whole stream."""
-        q, k, v = self.ours.heads(x)
+        q, k, v = self.ours.heads(x, sampling=True)
         room = (len(q), q.shape[1], len(self.dense), q.shape[3])
         self.cache_k, self.cache_v = q.new_zeros(room), q.new_zeros(room)
         self.cache_k[:, :, : q.shape[2]], self.cache_v[:, :, : q.shape[2]] = k, v
-        return self.ours.merge(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        return self.ours.merge(F.scaled_dot_product_attention(q, k, v, is_causal=True), sampling=True)
 
     def decode_anywhere(self, x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         """At an index [1] that only the device knows: attends to the whole cache, most of it masked."""
-        q, k, v = self.ours.heads(x)
+        q, k, v = self.ours.heads(x, sampling=True)
         self.cache_k.index_copy_(2, at, k)
         self.cache_v.index_copy_(2, at, v)
-        return self.ours.merge(F.scaled_dot_product_attention(q, self.cache_k, self.cache_v, attn_mask=self.dense[at]))
+        return self.ours.merge(
+            F.scaled_dot_product_attention(q, self.cache_k, self.cache_v, attn_mask=self.dense[at]), sampling=True
+        )
 
     def decode(self, x: torch.Tensor, at: int) -> torch.Tensor:
-        q, k, v = self.ours.heads(x)
+        q, k, v = self.ours.heads(x, sampling=True)
         self.cache_k[:, :, at : at + 1], self.cache_v[:, :, at : at + 1] = k, v
         k, v = self.cache_k[:, :, : at + 1], self.cache_v[:, :, : at + 1]
-        return self.ours.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=self.dense[at : at + 1, : at + 1]))
+        return self.ours.merge(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=self.dense[at : at + 1, : at + 1]), sampling=True
+        )
 
 
 def on_torch_attention(model: df.DALLE) -> df.DALLE:
@@ -94,18 +98,19 @@ def on_torch_attention(model: df.DALLE) -> df.DALLE:
 @torch.no_grad()
 def torch_generate(model: df.DALLE, text: torch.Tensor) -> torch.Tensor:
     """Sampling as it is usually written: a full cache, torch's attention, torch.multinomial."""
+    model.renew_packed_weights()
     x = model.embed_text(text)
     for layer in model.layers:
         x = x + layer.attn.prefill(layer.attn_norm(x))
-        x = x + layer.mlp(layer.mlp_norm(x))
+        x = x + layer.sampling_mlp(layer.mlp_norm(x))
     drawn = []
     for i in range(model.cfg.image_len):
-        logits = model.to_image(model.norm(x[:, -1]))
+        logits = model.to_image.sampling(model.norm(x[:, -1]))
         drawn.append(torch.multinomial(logits.softmax(-1), 1))
         x = model.embed_image(drawn[-1], torch.tensor([i]))
         for layer in model.layers:
             x = x + layer.attn.decode(layer.attn_norm(x), model.cfg.text_len + i)
-            x = x + layer.mlp(layer.mlp_norm(x))
+            x = x + layer.sampling_mlp(layer.mlp_norm(x))
     return torch.cat(drawn, 1)
 
 

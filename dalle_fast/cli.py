@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 from functools import reduce
@@ -12,6 +14,8 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import subcommand
 
+import dalle_fast
+
 from .commands.about import info, plan, plot
 from .commands.data import dedup, emoji, encode, filter_, index
 from .commands.images import demo, generate, reconstruct
@@ -19,6 +23,7 @@ from .commands.train import training_commands
 from .config import PRESETS
 from .training import TrainingDiverged, TrainingStopped
 
+SIGPIPE = 13
 DESCRIPTION = "DALL-E (2021): train it, and generate images from captions."
 
 
@@ -55,19 +60,48 @@ def _preset(args: Sequence[str]) -> str:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run a command; its exit code: 0, 2 for bad input, 128 + the signal for a training that was stopped."""
+    """Run a command; its exit code: 0, 2 for bad input, 128 + the signal for a training that was stopped.
+
+    With ``DALLE_FAST_TRACEBACK=1`` an error that no command expects is not turned into a line, to see where it is from.
+    """
     args = sys.argv[1:] if args is None else args
+    if [*args] == ["--version"]:
+        print(f"dalle-fast {dalle_fast.__version__}")
+        return 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of a terminal that cannot show a caption or a name
     try:
-        _parse(args)
+        try:
+            _parse(args)
+        finally:
+            sys.stdout.flush()  # a reader that has gone away is noticed here
     except TrainingStopped as stopped:
         print(f"dalle-fast: {stopped}; run the same command again to resume", file=sys.stderr)
         return 128 + stopped.signum
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        _close_stdout()
+        return 128 + SIGPIPE
     except (ValueError, OSError, ImportError, TrainingDiverged) as error:
-        print(f"dalle-fast: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _fail(str(error))
+    except MemoryError as error:
+        return _fail(f"out of memory {error}")
+    except Exception as error:
+        if os.environ.get("DALLE_FAST_TRACEBACK") == "1":
+            raise
+        return _fail(f"{type(error).__name__}: {error} (DALLE_FAST_TRACEBACK=1 shows where)")
     return 0
+
+
+def _fail(message: str) -> int:
+    print(f"dalle-fast: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _close_stdout() -> None:
+    """Have Python not complain at its end that what is left cannot be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -3,7 +3,39 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+LARGEST = 2**31 - 1  # of any size; kernels count in 32 bits
+LARGEST_EDGE = 2**14  # of an image, in pixels
+
+
+def _check_sizes(cfg: Any) -> None:
+    """Raise ValueError unless every ``int`` field of a config is an integer from 1 to LARGEST."""
+    for item in fields(cfg):
+        if item.type == "int":
+            _check_size(item.name, getattr(cfg, item.name))
+
+
+def _check_size(name: str, value: Any, largest: int = LARGEST) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+        raise ValueError(f"{name}: expected an integer from 1 to {largest}, got {_shown(value)}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {_shown(value)}")
+
+
+def _check_multiple(name: str, value: int, of: str, unit: int) -> None:
+    if value % unit:
+        raise ValueError(f"{name}: expected a multiple of {unit} ({of}), got {value}")
+
+
+def _shown(value: Any) -> str:
+    """The value for a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 @dataclass(frozen=True)
@@ -19,7 +51,17 @@ class DVAEConfig:
     gain: float | None = None  # factor on a resblock's branch; None: 1 / n_layers^2, too small for a short training
 
     def __post_init__(self) -> None:
-        if not self.groups or self.image_size % self.downsampling:
+        _check_sizes(self)
+        _check_size("image_size", self.image_size, largest=LARGEST_EDGE)
+        if not isinstance(self.groups, tuple) or not 1 <= len(self.groups) <= 15:
+            raise ValueError(f"groups: expected a tuple of 1 to 15 width multiples, got {_shown(self.groups)}")
+        for multiple in self.groups:
+            _check_size("groups", multiple)
+        if self.n_hid * min(self.groups) < 4:
+            raise ValueError(f"n_hid: expected groups of width 4 or more, got {self.n_hid} * {min(self.groups)}")
+        if self.gain is not None:
+            _check_number("gain", self.gain)
+        if self.image_size % self.downsampling:
             raise ValueError(f"image_size: expected a multiple of {self.downsampling}, got {self.image_size}")
 
     @property
@@ -54,8 +96,12 @@ class DALLEConfig:
     guidance: float = 1.0  # default weight of the caption in sampling; above 1 needs training with caption dropout
 
     def __post_init__(self) -> None:
-        if self.d_model % self.head_dim:
-            raise ValueError(f"d_model: expected a multiple of head_dim {self.head_dim}, got {self.d_model}")
+        _check_sizes(self)
+        _check_size("kernel", self.kernel, largest=LARGEST_EDGE)
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel: expected an odd number, got {self.kernel}")
+        _check_number("guidance", self.guidance)
+        _check_multiple("d_model", self.d_model, "head_dim", self.head_dim)
 
     @property
     def n_head(self) -> int:
@@ -82,8 +128,11 @@ class CLIPConfig:
     embed_dim: int = 512
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size: expected a multiple of {self.patch_size}, got {self.image_size}")
+        _check_sizes(self)
+        _check_size("image_size", self.image_size, largest=LARGEST_EDGE)
+        _check_multiple("image_size", self.image_size, "patch_size", self.patch_size)
+        _check_multiple("vision_width", self.vision_width, "head_dim", self.head_dim)
+        _check_multiple("text_width", self.text_width, "head_dim", self.head_dim)
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,18 @@ def contact_sheet(images: torch.Tensor, labels: Sequence[str] = (), columns: int
     cell_width, cell_height = edge + GAP, edge + text_height + GAP
     sheet = Image.new("RGB", (columns * cell_width + GAP, rows * cell_height + GAP), "white")
     pen = ImageDraw.Draw(sheet)
-    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    for i, image in enumerate(pixels):
+    for i, image in enumerate(to_pillow(images)):
         left, top = GAP + i % columns * cell_width, GAP + i // columns * cell_height
-        sheet.paste(Image.fromarray(image).resize((edge, edge), Image.Resampling.NEAREST), (left, top))
+        sheet.paste(image.resize((edge, edge), Image.Resampling.NEAREST), (left, top))
         for j, line in enumerate(lines[i] if i < len(lines) else ()):
             pen.text((left, top + edge + 14 * j), line, fill="black", font=font)
     return sheet
+
+
+def to_pillow(images: torch.Tensor) -> list[Image.Image]:
+    """Images, float [B, 3, S, S] in [0, 1], as Pillow's, 8 bits per value."""
+    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(image) for image in pixels]
 
 
 def _wrap(label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

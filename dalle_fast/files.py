@@ -20,7 +20,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,22 @@ def check_new(path: str | Path) -> None:
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"output folder: expected a new or empty one, got {path}")
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise OSError unless ``write_atomically`` can write this file; makes missing folders above it."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"output file: expected the name of a file, got the folder {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial_name(path)
+    try:
+        partial.touch()
+    except OSError as error:
+        raise OSError(f"output file: expected a folder that can be written, got {path.parent} ({error})") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -11,14 +11,17 @@ import torch
 from .config import Sampling
 from .data.augment import center_crop_resize
 from .data.batches import collate
+from .distributed.world import check_device
 from .figures import contact_sheet, save_image
 from .files import sha256_of
-from .models import CLIP, DALLE, DiscreteVAE, load_model
+from .models import CLIP, DALLE, DiscreteVAE, hash_of, load_model
+from .models.precision import float32_by_default
 from .sampling import ImagePrompt, leading
 from .tokenizer import Tokenizer
 
 BUILT_IN = Path(__file__).parent / "pretrained"  # one folder per model that ships with the package
 BATCH = 64  # candidates sampled together
+TOP = 8  # images that are kept, unless another number is given or there are fewer
 
 
 def find_system(folder_or_name: str | Path) -> Path:
@@ -28,6 +31,8 @@ def find_system(folder_or_name: str | Path) -> Path:
         FileNotFoundError: neither a folder nor a name.
     """
     folder = Path(folder_or_name)
+    if not str(folder_or_name):  # else the current folder
+        raise FileNotFoundError("model: expected a folder or a built-in name, got an empty one")
     if not folder.is_dir() and len(folder.parts) == 1:
         folder = BUILT_IN / folder_or_name
     if not folder.is_dir():
@@ -86,7 +91,9 @@ class TextToImage:
     clip: CLIP
 
     @classmethod
-    def load(cls, folder_or_name: str | Path, weights: str = "float32", device: str = "cpu") -> TextToImage:
+    def load(
+        cls, folder_or_name: str | Path, weights: str = "float32", device: str | torch.device = "cpu"
+    ) -> TextToImage:
         """Open a folder that training wrote, or a built-in model by its name.
 
         Args:
@@ -96,11 +103,14 @@ class TextToImage:
 
         Raises:
             FileNotFoundError: no such folder or name, or a part of it is missing.
-            ValueError: the parts do not belong together.
+            ValueError: the device is not there, a part is damaged, or the parts do not belong together.
         """
+        place = check_device(device)
         folder = find_system(folder_or_name)
-        tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        dvae, dalle, clip = (load_model(folder / f"{kind}.safetensors", kind) for kind in ("dvae", "dalle", "clip"))
+        tokenizer = load_tokenizer(folder)
+        dvae, dalle, clip = (
+            load_model(_part(folder, kind, f"{kind}.safetensors"), kind) for kind in ("dvae", "dalle", "clip")
+        )
         for name, size in (("text_vocab", tokenizer.vocab_size), ("text_len", tokenizer.text_len)):
             if getattr(dalle.cfg, name) != size or getattr(clip.cfg, name) != size:
                 raise ValueError(f"{name} in {folder}: expected the tokenizer's {size} in dalle and clip")
@@ -109,34 +119,50 @@ class TextToImage:
             raise ValueError(f"image codes in {folder}: expected the dvae's grid and vocabulary in dalle, got {grid}")
         if clip.cfg.image_size != dvae.cfg.image_size:
             raise ValueError(f"image_size in {folder}: expected the dvae's {dvae.cfg.image_size} in clip")
-        if torch.device(device).type == "cpu":
-            dalle.pack(weights)
-        return cls(tokenizer, dvae.to(device), dalle.to(device), clip.to(device))
+        parts = {"tokenizer": tokenizer.fingerprint, "dvae": hash_of(dvae)}
+        for name, model in (("dalle", dalle), ("clip", clip)):
+            for part, expected in model.trained_with.items():
+                if parts.get(part) != expected:
+                    raise ValueError(f"{part} in {folder}: expected the one that {name} was trained with, got another")
+        dalle.pack(weights)
+        with torch.inference_mode(False):
+            return cls(tokenizer, dvae.to(place), dalle.to(place), clip.to(place))
 
     @torch.no_grad()
+    @float32_by_default()
     def __call__(
         self,
         caption: str,
         n: int = 64,
-        top: int = 8,
+        top: int | None = None,
         sampling: Sampling = Sampling(),
         image_prompt: np.ndarray | None = None,
         keep_rows: int = 0,
         keep_columns: int = 0,
+        truncate: bool = False,
     ) -> Result:
         """Sample n candidates for a caption and return the ``top`` that CLIP scores highest.
 
         Args:
+            top: number of images to keep, 1 to n; None is 8, or n if that is less.
             sampling: temperature, top_k, top_p, guidance and seed.
             image_prompt: image, uint8 [H, W, 3], of which the first ``keep_rows`` rows and ``keep_columns`` columns of
                 codes are kept; the rectangle below and right of them is sampled.
+            truncate: cut a caption that has more tokens than the models read, as in training, instead of refusing it.
 
         Raises:
-            ValueError: n and top, or the image prompt and the rows and columns to keep of it, do not fit each other.
+            TypeError: the caption is no string.
+            ValueError: n and top, or the image prompt and the rows and columns to keep of it, do not fit each other;
+                the caption is too long; the models give images or scores that are not finite.
         """
+        if not isinstance(caption, str):
+            raise TypeError(f"caption: expected one string, got {type(caption).__name__}; call once for each caption")
+        if n < 1:
+            raise ValueError(f"n: expected 1 or more, got {n}")
+        top = min(TOP, n) if top is None else top
         if not 1 <= top <= n:
             raise ValueError(f"top: expected 1 to n = {n}, got {top}")
-        text = self.tokenizer.encode([caption]).to(self.dalle.device)
+        text = self.tokenizer.encode([caption], truncate=truncate).to(self.dalle.device)
         prompt = None if image_prompt is None else self._prompt(image_prompt, keep_rows, keep_columns)
         if prompt is None and (keep_rows or keep_columns):
             raise ValueError("keep_rows, keep_columns: expected an image_prompt to keep them of, got none")
@@ -149,6 +175,8 @@ class TextToImage:
             )
             images.append(self.dvae.decode(codes))
             scores.append(self.clip.score(images[-1], text))
+            if not scores[-1].isfinite().all():
+                raise ValueError("scores: expected finite numbers from clip, got NaN or infinity")
         best = torch.cat(scores).topk(top)
         return Result(caption, torch.cat(images)[best.indices], best.values)
 

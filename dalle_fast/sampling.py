@@ -56,6 +56,7 @@ def draw_codes(
     guidance: float,
     prompt: ImagePrompt | None,
     every: int,
+    prompts: int = 1,
 ) -> Iterator[torch.Tensor]:
     """Draw the codes of C images in raster order; yield those drawn so far, int64 [C, n], after each ``every`` codes.
 
@@ -66,6 +67,7 @@ def draw_codes(
         steps: codes of an image, a multiple of ``every``.
         guidance: as in ``Sampling``, where None has been replaced by a number.
         prompt: codes to keep; None draws all.
+        prompts: number of captions, each with C / prompts images in turn.
 
     Raises:
         RuntimeError: logits with NaN, or a row of them without a finite largest value.
@@ -80,16 +82,16 @@ def draw_codes(
 
     def choose(logits: torch.Tensor) -> None:
         """Write the codes at ``position``."""
-        drawn = sample(
-            guide(logits, guidance) if guided else logits,
-            seed,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            # The noise of an image depends on its place and the step, not on how many images there are.
-            first=position * vocab,
-            pitch=steps * vocab,
-        )
+        if guided:
+            logits = guide(logits, guidance)
+        if logits.dtype == torch.float64:
+            logits = logits.float()
+        options = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+        # The noise of an image depends on its place among those of its caption and on the step alone.
+        parts = [
+            sample(part, seed, first=position * vocab, pitch=steps * vocab, **options) for part in logits.chunk(prompts)
+        ]
+        drawn = torch.cat(parts) if prompts > 1 else parts[0]
         codes.index_copy_(1, position, torch.where(keep[position], given[position], drawn)[:, None])
 
     def step() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -17,6 +18,7 @@ from .files import write_atomically
 
 DROPOUT = 0.1  # BPE dropout in training (section 2.2)
 _FORMAT = "dalle_fast.tokenizer"
+_PROBE = " ".join(["A red Circle, 12 blue SQUARES: e\u0301 \u00e9 don't!"] * 4)
 
 
 class Tokenizer:
@@ -123,6 +125,14 @@ class Tokenizer:
         if tokens.ndim == 2:
             return [self._decode(row) for row in tokens.tolist()]
         return self._decode(tokens.tolist())
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that decides which tokens a caption becomes; models are trained with one tokenizer."""
+        model = json.loads(self._backend.to_str())["model"]
+        content = [self.vocab_size, self.text_len, sorted(model["vocab"].items()), model["merges"]]
+        content.append(self._backend.encode(_PROBE).ids)  # what is done to a text before the merges
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def _decode(self, ids: list[int]) -> str:
         return self._backend.decode([i for i in ids if i < self.vocab_size])

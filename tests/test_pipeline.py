@@ -1,5 +1,7 @@
 """A folder of models, from a caption to reranked images."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,8 @@ from PIL import Image
 
 from dalle_fast.config import CLIPConfig, DALLEConfig, DVAEConfig, Sampling
 from dalle_fast.figures import contact_sheet, save_image
-from dalle_fast.models import CLIP, DALLE, DiscreteVAE, load_model, save_model
-from dalle_fast.pipeline import TextToImage
+from dalle_fast.models import CLIP, DALLE, DiscreteVAE, hash_of, load_model, save_model
+from dalle_fast.pipeline import BUILT_IN, TextToImage
 from dalle_fast.tokenizer import Tokenizer
 
 DVAE_CFG = DVAEConfig(image_size=16, vocab_size=16, n_hid=8, n_init=8, groups=(1, 2, 2), n_blk_per_group=1)
@@ -115,3 +117,149 @@ def test_contact_sheet_and_its_file(tmp_path):
     assert Image.open(tmp_path / "new" / "sheet.png").size == sheet.size
     with pytest.raises(ValueError, match=r"image: expected a name such as out\.png, got 'sheet\.xyz'"):
         save_image(sheet, tmp_path / "sheet.xyz")
+
+
+# ---------------------------------------------------------------------------------------------- parts
+
+
+def trained_folder(folder, tmp_path):
+    """The system, with the hashes that training leaves in the headers of dalle and clip."""
+    system = copy_of(folder, tmp_path)
+    parts = {"tokenizer": Tokenizer.load(system / "tokenizer.json").fingerprint}
+    parts["dvae"] = hash_of(load_model(system / "dvae.safetensors"))
+    for name in ("dalle", "clip"):
+        model = load_model(system / f"{name}.safetensors")
+        model.trained_with = parts if name == "dalle" else {"tokenizer": parts["tokenizer"]}
+        save_model(model, system / f"{name}.safetensors")
+    return system
+
+
+def other_merges(system):
+    Tokenizer.train(["paris london tower bridge"] * 3, vocab_size=300, text_len=8).save(system / "tokenizer.json")
+
+
+def truncating(system):
+    content = json.loads((system / "tokenizer.json").read_text())
+    content["tokenizer"]["truncation"] = {
+        "direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0,
+    }  # fmt: skip
+    (system / "tokenizer.json").write_text(json.dumps(content))
+
+
+def other_dvae(system):
+    torch.manual_seed(1)
+    save_model(DiscreteVAE(DVAE_CFG), system / "dvae.safetensors")
+
+
+@pytest.mark.parametrize("replace", [other_merges, truncating, other_dvae])
+def test_parts_that_were_not_trained_together_are_refused(folder, tmp_path, replace):
+    system = trained_folder(folder, tmp_path)
+    TextToImage.load(system)
+    replace(system)
+    part = "dvae" if replace is other_dvae else "tokenizer"
+    with pytest.raises(ValueError, match=f"{part} in .*: expected the one that dalle was trained with"):
+        TextToImage.load(system)
+
+
+def test_half_precision_is_the_same_part(folder, tmp_path):
+    system = trained_folder(folder, tmp_path)
+    for name in ("dvae", "dalle", "clip"):
+        save_model(load_model(system / f"{name}.safetensors"), system / f"{name}.safetensors", half=True)
+    TextToImage.load(system)
+    other_dvae(system)
+    with pytest.raises(ValueError, match="dvae in"):
+        TextToImage.load(system)
+
+
+def test_the_parts_of_the_shipped_model_are_known(tmp_path):
+    system = copy_of(BUILT_IN / "tiny", tmp_path)
+    Tokenizer.train(["paris london tower bridge"], 512, 16).save(system / "tokenizer.json")
+    with pytest.raises(ValueError, match="tokenizer in"):
+        TextToImage.load(system)
+
+
+# ---------------------------------------------------------------------------------------------- modes, devices, damage
+
+
+def test_a_system_opens_and_draws_in_inference_mode(folder):
+    expected = TextToImage.load(folder)("a red circle", n=3)
+    with torch.inference_mode():
+        pipe = TextToImage.load(folder)
+        assert torch.equal(pipe("a red circle", n=3).images, expected.images)
+    assert not any(p.is_inference() for model in (pipe.dvae, pipe.dalle, pipe.clip) for p in model.parameters())
+    assert torch.equal(pipe("a red circle", n=3).images, expected.images)
+
+
+def test_another_default_dtype_changes_nothing(folder):
+    expected = TextToImage.load(folder)("a red circle", n=3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        pipe = TextToImage.load(folder)
+        result = pipe("a red circle", n=3)
+        assert torch.get_default_dtype() == torch.float64
+        text = pipe.tokenizer.encode(["a red circle"])
+        codes = pipe.dalle.generate(text, 2)
+        wide = DALLE(DALLE_CFG)
+        assert wide.start.dtype == torch.float64 and wide.generate(text, 2).shape == codes.shape
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(result.images, expected.images) and torch.equal(result.scores, expected.scores)
+    assert torch.equal(codes, pipe.dalle.generate(text, 2))
+
+
+@pytest.mark.parametrize("device", ["mps", "meta", "foo", "", "cuda:99", "cpu:1", "xla"])
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(ValueError, match="device: expected"):
+        TextToImage.load("no-such-model", device=device)  # before models are looked for
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a node without GPU")
+def test_cuda_without_a_gpu():
+    with pytest.raises(ValueError, match="device: expected one that is there, got cuda, but this torch"):
+        TextToImage.load("tiny", device="cuda")
+
+
+@pytest.mark.parametrize("value", [255.0, -1.0, 1.5, float("nan"), float("inf")])
+def test_images_out_of_range_are_refused(folder, value):
+    pipe = TextToImage.load(folder)
+    images = torch.full((1, 3, 16, 16), 0.5)
+    images[0, 1, 2, 3] = value
+    with pytest.raises(ValueError, match=r"images: expected values in \[0, 1\]"):
+        pipe.dvae.encode(images)
+    with pytest.raises(ValueError, match=r"images: expected values in \[0, 1\]"):
+        pipe.clip.score(images, pipe.tokenizer.encode(["a"]))
+
+
+def test_scores_that_are_no_numbers_are_refused(folder):
+    pipe = TextToImage.load(folder)
+    pipe.clip.logit_scale.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="scores: expected finite numbers"):
+        pipe("a red circle", n=2)
+
+
+# ---------------------------------------------------------------------------------------------- captions, top
+
+
+def test_top_is_at_most_eight_unless_given(folder):
+    pipe = TextToImage.load(folder)
+    assert [len(pipe("a red circle", n=n).scores) for n in (1, 4, 9)] == [1, 4, 8]
+    with pytest.raises(ValueError, match="n: expected 1 or more, got 0"):
+        pipe("a red circle", n=0)
+    with pytest.raises(TypeError, match="caption: expected one string, got list"):
+        pipe(["a", "b"])
+
+
+def test_a_long_caption_is_refused_or_cut(folder):
+    pipe = TextToImage.load(folder)
+    with pytest.raises(ValueError, match="caption: expected at most 8 tokens"):
+        pipe("q" * 30, n=2)
+    assert torch.equal(pipe("q" * 30, n=2, truncate=True).images, pipe("q" * 8, n=2).images)
+
+
+def test_codes_of_a_caption_do_not_depend_on_the_others(folder):
+    model, tokenizer = load_model(folder / "dalle.safetensors"), Tokenizer.load(folder / "tokenizer.json")
+    texts = tokenizer.encode(["red", "a blue square", "circle"])
+    for sampling in (Sampling(seed=3), Sampling(seed=3, guidance=2.0, top_k=5)):
+        together = model.generate(texts, 4, sampling).view(3, 4, 4, 4)
+        for text, codes in zip(texts, together, strict=True):
+            assert torch.equal(model.generate(text[None], 4, sampling), codes)

@@ -151,25 +151,58 @@ def test_packed_weights_give_the_same_logits(format, off):
     assert format == "float32" or difference > 1e-4  # the packed weights were the ones that were read
 
 
-def test_packed_weights_are_ignored_once_the_weights_change():
-    model, other = small_model().pack("int8"), small_model()
+def neg_data(weight: torch.Tensor) -> None:
+    weight.data.neg_()
+
+
+def rows_moved(weight: torch.Tensor) -> None:
+    """Another order of the same numbers, of which sums and norms know nothing."""
+    weight.data.copy_(weight.roll(1, 0))
+
+
+def one_bit(weight: torch.Tensor) -> None:
+    weight.data.view(torch.int32)[0, 0] ^= 1 << 22
+
+
+def in_place(weight: torch.Tensor) -> None:
     with torch.no_grad():
-        for p, q in zip(model.parameters(), other.parameters(), strict=True):
-            p.mul_(1.1)
-            q.mul_(1.1)
-    text, _ = small_batch(2)
-    with torch.no_grad():
-        assert torch.equal(model.prefill(text, 1)[0], other.prefill(text, 1)[0])
-    fresh = small_model().pack("int8")
-    assert fresh.layers[0].attn.qkv.packed.weight.format == "int8"
-    fresh.generate(text, 1)
-    assert fresh.layers[0].attn.qkv.packed.weight.format == "int8"  # generate packs again in the requested format
+        weight.mul_(-1)
+
+
+@pytest.mark.parametrize("change", [neg_data, rows_moved, one_bit, in_place])
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("format", ["float32", "int8"])
+def test_sampling_reads_the_weights_as_they_are(change, inference, format):
+    """However a weight was changed, the next codes and logits are those of a new model with that state."""
+    text, codes = small_batch(2)
+    with torch.inference_mode(inference):
+        model, fresh = small_model().pack(format), DALLE(SMALL).eval().pack(format)
+        before = model.generate(text, 8)
+        for layer in model.layers:
+            change(layer.attn.qkv.weight)
+            change(layer.mlp[0].weight)
+        change(model.to_image.weight)
+        with torch.no_grad():
+            whole = model(text, codes)
+            after = model.generate(text, 8)
+            logits, _ = model.prefill(text, 1)
+            fresh.load_state_dict(model.state_dict())
+            assert torch.equal(fresh.generate(text, 8), after)
+            assert torch.equal(fresh.prefill(text, 1)[0], logits)
+            assert all(torch.equal(a, b) for a, b in zip(DALLE.forward(fresh, text, codes), whole, strict=True))
+        assert change is one_bit or not torch.equal(before, after)
+        assert fresh.layers[0].attn.qkv.packed.format == format
+
+
+def test_a_format_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="format: expected one of float32, bfloat16, int8, got 'int4'"):
+        small_model().pack("int4")
 
 
 def test_training_goes_on_from_packed_weights():
     model, other = small_model(), small_model()
-    model.pack()
     batch = small_batch(2)
+    model.pack().generate(batch[0], 1)
     for m in (model, other):
         m.loss(*batch)[0].backward()
     for p, q in zip(model.parameters(), other.parameters(), strict=True):

@@ -40,8 +40,8 @@ def encode(
     from ..distributed.world import device_of_process, this_process
     from ..pipeline import find_system, fingerprint, load_dvae
 
-    system = find_system(model)
     where = device_of_process(device)
+    system = find_system(model)
     dvae, (rank, ranks) = load_dvae(system).to(where), this_process()
     pairs = open_source(data)
     encoded = encode_pairs(
@@ -142,8 +142,8 @@ def dedup(
     from ..distributed.world import device_of_process, this_process
     from ..pipeline import find_system, fingerprint, load_clip
 
-    system = find_system(model)
     where = device_of_process(device)
+    system = find_system(model)
     clip, (rank, ranks) = load_clip(system).to(where).requires_grad_(False), this_process()
     pairs = open_source(data)
     folder = embeddings or out.with_name(out.name + ".embeddings")

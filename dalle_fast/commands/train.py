@@ -46,8 +46,10 @@ def dvae(
     data: Source, out: System, model: DVAEConfig, train: TrainDVAE, val: HeldOut = None, preset: Preset = "tiny"
 ) -> None:
     """Train the discrete VAE, which turns images into codes and back (stage 1)."""
+    from ..distributed.world import check_device
     from ..training import train_dvae
 
+    check_device(train.device)
     _report(out / "dvae.safetensors", train_dvae(*_open(data, val), model, train, out))
 
 
@@ -55,9 +57,11 @@ def clip(
     data: Source, out: System, model: CLIPConfig, train: TrainCLIP, val: HeldOut = None, preset: Preset = "tiny"
 ) -> None:
     """Train CLIP, which ranks generated images by how well they match a caption. Needs the tokenizer."""
+    from ..distributed.world import check_device
     from ..pipeline import load_tokenizer
     from ..training import train_clip
 
+    check_device(train.device)
     tokenizer = load_tokenizer(out)
     _report(out / "clip.safetensors", train_clip(*_open(data, val), tokenizer, model, train, out))
 
@@ -69,9 +73,11 @@ def dalle(
 
     The sources may also be folders written by ``encode``.
     """
+    from ..distributed.world import check_device
     from ..pipeline import load_dvae, load_tokenizer
     from ..training import train_dalle
 
+    check_device(train.device)
     tokenizer, dvae = load_tokenizer(out), load_dvae(out)
     sources = {source: _open_images_or_codes(source) for source in (data, val) if source}
     _check_codes(sources, out)

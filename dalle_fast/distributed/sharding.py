@@ -119,6 +119,7 @@ def gather_model(model: Model, world: World) -> Model:
     """A sharded model in one piece, on the CPU and in eval mode; on "meta" in all processes but the first."""
     with torch.device("meta"):
         whole = cast(Model, KINDS[kind_of(model)][0](model.cfg))
+    whole.trained_with = model.trained_with
     values = {}
     for name, tensor in model.state_dict().items():
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -128,10 +128,33 @@ def this_process() -> tuple[int, int]:
     return _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
 
 
+def check_device(device: str | torch.device) -> torch.device:
+    """The device of a name such as "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        ValueError: no such name, or a device that this node or this torch does not have.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type not in BACKENDS:
+        raise ValueError(f"device: expected {' or '.join(BACKENDS)}, got {str(device)!r}")
+    index = found.index or 0
+    if found.type == "cuda" and not torch.cuda.is_available():
+        why = "was built without CUDA" if torch.version.cuda is None else "finds no GPU"
+        raise ValueError(f"device: expected one that is there, got {device}, but this torch {why}; cpu always is")
+    count = 1 if found.type == "cpu" else torch.cuda.device_count()
+    if not 0 <= index < count:
+        raise ValueError(f"device: expected an index below {count}, got {device}")
+    return found
+
+
 def device_of_process(device: str) -> torch.device:
-    """The device of this process; for "cuda", each process of a node takes a GPU of its own."""
+    """The device of this process, checked; for "cuda", each process of a node takes a GPU of its own."""
+    place = check_device(device)
     if device != "cuda":
-        return torch.device(device)
+        return place
     _, size = this_process()
     return torch.device("cuda", _from_environment("LOCAL_RANK", 0 if size == 1 else None))
 
@@ -145,15 +168,15 @@ def join_world(device: str, parallel: Literal["fsdp", "ddp"] = "fsdp") -> Iterat
         parallel: with "fsdp" the processes of a node share a copy of the model, with "ddp" each has its own.
 
     Raises:
-        ValueError: an environment that torchrun does not make, or a device with an index.
+        ValueError: an environment that torchrun does not make, a device that is not there, or one with an index.
     """
     _, size = this_process()
+    if size > 1 and device not in BACKENDS:
+        raise ValueError(f"device: expected one of {', '.join(BACKENDS)} with many processes, got {device}")
+    place = check_device(device)
     if size == 1:
         yield ALONE
         return
-    place = torch.device(device)
-    if place.type not in BACKENDS or place.index is not None:
-        raise ValueError(f"device: expected one of {', '.join(BACKENDS)} with many processes, got {device}")
     rank, on_node = _from_environment("RANK"), _from_environment("LOCAL_WORLD_SIZE")
     if not 0 <= rank < size or not 1 <= on_node <= size or size % on_node:
         raise ValueError(

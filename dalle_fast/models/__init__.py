@@ -2,7 +2,7 @@
 
 from .clip import CLIP
 from .dvae import DiscreteVAE
-from .saving import KINDS, kind_of, load_model, save_model
+from .saving import KINDS, hash_of, kind_of, load_model, save_model
 from .transformer import DALLE
 
-__all__ = ["CLIP", "DALLE", "KINDS", "DiscreteVAE", "kind_of", "load_model", "save_model"]
+__all__ = ["CLIP", "DALLE", "KINDS", "DiscreteVAE", "hash_of", "kind_of", "load_model", "save_model"]

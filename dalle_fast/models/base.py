@@ -6,7 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
+
+
+def check_images(images: torch.Tensor) -> None:
+    """Raise ValueError unless all values are in [0, 1]; waits for a GPU."""
+    low, high = images.aminmax() if images.numel() else (0.0, 0.0)
+    if not (low >= 0 and high <= 1):  # not so for NaN either
+        raise ValueError(f"images: expected values in [0, 1], got {float(low):.6g} to {float(high):.6g}")
 
 
 class TrainableModel(nn.Module, ABC):
@@ -14,11 +22,17 @@ class TrainableModel(nn.Module, ABC):
 
     Attributes:
         cfg: its sizes, a dataclass of ``dalle_fast.config``.
+        trained_with: by name, the hashes of the parts of a system that it was trained with; empty if unknown.
         entry_points: methods beside ``forward`` that are called from outside and read parameters.
     """
 
     cfg: Any
+    trained_with: dict[str, str]
     entry_points: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained_with = {}
 
     @abstractmethod
     def resblocks(self) -> list[tuple[str, nn.Module]]:

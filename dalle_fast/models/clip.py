@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import CLIPConfig
-from .base import TrainableModel
+from .base import TrainableModel, check_images
 
 MAX_LOGIT_SCALE = math.log(100.0)  # section 2.5 of the CLIP paper: clipped, or training becomes unstable
 
@@ -174,7 +174,12 @@ class CLIP(TrainableModel):
 
     @torch.no_grad()
     def score(self, images: torch.Tensor, text_tokens: torch.Tensor) -> torch.Tensor:
-        """Scaled cosine of image i with caption i, or with the one caption given: [B]."""
+        """Scaled cosine of image i with caption i, or with the one caption given: [B].
+
+        Raises:
+            ValueError: shapes that do not fit, or images that are not finite or outside of [0, 1].
+        """
+        check_images(images)
         if len(text_tokens) not in (1, len(images)):
             raise ValueError(f"text_tokens: expected 1 or {len(images)} captions, got {len(text_tokens)}")
         return self.scale * (self.encode_image(images) * self.encode_text(text_tokens)).sum(-1)

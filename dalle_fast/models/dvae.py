@@ -15,7 +15,7 @@ from torch import nn
 
 from ..config import DVAEConfig
 from ..ops import gumbel_quantize
-from .base import TrainableModel
+from .base import TrainableModel, check_images
 from .precision import rounded_conv2d
 
 PIXEL_MARGIN = 0.1  # e of appendix A.3: distance of pixels to 0 and 1, where the logit is infinite
@@ -166,8 +166,19 @@ class DiscreteVAE(TrainableModel):
         return self.encoder(map_pixels(images), dtype)
 
     @torch.no_grad()
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """The likeliest code at each position, without noise (section 2.2): int64 [B, h, w]."""
+    def encode(self, images: torch.Tensor, check_range: bool = True) -> torch.Tensor:
+        """The likeliest code at each position, without noise (section 2.2): int64 [B, h, w].
+
+        Args:
+            images: [B, 3, S, S] in [0, 1].
+            check_range: whether the values are checked, which waits for a GPU.
+
+        Raises:
+            ValueError: images of another shape, or values that are not finite or outside of [0, 1].
+        """
+        self._check(images)
+        if check_range:
+            check_images(images)
         return self.logits(images).argmax(1)
 
     @torch.no_grad()

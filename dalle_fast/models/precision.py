@@ -20,6 +20,8 @@ All its gradients have one scale, that of the loss.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -41,6 +43,20 @@ def dtype_of(setting: Literal["auto", "float16", "bfloat16", "float32"], device:
     if setting == "auto":
         return torch.float16 if torch.device(device).type == "cuda" else torch.float32
     return DTYPES[setting]
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Inside, new tensors are float32, whatever the default of the program is; also a decorator."""
+    default = torch.get_default_dtype()
+    if default == torch.float32:
+        yield
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 class ResblockScales(Protocol):

@@ -25,6 +25,7 @@ from ..ops import (
     residual_layer_norm,
     sparse_attention,
 )
+from ..ops.packed_linear import FORMATS
 from ..sampling import ImagePrompt, check_image_prompt, draw_codes
 from .base import TrainableModel
 from .precision import Precision, rounded_linear
@@ -43,13 +44,6 @@ class Caches(NamedTuple):
     image_v: torch.Tensor
 
 
-class PackedCopy(NamedTuple):
-    """A weight in the layout of ``packed_linear``, and the state of the weight that it was made from."""
-
-    state: tuple[int, int]  # address and version
-    weight: PackedWeight
-
-
 def _check_range(name: str, values: torch.Tensor, limit: int, wait: bool = False) -> None:
     """Raise ValueError unless all values are in [0, limit). On a GPU they are read only if the host may ``wait``."""
     if (wait or values.device.type == "cpu") and not 0 <= int(values.min()) <= int(values.max()) < limit:
@@ -59,26 +53,22 @@ def _check_range(name: str, values: torch.Tensor, limit: int, wait: bool = False
 class Linear(nn.Linear):
     """A linear layer that can keep a second copy of its weight, in a layout that multiplies few rows fast.
 
-    The copy serves steps of sampling: few rows and no gradients. It is ignored once the weight has changed. For inputs
-    in 16 bits the weight is rounded to their dtype.
+    For inputs in 16 bits the weight is rounded to their dtype.
     """
 
-    packed: PackedCopy | None = None
-
-    def _state(self) -> tuple[int, int]:
-        return self.weight.data_ptr(), self.weight._version
-
-    def pack(self, format: str) -> None:
-        if self.packed is None or self.packed.state != self._state() or self.packed.weight.format != format:
-            self.packed = PackedCopy(self._state(), pack_linear(self.weight.detach(), format))
+    packed: PackedWeight | None = None  # made by ``DALLE.prefill``, and read by sampling alone
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype != self.weight.dtype:
             return rounded_linear(x, self.weight, self.bias)
-        few = x.numel() <= MOST_PACKED_ROWS * self.in_features
-        if few and self.packed is not None and not torch.is_grad_enabled() and self.packed.state == self._state():
-            return packed_linear(x, self.packed.weight, self.bias)
         return super().forward(x)
+
+    def sampling(self, x: torch.Tensor) -> torch.Tensor:
+        """``forward`` for sampling: on the packed copy, if there is one, for few rows and without gradients."""
+        few = x.numel() <= MOST_PACKED_ROWS * self.in_features
+        if few and self.packed is not None and not torch.is_grad_enabled():
+            return packed_linear(x, self.packed, self.bias)
+        return self(x)
 
 
 class Attention(nn.Module):
@@ -90,28 +80,30 @@ class Attention(nn.Module):
         self.qkv = Linear(d_model, 3 * d_model)
         self.out = Linear(d_model, d_model)
 
-    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[B, N, D] -> q, k, v, each [B, H, N, E]."""
+    def heads(self, x: torch.Tensor, sampling: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[B, N, D] -> q, k, v, each [B, H, N, E]; ``sampling`` as in ``Linear``."""
         b, n, _ = x.shape
-        q, k, v = self.qkv(x).view(b, n, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv.sampling(x) if sampling else self.qkv(x)
+        q, k, v = qkv.view(b, n, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         return q, k, v
 
-    def merge(self, y: torch.Tensor) -> torch.Tensor:
+    def merge(self, y: torch.Tensor, sampling: bool = False) -> torch.Tensor:
         """[B, H, N, E] -> [B, N, D]."""
-        return self.out(y.transpose(1, 2).flatten(2))
+        y = y.transpose(1, 2).flatten(2)
+        return self.out.sampling(y) if sampling else self.out(y)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.merge(sparse_attention(*self.heads(x), self.mask))
 
     def prefill(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Attend within the text alone, [P, T, D], where every mask is causal; also return its keys and values."""
-        q, k, v = self.heads(x)
-        return self.merge(F.scaled_dot_product_attention(q, k, v, is_causal=True)), k, v
+        q, k, v = self.heads(x, sampling=True)
+        return self.merge(F.scaled_dot_product_attention(q, k, v, is_causal=True), sampling=True), k, v
 
     def decode(self, x: torch.Tensor, caches: Caches, position: torch.Tensor) -> torch.Tensor:
         """Attend from one new image token of each candidate, [C, 1, D], at raster index ``position``."""
-        q, k, v = (t[:, :, 0] for t in self.heads(x))  # [C, H, E]
-        return self.merge(decode_attention(q, k, v, *caches, position, self.mask)[:, :, None])
+        q, k, v = (t[:, :, 0] for t in self.heads(x, sampling=True))  # [C, H, E]
+        return self.merge(decode_attention(q, k, v, *caches, position, self.mask)[:, :, None], sampling=True)
 
 
 class Layer(nn.Module):
@@ -134,11 +126,16 @@ class Layer(nn.Module):
     def prefill(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         attended, k, v = self.attn.prefill(self.attn_norm(x))
         x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), k, v
+        return x + self.sampling_mlp(self.mlp_norm(x)), k, v
 
     def decode(self, x: torch.Tensor, caches: Caches, position: torch.Tensor) -> torch.Tensor:
         x = x + self.attn.decode(self.attn_norm(x), caches, position)
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self.sampling_mlp(self.mlp_norm(x))
+
+    def sampling_mlp(self, x: torch.Tensor) -> torch.Tensor:
+        """The MLP as in sampling, see ``Linear``."""
+        up, gelu, down = self.mlp
+        return down.sampling(gelu(up.sampling(x)))
 
 
 class DALLE(TrainableModel):
@@ -147,7 +144,7 @@ class DALLE(TrainableModel):
     Text position i pads with its own token, text_vocab + i; padding is attended to like any token.
     """
 
-    packed_format = "float32"  # of the weights that sampling reads on a CPU
+    packed_format: str | None = None  # of the weights that sampling reads on a CPU; None: as they are
 
     def __init__(self, cfg: DALLEConfig) -> None:
         super().__init__()
@@ -263,22 +260,38 @@ class DALLE(TrainableModel):
 
     # ------------------------------------------------------------------------------------------ sampling
 
-    def pack(self, format: str | None = None) -> DALLE:
-        """Copy the weights that sampling reads into the layout of its kernels, unless that was done; returns self.
+    def pack(self, format: str = "float32") -> DALLE:
+        """Have sampling on a CPU read copies of the weights in the layout of its kernels; returns self.
+
+        ``prefill``, and so each ``generate``, makes the copies anew: there is no change of a weight that they outlive.
+        Training and whole streams use the weights as they are. Only models in float32 have copies.
 
         Args:
-            format: ``float32``, ``bfloat16`` or ``int8`` (one scale per output channel); None is that of the last call,
-                float32 at first. Training and whole streams go on using the weights as they are.
+            format: ``float32``, ``bfloat16`` or ``int8`` (one scale per output channel).
+
+        Raises:
+            ValueError: another format.
         """
-        self.packed_format = format or self.packed_format
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.pack(self.packed_format)
+        if format not in FORMATS:
+            raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+        self.packed_format = format
         return self
 
+    def renew_packed_weights(self) -> None:
+        """Copy the weights as they are now, if ``pack`` has asked for that."""
+        on_cpu = self.device.type == "cpu" and self.start.dtype == torch.float32
+        for module in self.modules():
+            if isinstance(module, Linear):
+                packs = on_cpu and self.packed_format is not None
+                module.packed = pack_linear(module.weight, self.packed_format) if packs else None
+
     def prefill(self, text_tokens: torch.Tensor, candidates: int) -> tuple[torch.Tensor, list[Caches]]:
-        """Read each prompt once: [P, T] -> logits of the first code [P, image_vocab], and the caches of every layer."""
+        """Read each prompt once: [P, T] -> logits of the first code [P, image_vocab], and the caches of every layer.
+
+        Copies the weights first, if ``pack`` has asked for that.
+        """
         self.check_text(text_tokens)
+        self.renew_packed_weights()
         x = self.embed_text(text_tokens)
         caches = []
         for layer in self.layers:
@@ -286,14 +299,14 @@ class DALLE(TrainableModel):
             k, v = k.contiguous(), v.contiguous()  # once here, or in every step
             room = (len(x) * candidates, k.shape[1], layer.attn.mask.cache_len, k.shape[3])
             caches.append(Caches(k, v, k.new_zeros(room), v.new_zeros(room)))
-        return self.to_image(self.norm(x[:, -1])), caches
+        return self.to_image.sampling(self.norm(x[:, -1])), caches
 
     def decode(self, codes: torch.Tensor, position: torch.Tensor, caches: list[Caches]) -> torch.Tensor:
         """Feed the codes [C] of all candidates at raster index ``position``; logits of the next, [C, image_vocab]."""
         x = self.embed_image(codes[:, None], position[None])
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer.decode(x, cache, position)
-        return self.to_image(self.norm(x[:, 0]))
+        return self.to_image.sampling(self.norm(x[:, 0]))
 
     @torch.no_grad()
     def generate(
@@ -305,13 +318,12 @@ class DALLE(TrainableModel):
     ) -> torch.Tensor:
         """Sample n images for each caption (section 2.6): [P, T] -> codes [P * n, h, w], a caption's n together.
 
-        On a CPU, a float32 model first packs its weights, unless they are packed: see ``pack``. The copies stay, for
-        the next call.
+        On a CPU, a float32 model packs its weights first, in float32 unless ``pack`` has named another format.
 
         Args:
             text_tokens: encoded captions, int64 [P, T].
             n: candidates for each caption.
-            sampling: temperature, top_k, top_p, guidance and seed.
+            sampling: temperature, top_k, top_p, guidance and seed. A caption's codes do not depend on the others.
             image_prompt: codes [h, w] and a bool map [h, w] of those to keep. The others must be a rectangle that
                 reaches the bottom-right corner; they are sampled. Leading rows are the paper's image prompts.
 
@@ -325,14 +337,14 @@ class DALLE(TrainableModel):
         h, w, image_len = self.cfg.height, self.cfg.width, self.cfg.image_len
         if image_prompt is not None:
             check_image_prompt(image_prompt, h, w, self.cfg.image_vocab)
+        prompts = len(text_tokens)
         guidance = self.cfg.guidance if sampling.guidance is None else sampling.guidance
         if guidance != 1.0:
             empty = torch.arange(self.cfg.text_len, device=self.device) + self.cfg.text_vocab
             text_tokens = torch.cat([text_tokens, empty.expand_as(text_tokens)])
-        if self.device.type == "cpu" and self.start.dtype == torch.float32:
-            self.pack()
+        self.pack(self.packed_format or "float32")
         logits, caches = self.prefill(text_tokens, n)
         decode = partial(self.decode, caches=caches)
         first = logits.repeat_interleave(n, 0)
-        *_, codes = draw_codes(decode, first, image_len, sampling, guidance, image_prompt, every=image_len)
+        *_, codes = draw_codes(decode, first, image_len, sampling, guidance, image_prompt, image_len, prompts)
         return codes.view(-1, h, w)

@@ -12,6 +12,7 @@ from ..data.batches import Batch, Corpus
 from ..distributed.start import new_model
 from ..distributed.world import ALONE, World, join_world
 from ..models import CLIP
+from ..models.precision import float32_by_default
 from ..tokenizer import Tokenizer
 from .loop import fit
 from .metrics import Metrics
@@ -31,7 +32,7 @@ def train_clip(
     resume: bool = True,
 ) -> tuple[CLIP, dict[str, float]]:
     """Train the reranker: which caption fits which image. Files, results and errors as in ``loop.fit``."""
-    with join_world(train_cfg.device, train_cfg.parallel) as world:
+    with float32_by_default(), join_world(train_cfg.device, train_cfg.parallel) as world:
         check_memory(CLIP, model_cfg, train_cfg, world)
         task = CLIPTask(pairs, val_pairs, tokenizer, model_cfg, train_cfg, world)
         return fit(task, train_cfg, out, resume, world)
@@ -66,6 +67,7 @@ class CLIPTask(CorpusTask):
         # To choose among more pairs is harder: their number must not depend on that of the processes.
         self._val_batch_size = min(train_cfg.batch_size, VAL_BATCH)
         self.model, self.start = new_model(partial(CLIP, model_cfg), train_cfg.seed, world)
+        self.model.trained_with = {"tokenizer": tokenizer.fingerprint}
 
     def loss(self, model: CLIP, batch: Batch, step: int) -> tuple[torch.Tensor, Metrics]:
         return model.loss(batch["image"], batch["text"], self._world.gather_batch)

@@ -12,8 +12,8 @@ from ..config import DALLEConfig
 from ..data.batches import Batch, Corpus
 from ..distributed.start import new_model
 from ..distributed.world import ALONE, World, join_world
-from ..models import DALLE, DiscreteVAE
-from ..models.precision import Precision, dtype_of
+from ..models import DALLE, DiscreteVAE, hash_of
+from ..models.precision import Precision, dtype_of, float32_by_default
 from ..tokenizer import Tokenizer
 from .loop import fit
 from .metrics import Metrics
@@ -38,7 +38,7 @@ def train_dalle(
         pairs, val_pairs: training and held-out data: images, which ``dvae`` encodes batch by batch, or codes.
         dvae: needed for images only.
     """
-    with join_world(train_cfg.device, train_cfg.parallel) as world:
+    with float32_by_default(), join_world(train_cfg.device, train_cfg.parallel) as world:
         check_memory(DALLE, model_cfg, train_cfg, world)
         task = DALLETask(pairs, val_pairs, tokenizer, model_cfg, train_cfg, dvae, world)
         return fit(task, train_cfg, out, resume, world)
@@ -83,6 +83,9 @@ class DALLETask(CorpusTask):
             self.scales = scales = GradientScales(
                 resblocks, world.size, skipping=train_cfg.skip_overflow, device=train_cfg.device
             )
+        self.model.trained_with = {"tokenizer": tokenizer.fingerprint}
+        if dvae is not None:
+            self.model.trained_with["dvae"] = hash_of(dvae)
         self._precision = Precision(dtype, train_cfg.recompute, scales)
         self._dvae = dvae
         if dvae is not None:
@@ -92,7 +95,8 @@ class DALLETask(CorpusTask):
         if "codes" in batch:
             return batch["codes"]
         assert self._dvae is not None  # without it there are no images: see captioned_sample
-        return self._dvae.encode(batch["image"].contiguous(memory_format=torch.channels_last))
+        images = batch["image"].contiguous(memory_format=torch.channels_last)
+        return self._dvae.encode(images, check_range=False)  # a check would wait for a GPU
 
     def loss(self, model: DALLE, batch: Batch, step: int) -> tuple[torch.Tensor, Metrics]:
         return self._loss(model, batch, self._precision)

@@ -17,7 +17,7 @@ from ..distributed.world import ALONE, World, join_world
 from ..models import DiscreteVAE
 from ..models.codebook_init import init_codes
 from ..models.dvae import PIXEL_MARGIN, count_codes
-from ..models.precision import dtype_of
+from ..models.precision import dtype_of, float32_by_default
 from .loop import fit
 from .metrics import Metrics
 from .scales import LossScale
@@ -36,7 +36,7 @@ def train_dvae(
     resume: bool = True,
 ) -> tuple[DiscreteVAE, dict[str, float]]:
     """Stage 1: train the dVAE on the images of ``pairs``. Files, results and errors as in ``loop.fit``."""
-    with join_world(train_cfg.device, train_cfg.parallel) as world:
+    with float32_by_default(), join_world(train_cfg.device, train_cfg.parallel) as world:
         check_memory(DiscreteVAE, model_cfg, train_cfg, world)
         task = DVAETask(pairs, val_pairs, model_cfg, train_cfg, world)
         return fit(task, train_cfg, out, resume, world)

@@ -41,10 +41,18 @@ def train_tokenizer(
     Args:
         vocab_size: text tokens, the 256 bytes included.
         text_len: tokens per caption, padding included.
+
+    Raises:
+        ValueError: there is another tokenizer, which models in the folder were trained with.
     """
-    tokenizer = Tokenizer.train(captions, vocab_size, text_len)
-    Path(out).mkdir(parents=True, exist_ok=True)
-    tokenizer.save(Path(out) / "tokenizer.json")
+    out = Path(out)
+    tokenizer, path = Tokenizer.train(captions, vocab_size, text_len), out / "tokenizer.json"
+    # A folder of that name has the checkpoints of a training.
+    users = [name for name in ("dalle.safetensors", "clip.safetensors", "dalle", "clip") if (out / name).exists()]
+    if path.exists() and users and Tokenizer.load(path).fingerprint != tokenizer.fingerprint:
+        got = "another that would replace it"
+        raise ValueError(f"tokenizer: expected the one in {out}, which {', '.join(users)} depend on, got {got}")
+    tokenizer.save(path)
     return tokenizer
 
 

@@ -214,6 +214,8 @@ def pretended_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "graph": Graph.capture,
         "get_rng_state": lambda device: torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": lambda state, device: None,
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
         "mem_get_info": lambda device: (2**33, 2**33),
     }
     for name, stand_in in cuda.items():
