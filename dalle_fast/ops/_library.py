@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import reference
 
@@ -88,6 +90,7 @@ def _load() -> Backend:
 
 
 _BACKEND = _load()
+_LIBRARY = torch.library.Library("dalle_fast", "FRAGMENT")  # holds the registrations of this file
 
 
 def backend() -> Backend:
@@ -127,9 +130,56 @@ def register_fake(op: str) -> Callable[[Function], Function]:
 
 
 def register_autograd(op: str, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
-    """``torch.library.register_autograd``, or nothing where the compiled ops are missing."""
+    """``torch.library.register_autograd``, or nothing where the compiled ops are missing.
+
+    ``backward`` runs the op ``<op>_backward``, which refuses to be differentiated.
+    """
     if _kernels_loaded():
         torch.library.register_autograd(f"dalle_fast::{op}", backward, setup_context=setup_context)
+    refuse_derivatives(f"{op}_backward", f"{op}: differentiable once")
+
+
+def refuse_derivatives(op: str, message: str) -> None:
+    """Make an op raise RuntimeError where torch would take its derivative, in place of one that is silently 0."""
+    if not _kernels_loaded():
+        return
+    overload = getattr(torch.ops.dalle_fast, op).default
+
+    def compute(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    class NotDifferentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            return compute(*args)
+
+        @staticmethod
+        def backward(ctx: Any, *_: Any) -> Any:
+            raise RuntimeError(message)
+
+    # torch.library.register_autograd takes no op that writes to an argument, such as a flag.
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        refuse_forward_mode(message, *args)
+        needs_grad = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+        return (NotDifferentiable.apply if needs_grad else compute)(keyset, *args)
+
+    _LIBRARY.impl(op, kernel, "Autograd", with_keyset=True)
+
+
+def refuse_forward_mode(message: str, *args: Any) -> None:
+    """Raise RuntimeError if an argument has a forward-mode tangent, which no kernel takes along."""
+    if forward_ad._current_level < 0:  # as in most calls
+        return
+    if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args):
+        raise RuntimeError(f"{message}, and not in forward mode")
+
+
+def refuse_gradients(op: str, *args: Tensor | None) -> None:
+    """Raise RuntimeError if an argument needs derivatives, for an op that has none."""
+    refuse_forward_mode(f"{op}: no gradients", *args)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args):
+        raise RuntimeError(f"{op} has no gradients: call it under torch.no_grad()")
 
 
 def _kernels_loaded() -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..mask import AttentionMask
 from ._check import check_tensor
-from ._library import reference_op, register_fake
+from ._library import reference_op, refuse_gradients, register_fake
 from .sparse_attention import DTYPES, check_mask, mask_args, softmax_scale
 
 
@@ -47,10 +47,12 @@ def decode_attention(
     Raises:
         TypeError: an argument that is no tensor or no mask, or another dtype.
         ValueError: shapes that do not fit each other or the mask, an empty batch, different devices.
-        RuntimeError: on the CPU a position outside the image; this install has no kernel for the device.
+        RuntimeError: an argument that requires gradients; on the CPU a position outside the image; this install has no
+            kernel for the device.
     """
     check_mask(mask)
     check_tensor("q", q, DTYPES)
+    refuse_gradients("decode_attention", q, k, v, text_k, text_v, cache_k, cache_v)
     if reference := reference_op("decode_attention", q.device):
         _check_arguments(q, k, v, text_k, text_v, cache_k, cache_v, position, mask)
         return reference(q, k, v, text_k, text_v, cache_k, cache_v, position, mask, scale)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._check import HALVES, check_tensor, int64_scalar
-from ._library import reference_op, register_autograd, register_fake
+from ._library import reference_op, refuse_forward_mode, register_autograd, register_fake
 
 DTYPES = (torch.float32, torch.float64, *HALVES)
 
@@ -16,7 +16,8 @@ DTYPES = (torch.float32, torch.float64, *HALVES)
 def gumbel_softmax(logits: Tensor, tau: float, seed: int | Tensor, hard: bool = False) -> tuple[Tensor, Tensor]:
     """Relaxed one-hot sample over the codes, and the KL divergence to the uniform prior (section 2.1).
 
-    A public op, for your own model: the dVAE of this package uses :func:`gumbel_quantize`.
+    A public op, for your own model: the dVAE of this package uses :func:`gumbel_quantize`. Differentiable
+    once, not in forward mode.
 
     Args:
         logits: [B, K, h, w], float32, float64, bfloat16 or float16 (16 bits are computed in float32), contiguous or
@@ -34,11 +35,12 @@ def gumbel_softmax(logits: Tensor, tau: float, seed: int | Tensor, hard: bool = 
     Raises:
         TypeError: an argument of another type or dtype.
         ValueError: logits of another rank or empty, ``tau`` not a positive number, ``seed`` beyond 64 bits.
-        RuntimeError: this install has no kernel for the device.
+        RuntimeError: a derivative that the kernels do not have; this install has no kernel for the device.
     """
     tau, seed = _checked(logits, tau, seed)
     if reference := reference_op("gumbel_softmax", logits.device):
         return reference(logits, tau, seed, hard)
+    refuse_forward_mode("gumbel_softmax: differentiable once", logits)
     y, kl, _, _ = torch.ops.dalle_fast.gumbel_softmax(_dense(logits), tau, seed, hard)
     return y, kl
 
@@ -99,7 +101,7 @@ def gumbel_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`gumbel_softmax` multiplied by the codebook: the decoder's first 1x1 convolution (section 2.1).
 
-    The sample itself is never in memory.
+    The sample itself is never in memory. Differentiable once, not in forward mode.
 
     Args:
         logits, tau, seed, hard: as in :func:`gumbel_softmax`.
@@ -118,6 +120,7 @@ def gumbel_quantize(
     check_tensor("codebook", codebook, logits.dtype, (logits.shape[1], "C"), logits.device)
     if reference := reference_op("gumbel_quantize", logits.device):
         return reference(logits, codebook, tau, seed, hard)
+    refuse_forward_mode("gumbel_quantize: differentiable once", logits, codebook)
     z, kl, codes, _, _ = torch.ops.dalle_fast.gumbel_quantize(_dense(logits), codebook.contiguous(), tau, seed, hard)
     return z, kl, codes
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._check import check_tensor
-from ._library import reference_op, register_fake
+from ._library import reference_op, refuse_gradients, register_fake
 
 FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 PANEL = 16  # outputs that are stored together
@@ -81,8 +81,7 @@ def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -
         raise ValueError(f"x: expected [..., {packed.in_features}], got {list(x.shape)}")
     if bias is not None:
         check_tensor("bias", bias, torch.float32, (packed.out_features,), device)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        raise RuntimeError("packed_linear has no gradients: call it under torch.no_grad()")
+    refuse_gradients("packed_linear", x, bias)
     if reference := reference_op("packed_linear", device):
         return reference(x, packed, bias)
     return torch.ops.dalle_fast.packed_linear(x, packed.panels, packed.scales, bias, packed.out_features)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ._check import HALVES, check_elements, check_tensor
-from ._library import reference_op, register_autograd, register_fake
+from ._library import reference_op, refuse_derivatives, refuse_forward_mode, register_autograd, register_fake
 
 FIRST_SCALE = 2.0**13  # of one replica (appendix D)
 WINDOW = 125  # steps between two divisions of a scale
@@ -43,7 +43,7 @@ def residual_layer_norm(
     With scales the backward is that of figure 4: the gradient of ``normed`` comes out of the next resblock multiplied
     by ``scale_in``; its Inf and NaN become 0, it is divided by ``scale_in``, goes through the LayerNorm and is added to
     the gradient of the stream. That sum multiplied by ``scale_out`` is the gradient of ``branch``. Those of ``x``,
-    ``weight`` and ``bias`` have no scale. A transformer of n resblocks:
+    ``weight`` and ``bias`` have no scale. Differentiable once, not in forward mode. A transformer of n resblocks:
 
         total, normed = residual_layer_norm(x, None, ..., scale_in=scale[0], nonfinite=nonfinite[0])
         for i in range(1, n):
@@ -71,7 +71,7 @@ def residual_layer_norm(
         TypeError: an argument of another dtype.
         ValueError: shapes or devices that do not match, an empty x, one of ``scale_in`` and ``nonfinite`` alone, or
             ``scale_out`` without a branch.
-        RuntimeError: this install has no kernel for the device.
+        RuntimeError: a derivative that the kernels do not have; this install has no kernel for the device.
     """
     check_tensor("x", x, (torch.float32, torch.float64))
     if x.dim() == 0 or x.numel() == 0:
@@ -92,6 +92,7 @@ def residual_layer_norm(
     check_elements("nonfinite", nonfinite, torch.int32, 1, x.device)
     if reference := reference_op("residual_layer_norm", x.device):
         return reference(x, branch, weight, bias, eps, dtype, scale_in, scale_out, nonfinite)
+    refuse_forward_mode("residual_layer_norm: differentiable once", x, branch, weight, bias)
     branch = None if branch is None else branch.contiguous()
     total, normed, _, _ = torch.ops.dalle_fast.residual_layer_norm(
         x.contiguous(), branch, weight.contiguous(), bias.contiguous(), eps, dtype, scale_in, scale_out, nonfinite
@@ -161,13 +162,17 @@ def _backward(ctx: Any, grad_total: Tensor, grad_normed: Tensor, *_: Any) -> tup
 register_autograd("residual_layer_norm", _backward, setup_context=_setup_context)
 
 
+for _op in ("scale_gradient", "unscale_gradient"):
+    refuse_derivatives(_op, f"{_op}: not differentiable")
+
+
 def scale_gradient(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The gradient that enters a resblock on the way back: multiplied by the block's scale, cast (figure 4).
 
-    A public op, for your own model: :func:`residual_layer_norm` does the same within its backward.
+    A public op, for your own model: :func:`residual_layer_norm` does the same within its backward. Not differentiable.
 
     Args:
-        grad: any shape, float32. Not differentiated again.
+        grad: any shape, float32.
         scale: float32, one element.
         dtype: of the result: float32, bfloat16 or float16; values out of its range become infinite.
 
@@ -192,10 +197,10 @@ def _scale_gradient_fake(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Ten
 def unscale_gradient(grad: Tensor, scale: Tensor) -> Tensor:
     """The gradient that leaves a resblock: Inf and NaN become 0, then divided by the scale, in float32 (figure 4).
 
-    A public op, for your own model: :func:`residual_layer_norm` does the same within its backward.
+    A public op, for your own model: :func:`residual_layer_norm` does the same within its backward. Not differentiable.
 
     Args:
-        grad: any shape, float32, bfloat16 or float16. Not differentiated again.
+        grad: any shape, float32, bfloat16 or float16.
         scale: float32, one element.
 
     Raises:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..mask import AttentionMask
 from ._check import HALVES, check_tensor
-from ._library import reference_op, register_autograd, register_fake
+from ._library import reference_op, refuse_forward_mode, register_autograd, register_fake
 
 DTYPES = (torch.float32, *HALVES, torch.float64)
 
@@ -17,7 +17,7 @@ DTYPES = (torch.float32, *HALVES, torch.float64)
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float | None = None) -> Tensor:
     """Softmax attention over the keys that ``mask`` keeps, without an N x N matrix at any time.
 
-    Differentiable once with respect to q, k and v. Every run gives the same bits.
+    Differentiable once with respect to q, k and v, not in forward mode. Every run gives the same bits.
 
     Args:
         q, k, v: [B, H, N, D] of any strides, all of one dtype: float32, bfloat16, float16 or float64. Sums are float32
@@ -31,7 +31,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale
     Raises:
         TypeError: an argument that is no tensor or no mask, or another dtype.
         ValueError: shapes that do not fit each other or the mask, an empty batch, different devices.
-        RuntimeError: this install has no kernel for the device.
+        RuntimeError: a derivative that the kernels do not have; this install has no kernel for the device.
     """
     check_mask(mask)
     check_tensor("q", q, DTYPES, ("B", "H", "N", "D"))
@@ -41,6 +41,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale
         raise ValueError(f"q: expected N = {mask.seq_len} tokens, as in the mask, got {q.shape[2]}")
     if reference := reference_op("sparse_attention", q.device):
         return reference(q, k, v, mask, scale)
+    refuse_forward_mode("sparse_attention: differentiable once", q, k, v)
     out, _ = torch.ops.dalle_fast.sparse_attention(q, k, v, *mask_args(mask), softmax_scale(q, scale))
     return out
 
