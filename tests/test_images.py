@@ -181,7 +181,7 @@ KINDS = {
     "RGBA of 16 bits": (lambda w, h: blank_png(w, h, 16, 6), (7071, 7071), (255, 255, 255)),
     "WEBP": (lambda w, h: png((9, 9, 9), (w, h), file_format="WEBP", lossless=True, method=0), (5700, 5700), (9, 9, 9)),
     "JPEG": (
-        lambda w, h: png((9, 9, 9, 9), (w, h), "CMYK", "JPEG", progressive=True, subsampling=0), (6580, 6580), None
+        lambda w, h: png((9, 9, 9, 9), (w, h), "CMYK", "JPEG", progressive=True, subsampling=0), (6550, 6550), None
     ),
 }  # fmt: skip
 

@@ -314,6 +314,28 @@ def test_formats_and_long_names(tmp_path: Path, tar_format: int) -> None:
     assert (pairs[0].caption, pairs.name(0), list(pairs.skipped)) == ("red", f"a.tar:{key}", [])
 
 
+@pytest.mark.parametrize("kind", [b"x", b"g", b"L"])
+def test_a_header_does_not_swallow_members(tmp_path: Path, kind: bytes) -> None:
+    """Else the name that it holds would be given to a later member."""
+    content = b"other.png\0" if kind == b"L" else record("path", "other.png")
+    swallowed = content + bytes(-len(content) % BLOCK) + header("b.png", len(RED), content=RED)
+    good = header("a.png", len(RED), content=RED) + header("a.txt", 3, content=b"red")
+    damaged = good + header("long", len(swallowed), kind, swallowed) + header("c.png", len(BLUE), content=BLUE)
+    (tmp_path / "a.tar").write_bytes(damaged + header("other.txt", 1, content=b"x") + bytes(2 * BLOCK))
+    kept, skipped = found(tmp_path / "a.tar")
+    assert kept == [("red", 0)]
+    assert [name for name, _ in skipped] == ["a.tar"]
+    assert skipped[0].reason.endswith("got one that holds other members")
+
+
+@pytest.mark.parametrize("value", ["\0\1\0" * 400, "x" * 505, "1 a=b\n" * 200])
+def test_values_of_records_hold_anything(tmp_path: Path, value: str) -> None:
+    content = record("SCHILY.xattr.user.x", value) + record("path", "n" * 600 + ".png") + record("a", "b" * 900)
+    members = pax(content) + header("short.png", len(RED), content=RED) + pax(record("path", "n" * 600 + ".txt"))
+    (tmp_path / "a.tar").write_bytes(members + header("short.txt", 3, content=b"red") + bytes(2 * BLOCK))
+    assert found(tmp_path / "a.tar") == ([("red", 0)], [])
+
+
 def test_links_are_named(tmp_path: Path) -> None:
     tar_of(tmp_path / "a.tar", [("a.png", RED), ("a.txt", "red")])
     with tarfile.open(tmp_path / "a.tar", "a") as tar:

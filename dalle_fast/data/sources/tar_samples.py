@@ -20,6 +20,7 @@ from ..pairs import IMAGE_EXTENSIONS, Skipped, Unusable, caption_of, extension_o
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_HEADERS = 1 << 20  # bytes of all headers of a member
+_RECORD = re.compile(rb"(\d{1,9}) [^=]+=")  # of a PAX header: its length, key and value
 _MAX_PADDING = 1 << 20  # bytes of zeros behind the last member; GNU tar writes 10 KB
 _MAX_CAPTION = 1_000_000  # bytes of a caption's file
 
@@ -117,12 +118,26 @@ class _Headers:
         content = self._file.read(size)
         if size > BLOCK and re.search(rb"\d{1000}", content):  # tarfile takes quadratic time for them
             raise tarfile.ReadError("expected the records of a header, got 1000 digits in a row")
+        if (
+            size > BLOCK
+            and content[_end_of_records(content) :].strip(b"\0")
+            and content.partition(b"\0")[2].strip(b"\0")
+        ):
+            raise tarfile.ReadError("expected a header of records or of a name, got one that holds other members")
         return content
 
     def seek(self, offset: int) -> None:
         if not 0 <= offset <= self._size:
             raise tarfile.ReadError("unexpected end of data")
         self._file.seek(offset)
+
+
+def _end_of_records(content: bytes) -> int:
+    """The place behind the PAX records at the start of a header's content."""
+    end = 0
+    while (match := _RECORD.match(content, end)) and int(match[1]):
+        end += int(match[1])
+    return end
 
 
 def members_of(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
