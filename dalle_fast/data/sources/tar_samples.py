@@ -118,11 +118,8 @@ class _Headers:
         content = self._file.read(size)
         if size > BLOCK and re.search(rb"\d{1000}", content):  # tarfile takes quadratic time for them
             raise tarfile.ReadError("expected the records of a header, got 1000 digits in a row")
-        if (
-            size > BLOCK
-            and content[_end_of_records(content) :].strip(b"\0")
-            and content.partition(b"\0")[2].strip(b"\0")
-        ):
+        behind = content[_end_of_records(content) :], content.partition(b"\0")[2]  # records, and a name
+        if size > BLOCK and all(rest.strip(b"\0") for rest in behind):
             raise tarfile.ReadError("expected a header of records or of a name, got one that holds other members")
         return content
 
