@@ -116,11 +116,8 @@ class _Headers:
         if size < 0 or self.left < 0:
             raise tarfile.ReadError(f"expected headers of at most {MAX_HEADERS} bytes")
         content = self._file.read(size)
-        if size > BLOCK and re.search(rb"\d{1000}", content):  # tarfile takes quadratic time for them
-            raise tarfile.ReadError("expected the records of a header, got 1000 digits in a row")
-        behind = content[_end_of_records(content) :], content.partition(b"\0")[2]  # records, and a name
-        if size > BLOCK and all(rest.strip(b"\0") for rest in behind):
-            raise tarfile.ReadError("expected a header of records or of a name, got one that holds other members")
+        if size > BLOCK:
+            _check_content(content)
         return content
 
     def seek(self, offset: int) -> None:
@@ -129,12 +126,15 @@ class _Headers:
         self._file.seek(offset)
 
 
-def _end_of_records(content: bytes) -> int:
-    """The place behind the PAX records at the start of a header's content."""
+def _check_content(content: bytes) -> None:
+    """Check that the content of a header is PAX records or a name, and padding: else it reaches into other members."""
+    if re.search(rb"\d{1000}", content):  # tarfile takes quadratic time for them
+        raise tarfile.ReadError("expected the records of a header, got 1000 digits in a row")
     end = 0
     while (match := _RECORD.match(content, end)) and int(match[1]):
         end += int(match[1])
-    return end
+    if content[end:].strip(b"\0") and content.partition(b"\0")[2].strip(b"\0"):
+        raise tarfile.ReadError("expected a header of records or of a name, got one that holds other members")
 
 
 def members_of(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
