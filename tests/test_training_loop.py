@@ -671,7 +671,7 @@ def test_batches_that_cannot_be_had_in_parts_are_refused():
         settings("dalle", accumulate=3)
     with pytest.raises(ValueError, match="accumulate: expected 1 or more, got 0"):
         settings("dvae", accumulate=0)
-    with pytest.raises(ValueError, match="accumulate: expected 1, as the loss of CLIP needs the whole batch.*got 2"):
+    with pytest.raises(ValueError, match=r"accumulate: expected 1, as the loss of CLIP needs the whole batch.*got 2"):
         settings("clip", accumulate=2)
     with pytest.raises(ValueError, match="accumulate: expected 1 with PowerSGD, got 2"):
         settings("dalle", accumulate=2, powersgd_rank=8)
