@@ -291,3 +291,15 @@ def test_the_plan_of_many_processes_counts_their_shards():
     tight = plan_run(model, DALLE_CFG, config, fixed + many.memory["activations"] * 0.6, shards=2, processes=4)
     with pytest.raises(ValueError, match="what would fit is a batch of 4"):
         refuse_what_cannot_fit(tight, 8, 4)
+
+
+def test_a_batch_in_parts_needs_the_memory_of_one_part():
+    model, config = DALLE(DALLE_CFG), settings("dalle", batch_size=12)
+    whole, parts = (plan_run(model, DALLE_CFG, replace(config, accumulate=n), GB) for n in (1, 3))
+    assert parts.memory["activations"] == whole.memory["activations"] / 3
+    available = whole.total - whole.memory["activations"] * 0.6  # room for 4.8 of 12 samples
+    for accumulate in (1, 2):
+        tight = plan_run(model, DALLE_CFG, replace(config, accumulate=accumulate), available)
+        with pytest.raises(ValueError, match=r"what would fit is a batch of 4, or accumulate 3$"):
+            refuse_what_cannot_fit(tight, 12, accumulate=accumulate)
+    assert plan_run(model, DALLE_CFG, replace(config, accumulate=3), available).fits

@@ -73,13 +73,15 @@ def _columns_of_wide(parameter: nn.Parameter, shards: int) -> Shard | None:
     return None  # rows
 
 
-def backward(loss: torch.Tensor, model: nn.Module, world: World) -> None:
+def backward(loss: torch.Tensor, model: nn.Module, world: World, last: bool = True) -> None:
     """Add the gradient of the mean loss of all processes to ``grad``; for sharded parameters, its shards.
+
+    Of several losses whose gradients are summed, all but the ``last`` leave those of unsharded parameters to it.
 
     The loss is divided by the number of processes, not the gradients: those in 16 bits keep their size.
     """
     (loss / world.size).backward()
-    if world.size > 1:
+    if world.size > 1 and last:
         for parameter in model.parameters():
             if not isinstance(parameter, DTensor):
                 dist.all_reduce(cast(torch.Tensor, parameter.grad))

@@ -89,7 +89,8 @@ class DVAETask(CorpusTask):
     def loss(self, model: DiscreteVAE, batch: Batch, step: int) -> tuple[torch.Tensor, Metrics]:
         images = batch["image"].contiguous(memory_format=torch.channels_last)
         rank = [self._world.rank] if self._world.rank else []  # every process draws noise of its own
-        key = (self.config.seed, step, *rank)
+        part = [MAX_SEED, batch["part"]] if "part" in batch else []  # and every part of a batch
+        key = (self.config.seed, step, *rank, *part)
         seed = int(np.random.default_rng(key).integers(MAX_SEED))
         if self.config.grain:
             images = with_grain(images, self.config.grain, seed)

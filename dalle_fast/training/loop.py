@@ -224,13 +224,12 @@ def train_step(
     Without a finite loss and gradient nothing changes: a skipped step does less harm than a NaN. The scales may confine
     the skip to a resblock.
     """
-    loss, metrics = task.loss(state.model, batch, state.step)
-    backward(loss, state.model, state.world)
+    loss, metrics = add_gradients(state, task, batch, config.accumulate)
     if state.powersgd:
         state.powersgd.finish()
     factors = state.scales.factors() if state.scales else None
     norm, nonfinite = gradient_norm(shards_of_gradients(state, factors), factors)
-    loss, norm, nonfinite = of_all_processes(state, loss.detach(), norm, nonfinite)
+    loss, norm, nonfinite = of_all_processes(state, loss, norm, nonfinite)
     skip = state.scales.skip(nonfinite) if state.scales else nonfinite.any().expand_as(nonfinite)
     # All that the host must know, in one wait for the device.
     made, all_finite, value = torch.stack([loss.isfinite() & ~skip.all(), ~nonfinite.any(), loss]).tolist()
@@ -254,6 +253,42 @@ def train_step(
         state.scales.update()
     state.optimizer.zero_grad()
     return finite, {"loss": loss, "grad_norm": norm, **metrics}
+
+
+def add_gradients(state: State[Model], task: Task[Model], batch: Batch, parts: int) -> tuple[torch.Tensor, Metrics]:
+    """Add the gradients of a batch, part by part; returns its loss and metrics.
+
+    A part is the batch of fewer samples, with its number as ``part`` unless it is the first.
+    """
+    if parts == 1:
+        loss, metrics = task.loss(state.model, batch, state.step)
+        backward(loss, state.model, state.world)
+        return loss.detach(), metrics
+    losses: list[torch.Tensor] = []
+    found: list[Metrics] = []
+    for number, part in enumerate(split(batch, parts)):
+        loss, metrics = task.loss(state.model, part, state.step)
+        backward(loss / parts, state.model, state.world, last=number == parts - 1)
+        losses.append(loss.detach())
+        found.append({name: value.detach() for name, value in metrics.items()})
+    values = {name: torch.stack([metrics[name] for metrics in found]) for name in found[0]}
+    summed = {name: value.mean(0) if value.ndim == 1 else value.sum(0) for name, value in values.items()}
+    return torch.stack(losses).mean(), summed  # vectors are counts, which are summed as in Meter
+
+
+def split(batch: Batch, parts: int) -> Iterator[Batch]:
+    """Split a batch into parts of as many samples.
+
+    Raises:
+        ValueError: the samples of this process cannot be shared equally.
+    """
+    samples = len(next(iter(batch.values())))
+    if samples % parts:
+        raise ValueError(f"accumulate: expected a divisor of the {samples} samples of each process, got {parts}")
+    size = samples // parts
+    for number in range(parts):
+        part = {name: values[number * size :][:size] for name, values in batch.items()}
+        yield {**part, "part": number} if number else part
 
 
 def shards_of_gradients(state: State[Model], factors: torch.Tensor | None) -> list[torch.Tensor]:

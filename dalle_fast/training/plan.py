@@ -271,20 +271,30 @@ def plan_run(
         if config.compression_rank() and processes > shards and isinstance(cfg, DALLEConfig):
             needed["error buffers"] = HALF * dalle_parameters(cfg)[0] / shards
         needed["gathered parameters"] = FLOAT * (3 * max(resblocks) + 2 * (parameters - sum(resblocks)))
-    needed["activations"] = activations * config.batch_size / processes
+    needed["activations"] = activations * config.batch_size / config.accumulate / processes
     title = f"{parameters:,} parameters on {config.device}, a batch of {config.batch_size}; it needs"
     if processes > 1:
         title = f"{parameters:,} parameters on {processes} processes, a batch of {config.batch_size}; each needs"
     return Plan(title, needed, available, flops)
 
 
-def refuse_what_cannot_fit(plan: Plan, batch_size: int, processes: int = 1) -> None:
-    """Raise ValueError, naming what would fit, unless the plan of a run fits; ``processes`` share the batch."""
+def refuse_what_cannot_fit(plan: Plan, batch_size: int, processes: int = 1, accumulate: int | None = None) -> None:
+    """Raise ValueError, naming what would fit, unless the plan of a run fits.
+
+    Args:
+        processes: share the batch.
+        accumulate: parts of a batch; None if it cannot be computed in parts.
+    """
     if plan.fits:
         return
-    per_sample, each = plan.memory["activations"] * processes / batch_size, batch_size // processes
+    each = batch_size // processes // (accumulate or 1)  # samples at a time
+    per_sample = plan.memory["activations"] / each
     fitting = processes * int((plan.available - plan.total) / per_sample + each) if per_sample else 0
     what = f"a batch of {fitting}" if fitting > 0 else "a smaller model, or this one on more GPUs: see dalle-fast plan"
+    if accumulate and fitting > 0:
+        share = batch_size // processes
+        parts = next(n for n in range(1, share + 1) if share % n == 0 and share // n <= fitting // processes)
+        what += f", or accumulate {parts}"
     raise ValueError(
         f"memory: expected at most {plan.available / GB:.2f} GB, got a training that needs {plan.total / GB:.2f} GB; "
         f"what would fit is {what}"

@@ -37,15 +37,18 @@ class TrainConfig(ABC):
     device: str = "cpu"
     parallel: Literal["fsdp", "ddp"] = "fsdp"  # processes of a node share the parameters, or each has them all
     warmup_steps: int = 0  # steps of linear growth of the step size
+    accumulate: int = 1  # parts of a batch, whose gradients are summed; only one part needs memory at a time
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "ema_every", "log_every", "val_every", "val_samples", "save_every")
-        for name in (*counts, "keep_checkpoints"):
+        for name in (*counts, "keep_checkpoints", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
         for name in ("workers", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate: expected a divisor of batch_size {self.batch_size}, got {self.accumulate}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected 0 or more and below 2^63, got {self.seed}")
         self._expect_finite("lr", "weight_decay", "clip_norm")
@@ -149,6 +152,10 @@ class TrainCLIP(TrainConfig):
         super().__post_init__()
         if self.batch_size < 2:
             raise ValueError(f"batch_size: expected 2 or more, to tell one from another, got {self.batch_size}")
+        if self.accumulate > 1:
+            raise ValueError(
+                f"accumulate: expected 1, as the loss of CLIP needs the whole batch at once, got {self.accumulate}"
+            )
 
     def lr_at(self, step: int) -> float:
         return warmup(step, self.warmup_steps) * cosine(step, self.lr, 0.0, self.steps)
@@ -188,6 +195,8 @@ class TrainDALLE(TrainConfig):
             raise ValueError(f"caption_dropout: expected a share in [0, 1], got {self.caption_dropout}")
         if self.powersgd_rank is not None and self.powersgd_rank < 1:
             raise ValueError(f"powersgd_rank: expected 1 or more, or none, got {self.powersgd_rank}")
+        if self.powersgd_rank is not None and self.accumulate > 1:
+            raise ValueError(f"accumulate: expected 1 with PowerSGD, got {self.accumulate}")
 
     def lr_at(self, step: int) -> float:
         peak = self.lr if self.lr_schedule == "plateau" else cosine(step, self.lr, 0.0, self.steps)

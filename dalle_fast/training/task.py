@@ -27,7 +27,7 @@ from ..models.base import TrainableModel
 from ..tokenizer import Tokenizer
 from .plan import available_memory, plan_run, refuse_what_cannot_fit
 from .scales import Scales
-from .settings import TrainConfig
+from .settings import TrainCLIP, TrainConfig
 
 Sample = dict[str, Any]
 MAX_SEED = 2**63  # exclusive
@@ -62,13 +62,18 @@ def check_memory(
     """Print the memory that a training needs to stderr, before it allocates any.
 
     Raises:
-        ValueError: the device has less; the message names what would fit.
+        ValueError: the device has less; the message names what would fit. Or the processes cannot share the parts of a
+            batch.
     """
+    if train_cfg.batch_size % (world.size * train_cfg.accumulate):
+        expected = f"a multiple of {world.size} processes with {train_cfg.accumulate} parts each"
+        raise ValueError(f"batch_size: expected {expected}, got {train_cfg.batch_size}")
     with torch.device("meta"):
         model = model_class(model_cfg)
     available = available_memory(torch.device(train_cfg.device))
     plan = plan_run(model, model_cfg, train_cfg, available, world.shards, world.size)
-    refuse_what_cannot_fit(plan, train_cfg.batch_size, world.size)
+    accumulate = None if isinstance(train_cfg, TrainCLIP) else train_cfg.accumulate
+    refuse_what_cannot_fit(plan, train_cfg.batch_size, world.size, accumulate)
     if world.is_first:
         print(plan, file=sys.stderr)
 
