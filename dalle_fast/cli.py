@@ -65,14 +65,14 @@ def main(args: Sequence[str] | None = None) -> int:
     With ``DALLE_FAST_TRACEBACK=1`` an error that no command expects is not turned into a line, to see where it is from.
     """
     args = sys.argv[1:] if args is None else args
-    if [*args] == ["--version"]:
-        print(f"dalle-fast {dalle_fast.__version__}")
-        return 0
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # of a terminal that cannot show a caption or a name
     try:
         try:
-            _parse(args)
+            if [*args] == ["--version"]:
+                print(f"dalle-fast {dalle_fast.__version__}")
+            else:
+                _parse(args)
         finally:
             sys.stdout.flush()  # a reader that has gone away is noticed here
     except TrainingStopped as stopped:

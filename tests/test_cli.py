@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,6 +97,109 @@ def test_generate(system, tmp_path):
     assert cli.main([*map(str, ["generate", "image 3", "--out", tmp_path / "b.png", *options])]) == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     Image.open(tmp_path / "a.png").verify()
+
+
+def test_generate_for_several_captions(system, tmp_path, capsys):
+    (tmp_path / "captions.txt").write_text("image 2\n\n  image 1\n")
+    out, options = tmp_path / "all", ["--model", str(system), "--n", "3", "--captions", str(tmp_path / "captions.txt")]
+    assert cli.main(["generate", "image 1", *options, "--out", str(out), "--top", "2"]) == 0
+    entries = json.loads((out / "scores.json").read_text())
+    assert [entry["caption"] for entry in entries] == ["image 1"] * 2 + ["image 2"] * 2 + ["image 1"] * 2
+    assert {path.name for path in out.iterdir()} == {"scores.json", *(entry["file"] for entry in entries)}
+    assert all(Image.open(out / entry["file"]).size == (8, 8) for entry in entries)
+    first, last = ([(e["place"], e["score"]) for e in part] for part in (entries[:2], entries[4:]))
+    assert first == last and first[0][1] >= first[1][1]  # a caption's images do not depend on the others
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert cli.main(["generate", "image 1", *options, "--out", str(tmp_path / "all.png")]) == 2
+    assert "out: expected a folder for 3 captions" in capsys.readouterr().err
+
+
+def test_generate_cuts_long_captions_on_demand(system, tmp_path, capsys):
+    args = ["generate", "zq" * 40, "--model", str(system), "--n", "2", "--out", str(tmp_path / "a.png")]
+    assert cli.main(args) == 2
+    assert "caption: expected at most 8 tokens" in capsys.readouterr().err
+    assert cli.main([*args, "--truncate"]) == 0  # and --top is 2 where it is not given
+    assert "best 2 of 2" in capsys.readouterr().out
+
+
+def test_a_system_is_one_whole(system, corpus, tmp_path, capsys):
+    """Training writes which parts belong together; another tokenizer does not replace that of models."""
+    other = tmp_path / "system"
+    shutil.copytree(system, other)
+    before = (other / "tokenizer.json").read_bytes()
+    train = ["train", "tokenizer", "--out", str(other), *SMALL["tokenizer"], "--data"]
+    assert cli.main([*train, str(corpus)]) == 0  # the same one again
+    assert cli.main([*train, "scenes"]) == 2
+    assert "tokenizer: expected the one in" in capsys.readouterr().err
+    assert (other / "tokenizer.json").read_bytes() == before
+    for part in ("dalle", "clip"):
+        assert "tokenizer" in load_model(other / f"{part}.safetensors").trained_with
+    dvae = load_model(other / "dvae.safetensors")
+    dvae.encoder.blocks.input.b.data += 1
+    save_model(dvae, other / "dvae.safetensors")
+    assert cli.main(["generate", "image", "--model", str(other), "--out", str(tmp_path / "a.png")]) == 2
+    assert "dvae in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["generate", "a", "--model", "nowhere"],
+        ["encode", "--data", "scenes", "--out", "x", "--model", "nowhere"],
+        ["data", "dedup", "--data", "scenes", "--out", "x", "--model", "nowhere"],
+        ["train", "dvae", "--data", "nowhere", "--out", "x"],
+        ["train", "clip", "--data", "nowhere", "--out", "x"],
+        ["train", "dalle", "--data", "nowhere", "--out", "x"],
+    ],
+    ids=lambda args: " ".join(args[:2]),
+)
+@pytest.mark.parametrize("device", ["mps", "meta", "gpu", ""])
+def test_a_device_that_is_not_there_is_noticed_first(args, device, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    option = "--train.device" if args[0] == "train" else "--device"
+    assert cli.main([*args, option, device]) == 2
+    said = capsys.readouterr().err
+    assert said == f"dalle-fast: device: expected cpu or cuda, got {device!r}\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert re.fullmatch(r"dalle-fast \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_an_output_that_cannot_be_written_is_noticed_first(tmp_path, monkeypatch, capsys):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(pipeline.TextToImage, "load", None)  # it would be an error of another kind
+    for out in ("folder.png", "file", "file/a.png"):
+        assert cli.main(["generate", "a", "--out", str(tmp_path / out)]) == 2
+        said = capsys.readouterr().err
+        assert str(tmp_path / "file") in said or "got the folder" in said
+    monkeypatch.setattr(Path, "touch", lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    assert cli.main(["generate", "a", "--out", str(tmp_path / "b.png")]) == 2
+    assert "output file: expected a folder that can be written" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_away_ends_in_silence():
+    process = subprocess.Popen(command("--version"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() in (0, 141)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("line\nand line"), KeyError("x"), RecursionError("deep")]
+)
+def test_an_error_that_no_command_expects_is_one_line(error, monkeypatch, capsys):
+    def fail() -> None:
+        """Fail."""
+        raise error
+
+    monkeypatch.setattr(cli, "info", fail)
+    assert cli.main(["info"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("dalle-fast: ") and said.count("\n") == 1
 
 
 def test_generate_from_an_image_prompt(system, corpus, tmp_path, capsys):
@@ -218,6 +322,22 @@ def test_ctrl_c_saves(corpus, tmp_path):
         (["generate", "a", "--out", "x.txt"], "out: expected a name that ends in"),
         (["generate", "a", "--model", "no-such-model"], "model: expected a folder or a built-in name"),
         (["generate", "a", "--image-prompt", "none.png"], "none.png"),
+        (["generate"], "caption: expected at least one"),
+        (["generate", "a", "--captions", "none.txt"], "none.txt"),
+        (["generate", "a", "--model", ""], "model: expected a folder or a built-in name, got an empty one"),
+        (["generate", "a", "--n", "0"], "n: expected 1 or more, got 0"),
+        (["generate", "a", "--n", "4", "--top", "5"], "top: expected 1 to n = 4, got 5"),
+        (["demo", "--steps", "0", "1", "1"], "steps: expected 1 or more, got 0 1 1"),
+        (["demo", "--captions", "0"], "captions: expected 1 or more, got 0"),
+        (["demo", "--pairs", "-1"], "pairs: expected 1 or more, got -1"),
+        (
+            ["train", "dvae", "--data", "scenes", "--out", "x", "--model.n-hid", "3"],
+            "n_hid: expected groups of width 4",
+        ),
+        (
+            ["train", "dvae", "--data", "scenes", "--out", "x", "--model.groups", "0"],
+            "groups: expected an integer from 1",
+        ),
         (["generate", "a", "--temperature", "0"], "temperature: expected a finite number above 0, got 0.0"),
         (["generate", "a", "--top-p", "1.5"], "top_p: expected a share in (0, 1], got 1.5"),
         (["reconstruct"], "images: expected at least one, got none"),
