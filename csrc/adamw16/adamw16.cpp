@@ -41,6 +41,7 @@ void adamw16(const std::vector<Tensor>& params, const std::vector<Tensor>& grads
   for (int64_t i = 0; i < n; ++i) {
     const Tensor& param = params[i];
     check(param, "params", ScalarType::Float, param.sizes(), first);
+    check_dense(param, "params");
     check_layout(grads[i], "grads", ScalarType::Float, param);
     check_layout(means[i], "means", ScalarType::Short, param);
     check_layout(variances[i], "variances", ScalarType::Short, param);
@@ -56,6 +57,15 @@ void adamw16(const std::vector<Tensor>& params, const std::vector<Tensor>& grads
   check_option(unscale, "unscale", ScalarType::Float, n, first);
   check_option(clip, "clip", ScalarType::Float, 1, first);
   check_option(skip, "skip", ScalarType::Bool, n, first);
+  std::vector<Tensor> written, read = {step, lr, weight_decay};
+  for (const auto* tensors : {&params, &means, &variances}) {
+    written.insert(written.end(), tensors->begin(), tensors->end());
+  }
+  read.insert(read.end(), grads.begin(), grads.end());
+  for (const auto& option : {unscale, clip, skip}) {
+    if (option) read.push_back(*option);
+  }
+  check_apart(written, read, "params, means, variances");
   AdamW16 all;
   all.tensors = n;
   all.tensor = tensors.data();

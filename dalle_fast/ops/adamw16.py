@@ -49,6 +49,7 @@ def adamw16(
     Raises:
         TypeError: a tensor of another dtype.
         ValueError: a tensor of another shape, memory layout or device, or a number out of range.
+        RuntimeError: tensors to be updated that overlap in memory; this install has no kernel for the device.
     """
     n = len(params)
     for name, tensors in (("grads", grads), ("means", means), ("variances", variances)):
@@ -165,10 +166,10 @@ def _gradient_norm_fake(grads: list[Tensor], unscale: Tensor | None, skip: Tenso
 
 
 def _in_a_row(x: Tensor) -> Tensor:
-    """The elements of x as one contiguous dimension, in any order; a copy only if x has gaps."""
+    """The elements of x as one contiguous dimension, in any order; a copy only if x has gaps or repeats."""
     if _is_channels_last(x):
         x = x.permute(0, 2, 3, 1)
-    return x.reshape(-1)
+    return x.reshape(-1).contiguous()  # the first keeps the stride of a vector, and expanded elements
 
 
 def _is_channels_last(x: Tensor) -> bool:
