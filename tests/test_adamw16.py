@@ -314,3 +314,12 @@ def test_gradient_norm_of_any_strides(device):
     wanted, _ = reference.gradient_norm(grads, unscale)
     torch.testing.assert_close(norm, wanted)
     assert not skipped.any()
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (1, 5), (3, 1, 1), (0, 4), (4, 0)])
+def test_strides_of_one_element_and_of_none_have_no_meaning(shape, device):
+    param = torch.ones(shape, device=device)
+    strange = [torch.zeros(shape[::-1], dtype=torch.int16, device=device).permute(*reversed(range(len(shape))))] * 1
+    strange.append(strange[0].clone())
+    df.adamw16([param], [torch.ones_like(param)], strange[:1], strange[1:], 1, 0.1, 0.9, 0.95, 1e-8, 0.0)
+    assert (param < 1).all()

@@ -230,7 +230,7 @@ def test_the_largest_may_be_a_negative_zero(device):
 def test_the_stream_of_noise_ends_at_63_bits(device):
     logits = random_logits(6, 9, device=device)
     for first, pitch in ((2**63 - 1, None), (0, 2**62), (2**63 - 54, None), (2**62, 2**61), (2**70, None), (0, 2**64)):
-        with pytest.raises(ValueError, match="first, pitch: expected"):
+        with pytest.raises(ValueError, match="first and pitch: expected first"):
             df.sample(logits, 1, first=first, pitch=pitch)
     for first, pitch in ((2**63 - 55, None), (2**62 - 1, 2**62 // 6), (7, (2**63 - 8) // 6)):
         arguments = (logits, 1, 1.0, None, None, first, pitch)

@@ -13,12 +13,13 @@
 namespace dalle_fast {
 namespace {
 
-// x has the sizes and strides of param. Strides of size-1 dimensions carry no meaning and are not compared.
+// x has the sizes and strides of param. Strides of size-1 dimensions and of empty tensors carry no meaning and are not
+// compared.
 void check_layout(const Tensor& x, const char* name, ScalarType dtype, const Tensor& param) {
   check(x, name, dtype, param.sizes(), param);
   for (int64_t d = 0; d < param.dim(); ++d) {
-    STD_TORCH_CHECK(param.size(d) == 1 || x.stride(d) == param.stride(d), name, ": expected the strides of params ",
-                    list_of(param.strides()), ", got ", list_of(x.strides()));
+    STD_TORCH_CHECK(param.numel() == 0 || param.size(d) == 1 || x.stride(d) == param.stride(d), name,
+                    ": expected the strides of params ", list_of(param.strides()), ", got ", list_of(x.strides()));
   }
 }
 

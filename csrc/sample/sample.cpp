@@ -44,8 +44,9 @@ Tensor sample(const Tensor& logits, const Tensor& seed, const Tensor& first, dou
   params.pitch = pitch;
   params.out = output<int64_t>(out);
   const bool readable = logits.is_cpu();  // without waiting for the device
-  STD_TORCH_CHECK(!readable || (*params.first >= 0 && *params.first <= kMost - rows * pitch), "first: expected 0 to ",
-                  kMost - rows * pitch, ", got ", *params.first);
+  STD_TORCH_CHECK(!readable || *params.first >= 0, "first: expected 0 or more, got ", *params.first);
+  STD_TORCH_CHECK(!readable || *params.first <= kMost - rows * pitch, "first: expected at most ", kMost - rows * pitch,
+                  ", got ", *params.first);
   DF_RUN(sample, logits, params);
   for (int64_t row = 0; readable && row < rows; ++row) {
     STD_TORCH_CHECK(params.out[row] >= 0,

@@ -113,8 +113,13 @@ def _check_parameters(
         check_tensor(f"grads[{i}]", grads[i], torch.float32, param.shape, device)
         for name, moment in (("means", means[i]), ("variances", variances[i])):
             check_tensor(f"{name}[{i}]", moment, torch.int16, param.shape, device)
-            if moment.stride() != param.stride():
+            if moment.stride() != param.stride() and _layout(moment) != _layout(param):
                 raise ValueError(f"{name}[{i}]: expected the strides of params {param.stride()}, got {moment.stride()}")
+
+
+def _layout(x: Tensor) -> list[int]:
+    """The strides of dimensions of more than one element; those of others carry no meaning."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1 and x.numel()]
 
 
 def _on_device(name: str, x: float | Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> Tensor:

@@ -50,11 +50,10 @@ def sample(
     rows, codes = logits.shape
     pitch = codes if pitch is None else pitch
     least = first if isinstance(first, int) else 0
-    if least < 0 or pitch < codes or least + rows * pitch >= 2**63:
-        raise ValueError(
-            f"first, pitch: expected 0 or more, {codes} or more, and first + {rows} * pitch below 2^63, "
-            f"got {first} and {pitch}"
-        )
+    if least < 0 or pitch < codes:
+        raise ValueError(f"first and pitch: expected 0 or more and {codes} or more, got {first} and {pitch}")
+    if least + rows * pitch >= 2**63:
+        raise ValueError(f"first and pitch: expected first + {rows} * pitch below 2^63, got {first} and {pitch}")
     seed, first = int64_scalar("seed", seed, logits.device), int64_scalar("first", first, logits.device)
     if reference := reference_op("sample", logits.device):
         return reference(logits, seed, temperature, top_k, top_p, first, pitch)
