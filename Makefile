@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH_STAMP := .venv/.torch-$(TORCH)
 BUILD_STAMP := .venv/.built
-OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,sparse_attention decode_attention packed_linear sample gumbel philox_uniform resblock resblock_scales adamw16 minifloat))
+OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,sparse_attention decode_attention packed_linear sample gumbel philox_uniform resblock resblock_scales adamw16 minifloat derivatives raw_ops)) tests/fuzz/test_fuzz_ops.py
 # Tests of the ops that have a CUDA kernel.
 CUDA_OP_TESTS := $(addprefix tests/test_,$(addsuffix .py,adamw16 sparse_attention decode_attention gumbel minifloat resblock resblock_scales philox_uniform sample))
 CXX_FILES := $(shell find csrc tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
@@ -15,7 +15,7 @@ CXX_FILES := $(shell find csrc tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: build demo test lint bench bench-end-to-end format pretrained asan cuda-on-cpu cuda-races gpu
+.PHONY: build demo test lint bench bench-end-to-end format pretrained asan cuda-on-cpu cuda-races gpu fuzz
 
 build: $(BUILD_STAMP)
 
@@ -28,6 +28,10 @@ test: build
 	@echo "All tests take about 6 minutes on two cores."; start=$$(date +%s); export OMP_NUM_THREADS=1; \
 	$(BIN)/python -m pytest -n 2 && DALLE_FAST_SIMD=portable $(BIN)/python -m pytest -n 2 $(OP_TESTS); \
 	status=$$?; seconds=$$(($$(date +%s) - start)); echo "The tests took $$((seconds / 60)) min $$((seconds % 60)) s."; exit $$status
+
+# Random inputs to everything that takes some, many more than in `make test`.
+fuzz: build
+	DALLE_FAST_FUZZ=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/fuzz
 
 # The op tests on a build that checks every address and every undefined operation. Python is not part of that build, so
 # the checkers' libraries come first by hand, and what Python itself keeps until its end is not counted as a leak.

@@ -10,6 +10,11 @@ column   the tokens of its own column in rows up to its own
 conv     the causal half of a ``kernel x kernel`` neighbourhood that wraps in raster order
 =======  =========================================================================================
 
+``conv`` follows the caption of figure 11d: "a causal convolutional attention pattern with wraparound behavior".
+ru-dalle's transcription of that figure also has the wrapped diagonal one row further up, ``(kernel // 2 + 1) * width -
+c`` tokens back for c from 1 to ``kernel // 2``. With a 3 x 3 kernel on a 4 x 4 grid, tokens see 0, 1, 3, 4 and 5 tokens
+back here, and also 7 there. No ``kernel x kernel`` neighbourhood of a token contains these keys, so they are left out.
+
 ``AttentionMask.keep`` is the definition; ``csrc/common/mask.h``, which the kernels read, is tested against it.
 """
 

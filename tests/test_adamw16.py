@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dalle_fast as df
+from dalle_fast import reference
 from dalle_fast.minifloat import decode, encode
 
 ADAMW = {"lr": 4.5e-4, "beta1": 0.9, "beta2": 0.96, "eps": 1e-8, "weight_decay": 4.5e-2}
@@ -291,3 +292,34 @@ def test_bad_input(change, error, message):
 def test_bad_gradients(arguments, error, message):
     with pytest.raises(error, match=message):
         df.gradient_norm(*arguments)
+
+
+def test_gradient_norm_of_any_strides(device):
+    """Vectors with gaps, expanded elements, permuted and sliced tensors, also empty ones."""
+    base = normal(4, 6, 8, 10, device=device)
+    grads = [
+        base[0, 0, 0, :1].expand(4),
+        base[0, 0, 0, ::3],
+        base[0, 0, 0, :1].expand(3, 5),
+        base[0, 0, :, :1].expand(8, 7),
+        base[..., 1],
+        base.transpose(0, 3),
+        base.contiguous(memory_format=torch.channels_last)[:, ::2],
+        base[:, :, ::2, ::5],
+        base[:0],
+        base[0, 0, 0, 0],
+    ]
+    unscale = torch.linspace(0.5, 2, len(grads), device=device)
+    norm, skipped = df.gradient_norm(grads, unscale)
+    wanted, _ = reference.gradient_norm(grads, unscale)
+    torch.testing.assert_close(norm, wanted)
+    assert not skipped.any()
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (1, 5), (3, 1, 1), (0, 4), (4, 0)])
+def test_strides_of_one_element_and_of_none_have_no_meaning(shape, device):
+    param = torch.ones(shape, device=device)
+    strange = [torch.zeros(shape[::-1], dtype=torch.int16, device=device).permute(*reversed(range(len(shape))))] * 1
+    strange.append(strange[0].clone())
+    df.adamw16([param], [torch.ones_like(param)], strange[:1], strange[1:], 1, 0.1, 0.9, 0.95, 1e-8, 0.0)
+    assert (param < 1).all()

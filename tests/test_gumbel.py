@@ -351,3 +351,26 @@ def test_bad_input(change, error, message):
     arguments = {"logits": torch.zeros(1, 3, 2, 2), "codebook": torch.zeros(3, 2), "tau": 1.0, "seed": 0, **change}
     with pytest.raises(error, match=message):
         df.gumbel_quantize(**arguments)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("tau", [1.0, 0.7])
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_pixel_without_a_softmax_is_nan(bad, tau, hard, dtype, layout, device):
+    """NaN, an infinite logit, no finite logit: NaN as in the reference, the other pixels as they were."""
+    logits = random_logits(2, 140, 3, 5, layout=layout, device=device).to(dtype)
+    logits[0, 139, 1, 2] = bad
+    logits[1, 0, 2, 4] = bad
+    logits[1, :, 0, 0] = -torch.inf
+    logits[1, 3:, 0, 1] = -torch.inf  # has one
+    codebook = random_logits(140, 5, 1, 1, seed=1, device=device).flatten(1).to(dtype)
+    y, _ = df.gumbel_softmax(logits, tau, 5, hard)
+    z, _, _ = df.gumbel_quantize(logits, codebook, tau, 5, hard)
+    y_right, _ = reference.gumbel_softmax(logits, tau, 5, hard)
+    z_right, _, _ = reference.gumbel_quantize(logits, codebook, tau, 5, hard)
+    for ours, wanted in ((y, y_right), (z, z_right)):
+        assert torch.equal(ours.isnan(), wanted.isnan())
+        assert ours.isnan().any(1).sum() == 3
+        torch.testing.assert_close(ours, wanted, equal_nan=True, rtol=2e-2, atol=2e-2)

@@ -291,3 +291,10 @@ def test_bad_scale():
         df.scale_gradient(grad.half(), torch.tensor(1.0), torch.float16)
     with pytest.raises(TypeError, match=r"dtype: expected float32, bfloat16 or float16, got torch.int8"):
         df.scale_gradient(grad, torch.tensor(1.0), torch.int8)
+
+
+@pytest.mark.parametrize("eps", [0.0, -1.0, float("nan"), float("inf"), -float("inf")])
+def test_eps_is_positive_and_finite(eps):
+    x = torch.ones(2, 4)
+    with pytest.raises(ValueError, match="eps: expected a finite positive number"):
+        df.residual_layer_norm(x, None, x[0], x[0], eps)

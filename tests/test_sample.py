@@ -195,3 +195,45 @@ def test_rows_that_cannot_be_drawn_from(bad, module, device):
 def test_bad_input(change, error, message):
     with pytest.raises(error, match=message):
         df.sample(**{"logits": torch.zeros(2, 3), "seed": 0, **change})
+
+
+@settings(max_examples=200)
+@given(
+    rows=st.integers(1, 4),
+    codes=st.integers(1, 40),
+    largest=st.sampled_from([0.0, -0.0, 1.0, -1e-45, 1e-45]),
+    dtype=st.sampled_from(DTYPES),
+    top_k=st.none() | st.integers(1, 50),
+    top_p=st.floats(1e-6, 1.0),
+    temperature=st.sampled_from([1e-40, 0.1, 1.0, 7.0]),
+    seed=st.integers(0, 2**40),
+)
+def test_rounded_logits_with_zeros_of_both_signs(rows, codes, largest, dtype, top_k, top_p, temperature, seed, device):
+    """Also where the largest is -0.0, or one of both zeros is, or the next float after a zero."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (2 * torch.randn(rows, codes, generator=generator)).round().clamp(max=largest)
+    signs = torch.randint(2, (rows, codes), generator=generator, dtype=torch.bool)
+    logits = torch.where((logits == 0) & signs, -logits, logits).to(device, dtype)
+    arguments = (logits, seed, temperature, top_k, top_p)
+    assert torch.equal(df.sample(*arguments), reference.sample(*arguments))
+
+
+def test_the_largest_may_be_a_negative_zero(device):
+    for row in ([-0.0, -5.0, -5.0], [-0.0, 0.0, -1.0], [0.0, -0.0], [-0.0]):
+        logits = torch.tensor([row], device=device)
+        for seed in range(50):
+            for top_p in (1e-6, 0.3, 0.5, 0.9, 0.999999):
+                arguments = (logits, seed, 1.0, None, top_p)
+                assert torch.equal(df.sample(*arguments), reference.sample(*arguments))
+
+
+def test_the_stream_of_noise_ends_at_63_bits(device):
+    logits = random_logits(6, 9, device=device)
+    for first, pitch in ((2**63 - 1, None), (0, 2**62), (2**63 - 54, None), (2**62, 2**61), (2**70, None), (0, 2**64)):
+        with pytest.raises(ValueError, match="first and pitch: expected first"):
+            df.sample(logits, 1, first=first, pitch=pitch)
+    for first, pitch in ((2**63 - 55, None), (2**62 - 1, 2**62 // 6), (7, (2**63 - 8) // 6)):
+        arguments = (logits, 1, 1.0, None, None, first, pitch)
+        assert torch.equal(df.sample(*arguments), reference.sample(*arguments))
+    with pytest.raises(RuntimeError, match="first: expected"):
+        df.sample(logits.cpu(), 1, first=torch.tensor(2**63 - 54))

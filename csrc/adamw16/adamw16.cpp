@@ -13,12 +13,13 @@
 namespace dalle_fast {
 namespace {
 
-// x has the sizes and strides of param. Strides of size-1 dimensions carry no meaning and are not compared.
+// x has the sizes and strides of param. Strides of size-1 dimensions and of empty tensors carry no meaning and are not
+// compared.
 void check_layout(const Tensor& x, const char* name, ScalarType dtype, const Tensor& param) {
   check(x, name, dtype, param.sizes(), param);
   for (int64_t d = 0; d < param.dim(); ++d) {
-    STD_TORCH_CHECK(param.size(d) == 1 || x.stride(d) == param.stride(d), name, ": expected the strides of params ",
-                    list_of(param.strides()), ", got ", list_of(x.strides()));
+    STD_TORCH_CHECK(param.numel() == 0 || param.size(d) == 1 || x.stride(d) == param.stride(d), name,
+                    ": expected the strides of params ", list_of(param.strides()), ", got ", list_of(x.strides()));
   }
 }
 
@@ -41,6 +42,7 @@ void adamw16(const std::vector<Tensor>& params, const std::vector<Tensor>& grads
   for (int64_t i = 0; i < n; ++i) {
     const Tensor& param = params[i];
     check(param, "params", ScalarType::Float, param.sizes(), first);
+    check_dense(param, "params");
     check_layout(grads[i], "grads", ScalarType::Float, param);
     check_layout(means[i], "means", ScalarType::Short, param);
     check_layout(variances[i], "variances", ScalarType::Short, param);
@@ -56,6 +58,15 @@ void adamw16(const std::vector<Tensor>& params, const std::vector<Tensor>& grads
   check_option(unscale, "unscale", ScalarType::Float, n, first);
   check_option(clip, "clip", ScalarType::Float, 1, first);
   check_option(skip, "skip", ScalarType::Bool, n, first);
+  std::vector<Tensor> written, read = {step, lr, weight_decay};
+  for (const auto* tensors : {&params, &means, &variances}) {
+    written.insert(written.end(), tensors->begin(), tensors->end());
+  }
+  read.insert(read.end(), grads.begin(), grads.end());
+  for (const auto& option : {unscale, clip, skip}) {
+    if (option) read.push_back(*option);
+  }
+  check_apart(written, read, "params, means, variances");
   AdamW16 all;
   all.tensors = n;
   all.tensor = tensors.data();

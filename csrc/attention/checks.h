@@ -23,10 +23,13 @@ inline Grid checked_grid(int64_t kind, int64_t text_len, int64_t height, int64_t
 
 // The shape of a call, from q [B, H, ..., D].
 inline AttentionShape shape_of(const Tensor& q, int64_t kind, const Grid& grid, double scale) {
+  const int64_t channels = q.size(q.dim() - 1);
+  check_int(q.numel() / channels, "q: rows of all batches and heads");
+  check_int(channels, "q: D");
   AttentionShape shape;
   shape.batch = static_cast<int>(q.size(0));
   shape.heads = static_cast<int>(q.size(1));
-  shape.channels = static_cast<int>(q.size(q.dim() - 1));
+  shape.channels = static_cast<int>(channels);
   shape.kind = static_cast<MaskKind>(kind);
   shape.grid = grid;
   shape.format = format_of(q.scalar_type(), "q");

@@ -26,6 +26,9 @@ Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   check(text_v, "text_v", dtype, {prompts, heads, text_len, channels}, q);
   check(cache_k, "cache_k", dtype, {candidates, heads, cache_len, channels}, q);
   check(cache_v, "cache_v", dtype, {candidates, heads, cache_len, channels}, q);
+  check_spread(cache_k, "cache_k");
+  check_spread(cache_v, "cache_v");
+  check_apart(cache_k, cache_v, "cache_k, cache_v");
   check(position, "position", ScalarType::Long, {}, q);
   const auto* token = input<int64_t>(position);
   // On CUDA the host does not wait for it: the kernel answers with NaN.

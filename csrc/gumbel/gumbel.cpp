@@ -32,6 +32,7 @@ GridStrides checked_strides(const Tensor& x, const char* name) {
 
 GumbelShape checked_shape(const Tensor& logits, const Tensor& seed, double tau) {
   check_rank(logits, "logits", 4, "[B, K, h, w]");
+  check_int(logits.size(1), "logits: K");
   STD_TORCH_CHECK(tau > 0, "tau: expected a positive number, got ", tau);
   check_elements(seed, "seed", ScalarType::Long, 1, logits);
   GumbelShape shape;

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "cpu/simd.h"
 #include "cpu/tile_math.h"
@@ -99,7 +100,8 @@ void gumbel_quantize_forward_cpu(const QuantizeForward<S>& params) {
         params.codes[index] = running.code[p];
         scale_row(z.at(p), channels, 1 / running.noisy_sum[p]);
         std::copy_n(z.at(p), channels, params.soft + index * channels);
-        const T* row = params.hard ? codebook.at(running.code[p]) : z.at(p);
+        const bool has_best = std::isfinite(1 / running.noisy_sum[p]);  // not so with NaN: z is NaN then
+        const T* row = params.hard && has_best ? codebook.at(running.code[p]) : z.at(p);
         S* out = params.z + image * channels * s.pixels + (pixel + p) * params.z_strides.pixel;
         for (int64_t c = 0; c < channels; ++c) out[c * params.z_strides.code] = narrow<S>(row[c]);
       }

@@ -170,10 +170,11 @@ class Forward {
     z.for_each([&](int pixel_of_tile, int channel_of_block, T sum) {
       const int64_t pixel = first_pixel_ + pixel_of_tile, channel = first_channel + channel_of_block;
       if (pixel >= s_.pixels || channel >= p_.channels) return;
-      const T soft = sum * factors()[pixel_of_tile];
+      const T factor = factors()[pixel_of_tile], soft = sum * factor;
       p_.soft[(image_ * s_.pixels + pixel) * p_.channels + channel] = soft;
       S* const out = p_.z + image_ * p_.channels * s_.pixels + channel * p_.z_strides.code + pixel * p_.z_strides.pixel;
-      *out = p_.hard ? p_.codebook[shared_.code[pixel_of_tile] * p_.channels + channel] : narrow<S>(soft);
+      const bool has_best = isfinite(factor);  // not so with NaN: z is NaN then
+      *out = p_.hard && has_best ? p_.codebook[shared_.code[pixel_of_tile] * p_.channels + channel] : narrow<S>(soft);
     });
   }
 

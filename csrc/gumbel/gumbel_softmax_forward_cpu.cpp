@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
 
 #include "cpu/huge_pages.h"
@@ -172,7 +173,12 @@ void gumbel_softmax_forward_cpu(const GumbelForward<S>& params) {
       std::fill(params.y + begin * s.codes * s.pixels, params.y + end * s.codes * s.pixels, S{});
       for (int64_t i = begin * s.pixels; i < end * s.pixels; ++i) {
         const int64_t image = i / s.pixels, pixel = i % s.pixels;
-        params.y[image * s.codes * s.pixels + params.codes[i] * strides.code + pixel * strides.pixel] = narrow<S>(T(1));
+        S* y = params.y + image * s.codes * s.pixels + pixel * strides.pixel;
+        if (std::isfinite(params.stats[(image * kGumbelStats + kNoisyLogSum) * s.pixels + pixel])) {
+          y[params.codes[i] * strides.code] = narrow<S>(T(1));
+        } else {  // as the soft sample
+          for (int64_t c = 0; c < s.codes; ++c) y[c * strides.code] = narrow<S>(std::numeric_limits<T>::quiet_NaN());
+        }
       }
     });
   } else if constexpr (kExact) {

@@ -84,7 +84,10 @@ class Forward {
       Quad<T> y;
       if (p_.hard) {
 #pragma unroll
-        for (int i = 0; i < kQuad; ++i) y.at[i] = code == best_code[i] ? T(1) : T(0);
+        for (int i = 0; i < kQuad; ++i) {
+          const bool has_best = isfinite(stats[i].noisy_log_sum);  // not so with NaN
+          y.at[i] = !has_best ? std::numeric_limits<T>::quiet_NaN() : code == best_code[i] ? T(1) : T(0);
+        }
       } else if (code < kept_) {
         y = kept_codes_[code * kSweepQuads + place_.quad];
 #pragma unroll

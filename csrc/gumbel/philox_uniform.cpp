@@ -3,6 +3,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <limits>
+
 #include "common/checks.h"
 #include "common/dispatch.h"
 
@@ -10,7 +12,8 @@ namespace dalle_fast {
 namespace {
 
 Tensor philox_uniform(const Tensor& seed, int64_t first, int64_t n) {
-  STD_TORCH_CHECK(first >= 0 && n >= 0, "first, n: expected 0 or more, got ", first, ", ", n);
+  STD_TORCH_CHECK(first >= 0 && n >= 0 && n <= std::numeric_limits<int64_t>::max() - first,
+                  "first, n: expected 0 or more, and a sum of 63 bits, got ", first, ", ", n);
   check_elements(seed, "seed", ScalarType::Long, 1, seed);
   Tensor drawn = torch::stable::new_empty(seed, {n}, ScalarType::Float);
   PhiloxUniform params;

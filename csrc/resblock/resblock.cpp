@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -137,6 +138,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm(const Tensor& x, 
                                                                const OptionalTensor& scale_out,
                                                                const OptionalTensor& nonfinite) {
   check_scaling(scale_in, scale_out, nonfinite, x);
+  STD_TORCH_CHECK(eps > 0 && std::isfinite(eps), "eps: expected a finite positive number, got ", eps);
   return is_double(x, "x") ? forward<double>(x, branch, weight, bias, eps, dtype)
                            : forward<float>(x, branch, weight, bias, eps, dtype);
 }
@@ -185,6 +187,7 @@ void update_scales(const Tensor& scale, const Tensor& since_division, const Tens
   check_contiguous(scale, "scale", ScalarType::Float, {n}, scale);
   check_contiguous(since_division, "since_division", ScalarType::Int, {n}, scale);
   check_contiguous(nonfinite, "nonfinite", ScalarType::Int, {n}, scale);
+  check_apart({scale, since_division, nonfinite}, {}, "scale, since_division, nonfinite");
   STD_TORCH_CHECK(replicas >= 1, "replicas: expected 1 or more, got ", replicas);
   ScaleUpdate params;
   params.n = n;

@@ -133,8 +133,12 @@ void keep_top_p(float* row, int64_t n, float max, double temperature, double p, 
   };
   const float last = last_kept(max, goal, sum_from);
   drop_below(row, n, last);
-  // Of equal logits, the first ones stay.
-  int64_t reached = sum_from(float_of(key_of(last) + 1));
+  // Of equal logits, the first ones stay. The next float is not the next number: the zeros are equal.
+  int64_t reached = simd([=]() DF_INLINE_LAMBDA {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += row[i] > last ? weights[i] : 0;
+    return sum;
+  });
   for (int64_t i = 0; i < n; ++i) {
     if (row[i] != last) continue;
     if (static_cast<double>(reached) >= goal) row[i] = kDropped;

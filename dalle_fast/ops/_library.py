@@ -178,7 +178,7 @@ def refuse_forward_mode(message: str, *args: Any) -> None:
 def refuse_gradients(op: str, *args: Tensor | None) -> None:
     """Raise RuntimeError if an argument needs derivatives, for an op that has none."""
     refuse_forward_mode(f"{op}: no gradients", *args)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args):
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
         raise RuntimeError(f"{op} has no gradients: call it under torch.no_grad()")
 
 

@@ -49,6 +49,7 @@ def adamw16(
     Raises:
         TypeError: a tensor of another dtype.
         ValueError: a tensor of another shape, memory layout or device, or a number out of range.
+        RuntimeError: tensors to be updated that overlap in memory; this install has no kernel for the device.
     """
     n = len(params)
     for name, tensors in (("grads", grads), ("means", means), ("variances", variances)):
@@ -112,8 +113,13 @@ def _check_parameters(
         check_tensor(f"grads[{i}]", grads[i], torch.float32, param.shape, device)
         for name, moment in (("means", means[i]), ("variances", variances[i])):
             check_tensor(f"{name}[{i}]", moment, torch.int16, param.shape, device)
-            if moment.stride() != param.stride():
+            if moment.stride() != param.stride() and _layout(moment) != _layout(param):
                 raise ValueError(f"{name}[{i}]: expected the strides of params {param.stride()}, got {moment.stride()}")
+
+
+def _layout(x: Tensor) -> list[int]:
+    """The strides of dimensions of more than one element; those of others carry no meaning."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1 and x.numel()]
 
 
 def _on_device(name: str, x: float | Tensor, dtype: torch.dtype, numel: int, device: torch.device) -> Tensor:
@@ -165,10 +171,10 @@ def _gradient_norm_fake(grads: list[Tensor], unscale: Tensor | None, skip: Tenso
 
 
 def _in_a_row(x: Tensor) -> Tensor:
-    """The elements of x as one contiguous dimension, in any order; a copy only if x has gaps."""
+    """The elements of x as one contiguous dimension, in any order; a copy only if x has gaps or repeats."""
     if _is_channels_last(x):
         x = x.permute(0, 2, 3, 1)
-    return x.reshape(-1)
+    return x.reshape(-1).contiguous()  # the first keeps the stride of a vector, and expanded elements
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -34,8 +34,8 @@ def decode_attention(
     Args:
         q, k, v: [C, H, D], the new token of each candidate; float32, bfloat16, float16 or float64, all of one dtype.
         text_k, text_v: [P, H, text_len, D], each prompt shared by C / P consecutive candidates, which read it once.
-        cache_k, cache_v: [C, H, mask.cache_len, D], written in place. Like the text, of any strides; contiguous is
-            fastest, since a step reads them from end to end.
+        cache_k, cache_v: [C, H, mask.cache_len, D], written in place. Like the text, of any strides, if no two elements
+            overlap in memory; contiguous is fastest, since a step reads them from end to end.
         position: int64 scalar, the raster index of the new token; the tokens before it are in the caches already. On
             CUDA the host does not wait for it, so that steps can be recorded as a CUDA graph.
         mask: the layer's mask.
@@ -47,12 +47,15 @@ def decode_attention(
     Raises:
         TypeError: an argument that is no tensor or no mask, or another dtype.
         ValueError: shapes that do not fit each other or the mask, an empty batch, different devices.
-        RuntimeError: an argument that requires gradients; on the CPU a position outside the image; this install has no
-            kernel for the device.
+        RuntimeError: an argument that requires gradients; caches that overlap in memory; on the CPU a position outside
+            the image; this install has no kernel for the device.
     """
     check_mask(mask)
     check_tensor("q", q, DTYPES)
     refuse_gradients("decode_attention", q, k, v, text_k, text_v, cache_k, cache_v)
+    for cache in (cache_k, cache_v):
+        if isinstance(cache, Tensor) and cache.requires_grad:
+            raise RuntimeError("decode_attention: expected caches that do not require gradients: it writes to them")
     if reference := reference_op("decode_attention", q.device):
         _check_arguments(q, k, v, text_k, text_v, cache_k, cache_v, position, mask)
         return reference(q, k, v, text_k, text_v, cache_k, cache_v, position, mask, scale)

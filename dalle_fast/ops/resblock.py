@@ -57,7 +57,7 @@ def residual_layer_norm(
         x: [..., D], the stream, float32 (or float64).
         branch: [..., D], the resblock's output: the dtype of x, bfloat16 or float16. None in front of the first one.
         weight, bias: [D], the dtype of x.
-        eps: added to the variance.
+        eps: added to the variance; positive.
         dtype: of the normalised output: that of x (the default), bfloat16 or float16.
         scale_in: float32, one element: gradient scale of the resblock that reads ``normed``. None: 1, nothing filtered.
         scale_out: float32, one element: gradient scale of the resblock that made ``branch``. None: 1.
@@ -69,8 +69,8 @@ def residual_layer_norm(
 
     Raises:
         TypeError: an argument of another dtype.
-        ValueError: shapes or devices that do not match, an empty x, one of ``scale_in`` and ``nonfinite`` alone, or
-            ``scale_out`` without a branch.
+        ValueError: shapes or devices that do not match, an empty x, an eps that is not positive and finite, one of
+            ``scale_in`` and ``nonfinite`` alone, or ``scale_out`` without a branch.
         RuntimeError: a derivative that the kernels do not have; this install has no kernel for the device.
     """
     check_tensor("x", x, (torch.float32, torch.float64))
@@ -83,6 +83,8 @@ def residual_layer_norm(
         check_tensor("branch", branch, (x.dtype, *HALVES), x.shape, x.device)
     check_tensor("weight", weight, x.dtype, x.shape[-1:], x.device)
     check_tensor("bias", bias, x.dtype, x.shape[-1:], x.device)
+    if not 0 < eps < float("inf"):
+        raise ValueError(f"eps: expected a finite positive number, got {eps}")
     if (scale_in is None) != (nonfinite is None):
         raise ValueError("scale_in, nonfinite: expected both or neither")
     if scale_out is not None and branch is None:

@@ -34,7 +34,7 @@ def sample(
         top_p: draw from the smallest set of likeliest codes, after temperature and top_k, whose probabilities reach
             this share; of equal logits the first ones. None for all.
         first, pitch: place of the noise in the seed's stream: first is an int or a tensor, as seed; the pitch is K by
-            default, and at least K.
+            default, and at least K; first + C * pitch stays below 2^63.
 
     Returns:
         int64 [C]. On CUDA, where nothing waits for the result, -1 for a row with NaN or without a finite largest value.
@@ -42,21 +42,24 @@ def sample(
     Raises:
         TypeError: an argument of another type or dtype.
         ValueError: logits of another rank or empty, an option out of range.
-        RuntimeError: on the CPU a row with NaN or without a finite largest value, or a negative tensor ``first``; this
-            install has no kernel for the device.
+        RuntimeError: on the CPU a row with NaN or without a finite largest value, or a tensor ``first`` out of range;
+            this install has no kernel for the device.
     """
     _check_options(temperature, top_k, top_p)
     check_tensor("logits", logits, (torch.float32, *HALVES), ("C", "K"))
-    codes = logits.shape[1]
+    rows, codes = logits.shape
     pitch = codes if pitch is None else pitch
-    if (isinstance(first, int) and first < 0) or pitch < codes:
+    least = first if isinstance(first, int) else 0
+    if least < 0 or pitch < codes:
         raise ValueError(f"first and pitch: expected 0 or more and {codes} or more, got {first} and {pitch}")
+    if least + rows * pitch >= 2**63:
+        raise ValueError(f"first and pitch: expected first + {rows} * pitch below 2^63, got {first} and {pitch}")
     seed, first = int64_scalar("seed", seed, logits.device), int64_scalar("first", first, logits.device)
     if reference := reference_op("sample", logits.device):
         return reference(logits, seed, temperature, top_k, top_p, first, pitch)
-    rows = logits if logits.stride(1) == 1 else logits.contiguous()
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
     return torch.ops.dalle_fast.sample(
-        rows, seed, first, float(temperature), codes if top_k is None else top_k, top_p or 1.0, pitch
+        logits, seed, first, float(temperature), codes if top_k is None else top_k, top_p or 1.0, pitch
     )
 
 
