@@ -2,12 +2,14 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from helpers.tars import png
 from PIL import Image
 
 from dalle_fast.data import Embedding, drop_duplicates, embed_pairs, open_pairs
@@ -179,3 +181,54 @@ def test_embeddings_of_others_are_refused(images: Path, embedded: Path, tmp_path
     clip = load_clip(find_system("tiny"))
     with pytest.raises(ValueError, match=r"fingerprint: expected tiny, with which .* was begun, got large"):
         embed_pairs(embedded, pairs, clip.encode_image, embedding("large"))
+
+
+def test_damaged_embeddings_are_named_and_never_used(images: Path, embedded: Path, tmp_path: Path) -> None:
+    """Any byte of a shard; older shards without checksums too, where the damage leaves no valid values."""
+    pairs, folder = open_pairs(images), tmp_path / "embedded"
+    shutil.copytree(embedded, folder)
+    rng = np.random.default_rng(0)
+    shard = folder / "shard-00001"
+    for name in ("rows.npy", "embeddings.npy"):
+        whole = (shard / name).read_bytes()
+        for place in rng.integers(0, len(whole), 20):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << int(rng.integers(8))
+            (shard / name).write_bytes(damaged)
+            with pytest.raises(ValueError, match=rf"embeddings: expected .*shard-00001 as it was.*{name}.*delete this"):
+                drop_duplicates(tmp_path / "unique", images, pairs, folder, THRESHOLD)
+        (shard / name).write_bytes(whole)
+    whole_checksums = (shard / "checksums.json").read_text()
+    for content in ("", "[]", "{}", "[" * 100_000, whole_checksums.replace("rows", "row")):
+        (shard / "checksums.json").write_text(content)
+        with pytest.raises(ValueError, match=r"embeddings: expected .*shard-00001 as it was"):
+            drop_duplicates(tmp_path / "unique", images, pairs, folder, THRESHOLD)
+    (shard / "checksums.json").unlink()
+    rows = np.load(shard / "rows.npy")
+    for values in (rows + 64, rows[::-1], rows[:-1], rows.astype(np.float64), rows - 200):
+        np.save(shard / "rows.npy", values)
+        with pytest.raises(ValueError, match=r"embeddings: expected .*shard-00001 as it was"):
+            drop_duplicates(tmp_path / "unique", images, pairs, folder, THRESHOLD)
+    np.save(shard / "rows.npy", rows)
+    assert drop_duplicates(tmp_path / "unique", images, pairs, folder, THRESHOLD)["near-duplicate"] == 160
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"pairs": 1000000000000, "shard_size": 64}', "[" * 100_000])
+def test_damaged_settings_of_embeddings_are_named(images: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "embedded").mkdir()
+    (tmp_path / "embedded" / "settings.json").write_text(content)
+    with pytest.raises(ValueError, match=r"(settings|embeddings): expected"):
+        drop_duplicates(tmp_path / "unique", images, open_pairs(images), tmp_path / "embedded", THRESHOLD)
+
+
+def test_embeddings_of_a_shard_of_broken_images(tmp_path: Path) -> None:
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text("torn")
+        (tmp_path / f"{i}.png").write_bytes(b"torn" if i < 2 else png())
+    pairs = open_pairs(tmp_path)
+    settings = Embedding(fingerprint="x", image_size=4, shard_size=2)
+    assert embed_pairs(tmp_path / "e", pairs, lambda images: images.flatten(1), settings)
+    assert drop_duplicates(tmp_path / "u", tmp_path, pairs, tmp_path / "e", 0.9) == {
+        "broken image": 2,
+        "near-duplicate": 1,
+    }

@@ -358,3 +358,20 @@ def test_workers_read_the_same(tmp_path: Path) -> None:
     for first, second in itertools.islice(zip(alone.iterate(), helped.iterate(), strict=False), 5):
         assert torch.equal(first["codes"], second["codes"])
         assert first["caption"] == second["caption"]
+
+
+def test_all_captions_of_an_image_are_encoded_and_seen_in_turn(tmp_path: Path) -> None:
+    class Several(Images):
+        def all_captions(self, index: int) -> list[str]:
+            return [f"{index} {word}" for word in ("one", "two", "three")[: index + 1]]
+
+        def caption(self, index: int) -> str:
+            return self.all_captions(index)[0]
+
+    encoded = write(tmp_path / "codes", Several(5), draws=2)
+    assert [encoded.seen_in(epoch, 4).caption for epoch in range(4)] == ["4 one", "4 two", "4 three", "4 one"]
+    assert [encoded.seen_in(epoch, 0).caption for epoch in range(2)] == ["0 one"] * 2
+    assert [encoded.seen_in(epoch, 1).caption for epoch in range(3)] == ["1 one", "1 two", "1 one"]
+    assert encoded[3].caption == "3 one"
+    assert len(list(encoded.captions())) == 1 + 2 + 3 + 3 + 3
+    assert any(not np.array_equal(encoded.seen_in(0, i).codes, encoded.seen_in(1, i).codes) for i in range(5))

@@ -356,3 +356,12 @@ def test_other_types_in_a_view_are_named(view: Path, change: dict) -> None:
         (view / "view.json").write_text(text)
         with pytest.raises(ValueError, match=r"view: expected view\.json and kept\.npy in"):
             open_pairs(view)
+
+
+def test_all_captions_of_an_image_must_pass(tmp_path: Path) -> None:
+    good, bad = "a red bicycle leaning against a white wall", "IMG_1234.jpg"
+    captions = {"a.png": f"{good}\n{good} again", "b.png": f"{good}\n{bad}", "c.png": good}
+    source = write_folder(tmp_path / "in", {name: (png(), caption) for name, caption in captions.items()})
+    assert filter_pairs(tmp_path / "out", source, open_pairs(source), Filters(language="none")) == {"boilerplate": 1}
+    kept = open_pairs(tmp_path / "out")
+    assert [kept.name(i) for i in range(len(kept))] == ["a.png", "c.png"]

@@ -483,3 +483,14 @@ def test_shards_further_down_are_named(tmp_path: Path) -> None:
         open_pairs(tmp_path)
     (tmp_path / "UPPER.TAR").write_bytes((tmp_path / "one" / "00000.tar").read_bytes())
     assert len(open_pairs(tmp_path)) == 3
+
+
+def test_captions_of_shards_take_turns(tmp_path: Path) -> None:
+    members = {"0.png": png(), "0.txt": "a red box\r\n\r\na box\n", "1.png": png()}
+    members["1.json"] = json.dumps({"caption": ["one", "", "two &amp; two", "three"]})
+    pairs = open_pairs(write_tar(tmp_path / "a.tar", members))
+    assert list(pairs.captions()) == ["a red box", "a box", "one", "two & two", "three"]
+    assert captions(pairs) == [pairs.caption(i) for i in range(2)] == ["a red box", "one"]
+    batches = Batches(pairs, 2, lambda pair, _: {"caption": pair.caption}, seed=0)
+    epochs = [set(batches.batch_at(step)["caption"]) for step in range(4)]
+    assert epochs == [{"a red box", "one"}, {"a box", "two & two"}, {"a red box", "three"}, {"a box", "one"}]

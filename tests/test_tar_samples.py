@@ -129,7 +129,7 @@ def test_every_member_is_accounted_for(tmp_path_factory: pytest.TempPathFactory,
     with path.open("rb") as file:
         records, skipped = find_samples(file, "s")
         read = [
-            (os.pread(file.fileno(), r.image_size, r.image * BLOCK).decode(), r.caption_from(
+            (os.pread(file.fileno(), r.image_size, r.image * BLOCK).decode(), *r.captions_from(
                 os.pread(file.fileno(), r.caption_size, r.caption * BLOCK))) for r in records
         ]  # fmt: skip
     problems = [name.removeprefix("s:") for name, _ in skipped]

@@ -3,15 +3,23 @@
 import itertools
 import json
 import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from helpers.tars import png
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
 from dalle_fast import _host
-from dalle_fast.tokenizer import Tokenizer
+from dalle_fast.captions import clean_caption
+from dalle_fast.data import open_pairs
+from dalle_fast.tokenizer import Tokenizer, _checksum
 
 CAPTIONS = [
     f"{article} {colour} {shape} {relation} {article} {other}"
@@ -35,7 +43,7 @@ def normalized(text: str) -> str:
 @settings(max_examples=300, deadline=None)
 @given(text=ANY_TEXT, seed=st.none() | st.integers(-(2**70), 2**70))
 def test_any_text_survives(tokenizer: Tokenizer, text: str, seed: int | None) -> None:
-    assert tokenizer.decode(tokenizer.encode(text, seed=seed)[0]) == normalized(text)
+    assert tokenizer.decode(tokenizer.encode(text, seed=seed)[0]) == normalized(clean_caption(text))
 
 
 @settings(max_examples=300, deadline=None)
@@ -154,3 +162,107 @@ def test_bad_arguments(tokenizer: Tokenizer) -> None:
         tokenizer.decode(torch.tensor([VOCAB + LENGTH]))
     with pytest.raises(ValueError, match="tokens: expected"):
         tokenizer.decode(torch.zeros(1, 1, 1, dtype=torch.int64))
+
+
+# ---------------------------------------------------------------------------------------------- captions of strangers
+
+
+def test_white_space_and_entities_do_not_change_a_caption(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """When it is drawn, and between training and drawing."""
+    plain = tokenizer.encode("a red circle & a square")
+    for other in ("a  red\tcircle &amp; a square\n", "\ufeff a red\u00a0circle &#38; a\u200b square"):
+        assert torch.equal(tokenizer.encode(other), plain)
+        assert torch.equal(tokenizer.encode(other, seed=3), tokenizer.encode("a red circle & a square", seed=3))
+        (tmp_path / "a.txt").write_text(other, encoding="utf-8")
+        (tmp_path / "a.png").write_bytes(png())
+        assert torch.equal(tokenizer.encode(open_pairs(tmp_path)[0].caption), plain)
+
+
+@pytest.mark.parametrize("word", ["x", "é", "xy\u0301", "日", "&amp"])
+def test_one_long_caption_takes_no_long_time(word: str) -> None:
+    start = time.perf_counter()
+    tokenizer = Tokenizer.train([*CAPTIONS, word * (1_000_000 // len(word))], VOCAB, LENGTH)
+    for seed in (None, 0):
+        assert tokenizer.encode(word * 1_000_000, seed=seed, truncate=True)[0, 0] < VOCAB
+    assert time.perf_counter() - start < 20
+    with pytest.raises(ValueError, match="caption: expected at most 10,000 characters, got"):
+        tokenizer.encode(word * 1_000_000)
+
+
+def test_long_words_are_cut_alike_with_dropout_and_without() -> None:
+    tokenizer = Tokenizer.train(CAPTIONS, VOCAB, 8_000)
+    text = "abc" * 1_200 + " red " + "ü" * 999 + " " + "x" * 1_001
+    plain = tokenizer.encode(text)
+    assert torch.equal(tokenizer.encode(text, seed=1, dropout=0.0), plain)
+    assert tokenizer.decode(plain) == [text]
+
+
+def test_ctrl_c_ends_the_training(tmp_path: Path) -> None:
+    """While it reads captions and while it learns merges, of which there are more than can be learned in a minute."""
+    script = (
+        "import itertools, random, sys; from dalle_fast.tokenizer import Tokenizer; print('ready', flush=True)\n"
+        "words = (''.join(random.choices('abcdefgh', k=900)) for _ in itertools.count())\n"
+        "Tokenizer.train(itertools.islice(words, int(sys.argv[1])), 1_000_000)"
+    )
+    for count in (10**9, 6_000):
+        process = subprocess.Popen([sys.executable, "-c", script, str(count)], stdout=-1, stderr=-1)
+        assert process.stdout and process.stdout.readline() == b"ready\n"
+        time.sleep(1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=15)
+        assert b"KeyboardInterrupt" in errors
+        assert process.returncode == -signal.SIGINT
+
+
+# ---------------------------------------------------------------------------------------------- damaged files
+
+
+def damaged(content: dict) -> list[dict]:
+    """Versions of the content of a file, none of which can be used; their checksums are right."""
+    model = content["tokenizer"]["model"]
+    reversed_ids = {token: len(model["vocab"]) - 1 - number for token, number in model["vocab"].items()}
+    top: list[dict] = [{key: value for key, value in content.items() if key != gone} for gone in content]
+    top += [
+        {**content, key: value}
+        for key in ("vocab_size", "text_len")
+        for value in (None, "16", -1, 0, 1.5, True, [], 2**70)
+    ]
+    top += [{**content, "tokenizer": value} for value in ({}, None, [], "x")]
+    inner: list[dict] = [{"pre_tokenizer": None}, {"normalizer": None}, {"decoder": None}, {"model": {}}]
+    inner += [{"truncation": {"max_length": 1}}, {"added_tokens": [{"id": 0, "content": "x"}]}, {"padding": {}}]
+    parts: list[dict] = [{"type": "WordPiece"}, {"unk_token": "x"}, {"vocab": []}, {"vocab": reversed_ids}]
+    parts += [
+        {"merges": merges} for merges in (None, 3, [["x"]], ["a b c"], [["a", "never"]], model["merges"][1:], [[1, 2]])
+    ]
+    parts += [{"vocab": {**model["vocab"], "a": value}} for value in (-1, 10**9, "1", None, 2**70)]
+    inner += [{"model": {**model, **part}} for part in parts]
+    return top + [{**content, "tokenizer": {**content["tokenizer"], **change}} for change in inner]
+
+
+@pytest.mark.parametrize("with_checksum", [False, True])
+def test_damaged_files_are_named(tokenizer: Tokenizer, tmp_path: Path, with_checksum: bool) -> None:
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    content = json.loads(path.read_text())
+    del content["checksum"]
+    path.write_text(json.dumps(content))
+    assert torch.equal(Tokenizer.load(path).encode(CAPTIONS), tokenizer.encode(CAPTIONS))  # an older file
+    cases = damaged(content)
+    assert len(cases) > 40
+    for fields in cases:
+        path.write_text(json.dumps({**fields, "checksum": _checksum(fields)} if with_checksum else fields))
+        with pytest.raises(ValueError, match=r"tokenizer file .*tokenizer\.json: "):
+            Tokenizer.load(path)
+    for text in (b"", b"\xff\xfe", b"[" * 200_000, b'{"a":' * 200_000, b"1" * 5_000):
+        path.write_bytes(text)
+        with pytest.raises(ValueError, match=r"tokenizer file .*tokenizer\.json: "):
+            Tokenizer.load(path)
+
+
+def test_a_changed_number_is_noticed(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "tokenizer.json")
+    text = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(text.replace(f'"text_len": {LENGTH}', f'"text_len": {LENGTH + 1}'))
+    with pytest.raises(ValueError, match="expected it as it was written, got another checksum"):
+        Tokenizer.load(tmp_path / "tokenizer.json")

@@ -3,7 +3,8 @@
 The folder that :func:`dalle_fast.data.encode.encode_pairs` writes holds ``shard-00000``, ``shard-00001``, ...:
 
 - ``codes.npy``: uint16 [n, draws, h, w], the codes of each image in each of its random augmentations ("draws");
-- ``captions.txt``: UTF-8, each caption followed by a newline;
+- ``captions.txt``: UTF-8, each caption followed by a newline; where an image has several, a unit separator (0x1f) is
+  between them;
 - ``index.npy``: [n] of ``end``, uint64, the byte of the caption's newline, and ``crc``, uint32 [draws], the CRC-32 of
   a draw's codes followed by the caption;
 - ``skipped.jsonl``: the images that could not be read.
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .pairs import check_index
+from .pairs import SEPARATOR, check_index
 
 FORMAT = "dalle_fast.encoded.2"
 META, CODES, CAPTIONS, INDEX = "meta.json", "codes.npy", "captions.txt", "index.npy"
@@ -73,7 +74,8 @@ def write_shard(folder: Path, codes: np.ndarray, captions: list[str]) -> None:
 class EncodedPairs:
     """Codes and captions by index, read from disk when asked for; each read is checked by its CRC-32.
 
-    Each image has the codes of ``draws`` random augmentations: ``pairs[i]`` is the first, :meth:`seen_in` takes turns.
+    Each image has the codes of ``draws`` random augmentations, and one or more captions: ``pairs[i]`` is the first of
+    both, :meth:`seen_in` takes turns.
 
     Raises:
         ValueError: the folder is something else or not finished, or a file of it is missing or of another size; when a
@@ -94,7 +96,8 @@ class EncodedPairs:
             self._names = [shard["name"] for shard in meta["shards"]]
             self._ends = list(itertools.accumulate(shard["count"] for shard in meta["shards"]))
             self._sizes: list[dict[str, int]] = [shard["bytes"] for shard in meta["shards"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            self._check(meta)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             unfinished = " of a finished encoding" if (folder / "settings.json").is_file() else ""
             raise ValueError(
                 f"encoded pairs: expected a folder with {META}{unfinished}, got {folder} ({error})"
@@ -107,6 +110,21 @@ class EncodedPairs:
                     raise ValueError(f"encoded pairs: expected {size} bytes in {path}, got {got}")
         self._shards: dict[int, _Shard] = {}
 
+    def _check(self, meta: dict[str, Any]) -> None:
+        """Raise ValueError unless the numbers and names in ``meta.json`` can be those of an encoding."""
+        counts = [shard["count"] for shard in meta["shards"]]
+        sizes = [size for shard in self._sizes for size in shard.values()]
+        numbers = [self.draws, *self.grid, self.skipped_count, *counts, *sizes, meta["pairs"], meta["shard_size"]]
+        if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+            raise ValueError("got sizes that are no integers of 0 or more")
+        if not isinstance(self.fingerprint, str) or len(self.grid) != 2 or min(self.draws, *self.grid) < 1:
+            raise ValueError(f"got fingerprint {self.fingerprint!r}, grid {self.grid}, {self.draws} draws")
+        shards = -(-meta["pairs"] // max(1, meta["shard_size"]))
+        if len(self._names) != shards or any(name != f"shard-{i:05d}" for i, name in enumerate(self._names)):
+            raise ValueError(f"expected shards 0 to {shards - 1}, got {len(self._names)}, or other names")
+        if any(set(shard) != {CODES, CAPTIONS, INDEX} for shard in self._sizes) or sum(counts) < 1:
+            raise ValueError("expected files of codes, captions and index in all shards, and at least one image")
+
     def __len__(self) -> int:
         return self._ends[-1]
 
@@ -114,9 +132,14 @@ class EncodedPairs:
         return self.seen_in(0, index)
 
     def seen_in(self, epoch: int, index: int) -> EncodedPair:
-        """The pair as an epoch sees it: with the codes of another augmentation each time, in turn."""
+        """The pair as an epoch sees it: with the codes of another augmentation, and another caption, in turn."""
+        codes, text = self._read(index, epoch % self.draws)
+        captions = text.split(SEPARATOR)
+        return EncodedPair(codes.astype(np.int64), captions[epoch % len(captions)])
+
+    def _read(self, index: int, draw: int) -> tuple[np.ndarray, str]:
+        """The codes of a pair in a draw, and its captions. Raises ValueError if they are damaged."""
         number, row = self._place(index)
-        draw = epoch % self.draws
         shard = self._shards.get(number) or self._open(number)
         codes, text = shard.codes[row, draw], _caption(shard, row)
         if checksum(codes, text) != shard.checksums[row, draw]:
@@ -125,12 +148,12 @@ class EncodedPairs:
                 f"encoded pairs: expected {path} as it was written, got other bytes in its sample {row}; "
                 "delete this shard and encode again, which makes no other one"
             )
-        return EncodedPair(codes.astype(np.int64), text.decode())
+        return codes, text.decode()
 
     def captions(self) -> Iterator[str]:
-        """All captions in order."""
+        """All captions in order, one after the other where an image has several."""
         for index in range(len(self)):
-            yield self[index].caption
+            yield from self._read(index, 0)[1].split(SEPARATOR)
 
     def __reduce__(self) -> Any:  # the maps stay with their process
         return EncodedPairs, (self._folder,)
@@ -147,6 +170,9 @@ class EncodedPairs:
 
         def rows(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
             size = count * int(np.prod(shape)) * dtype.itemsize
+            path = self._folder / self._names[number] / name
+            if _header_of(path) != (dtype, (count, *shape), self._sizes[number][name] - size):
+                raise ValueError(f"encoded pairs: expected {dtype} {[count, *shape]} in {path}, got another header")
             return self._map(number, name)[-size:].view(dtype).reshape(count, *shape)  # after the header
 
         index = rows(INDEX, index_type(self.draws), ())
@@ -162,6 +188,20 @@ class EncodedPairs:
         """
         path, size = self._folder / self._names[number] / name, self._sizes[number][name]
         return torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+
+
+def _header_of(path: Path) -> tuple[np.dtype[Any], tuple[int, ...], int] | None:
+    """Type and shape of an array in C order, and the length of its header, in a file of numpy; None if damaged."""
+    try:
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(file)
+            return None if fortran else (dtype, shape, file.tell())
+    except OSError:
+        raise
+    except Exception:  # on damaged bytes numpy raises nearly anything
+        return None
 
 
 def _caption(shard: _Shard, row: int) -> bytes:

@@ -7,6 +7,7 @@ is close to a kept one. (Connected components would also drop images that are al
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..files import check_new
+from ..files import check_new, crc_of
 from .augment import center_crop_resize
-from .pairs import Pairs
+from .pairs import Pairs, Skipped
 from .shard_job import (
     DEFAULTS,
     SETTINGS,
@@ -36,6 +37,7 @@ from .sources.view import Dropped, fingerprint_of, write_view
 EXACT_UP_TO = 1_000_000  # pairs; beyond, an approximate index finds the nearest image
 BLOCK_SIZE = 4_096  # embeddings compared at once
 _EMBEDDINGS, _ROWS = "embeddings.npy", "rows.npy"
+_CHECKSUMS = "checksums.json"  # of both, by name
 
 
 class Duplicate(NamedTuple):
@@ -87,7 +89,11 @@ def embed_pairs(
 
     def save(folder: Path, shard: Shard) -> None:
         np.save(folder / _ROWS, shard.rows)
-        np.save(folder / _EMBEDDINGS, shard.values.reshape(len(shard.rows), -1).astype(np.float16))
+        # one shape for a shard of broken images, too: -1 cannot be told for none
+        vectors = shard.values.reshape(len(shard.rows), -1) if len(shard.rows) else np.empty((0, 0))
+        np.save(folder / _EMBEDDINGS, vectors.astype(np.float16))
+        checksums = {name: crc_of(folder / name) for name in (_ROWS, _EMBEDDINGS)}
+        (folder / _CHECKSUMS).write_text(json.dumps(checksums) + "\n", encoding="utf-8")
 
     prepare = partial(_central, size=embedding.image_size)
     return process_in_shards(folder, pairs, embedding, prepare, embed, save, options=options)
@@ -98,11 +104,60 @@ def _central(image: np.ndarray, _: int, size: int) -> np.ndarray:
 
 
 def read_embeddings(folder: str | Path) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-    """The output of :func:`embed_pairs`, shard by shard: rows, int64 [n], and unit vectors, float32 [n, D]."""
-    for path in shard_folders(Path(folder)):
-        vectors = torch.from_numpy(np.load(path / _EMBEDDINGS)).float()
-        if len(vectors):  # else all of its images are broken
-            yield np.load(path / _ROWS), F.normalize(vectors, dim=-1)
+    """The output of :func:`embed_pairs`, shard by shard: rows, int64 [n], and unit vectors, float32 [n, D].
+
+    Raises:
+        ValueError: a shard is damaged.
+    """
+    length: int | None = None  # of a vector
+    for shard, rows, vectors in _read_shards(Path(folder)):
+        if len(rows):  # else all of its images are broken
+            length = length or vectors.shape[1]
+            if vectors.shape[1] != length:
+                raise _damaged(shard, f"vectors of length {vectors.shape[1]}, not {length}")
+            yield rows, F.normalize(torch.from_numpy(vectors).float(), dim=-1)
+
+
+def _read_shards(folder: Path) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
+    """Folder, rows and vectors of each shard. Raises ValueError if one is damaged."""
+    settings = read_settings(folder)
+    size = settings["shard_size"]
+    for number, shard in enumerate(shard_folders(folder)):
+        rows, vectors = _read_shard(shard)
+        first, end = number * size, min((number + 1) * size, settings["pairs"])
+        if len(rows) and not first <= rows[0] <= rows[-1] < end:
+            raise _damaged(shard, f"rows {rows[0]} to {rows[-1]}, not among {first} to {end - 1}")
+        yield shard, rows, vectors
+
+
+def _read_shard(shard: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Rows, int64 [n], ascending, and vectors, float16 [n, D], of a shard. Raises ValueError if it is damaged."""
+    try:
+        checksums: dict[str, int] = {}  # shards of older versions have none
+        if (shard / _CHECKSUMS).is_file():
+            checksums = json.loads((shard / _CHECKSUMS).read_text(encoding="utf-8"))
+            if not isinstance(checksums, dict) or set(checksums) != {_ROWS, _EMBEDDINGS}:
+                raise ValueError(f"expected checksums of two files in {_CHECKSUMS}")
+        for name, crc in checksums.items():
+            if crc_of(shard / name) != crc:
+                raise ValueError(f"expected {name} as it was written")
+        rows, vectors = np.load(shard / _ROWS), np.load(shard / _EMBEDDINGS)
+    except Exception as error:  # on damaged bytes numpy raises nearly anything
+        raise _damaged(shard, f"{type(error).__name__}: {error}") from None
+    if rows.dtype != np.int64 or rows.ndim != 1 or vectors.dtype != np.float16 or vectors.ndim != 2:
+        raise _damaged(shard, f"arrays {rows.dtype} {[*rows.shape]} and {vectors.dtype} {[*vectors.shape]}")
+    if len(rows) != len(vectors) or (np.diff(rows) <= 0).any():
+        raise _damaged(shard, f"{len(rows)} rows for {len(vectors)} vectors, or rows that do not ascend")
+    if not np.isfinite(vectors).all():
+        raise _damaged(shard, "vectors that are not finite")
+    return rows, vectors
+
+
+def _damaged(shard: Path, problem: str) -> ValueError:
+    return ValueError(
+        f"embeddings: expected {shard} as it was written, got damage ({problem}); "
+        "delete this folder and run again, which makes no other shard"
+    )
 
 
 def find_duplicates(
@@ -226,13 +281,16 @@ def drop_duplicates(
         raise ValueError(f"threshold: expected a cosine above 0 and up to 1, got {threshold}")
     check_new(folder)
     embeddings = Path(embeddings)
-    if not (embeddings / SETTINGS).is_file() or not all(path.is_dir() for path in shard_folders(embeddings)):
+    begun = (embeddings / SETTINGS).is_file()
+    if begun:
+        settings_of_source = read_settings(embeddings)
+        if (settings_of_source.get("source"), settings_of_source["pairs"]) != (fingerprint_of(pairs), len(pairs)):
+            raise ValueError(f"embeddings: expected those of {source}, got those of another source in {embeddings}")
+    if not begun or not all(path.is_dir() for path in shard_folders(embeddings)):
         raise ValueError(f"embeddings: expected those of {len(pairs)} images, got none or a part in {embeddings}")
-    if read_settings(embeddings)["source"] != fingerprint_of(pairs):
-        raise ValueError(f"embeddings: expected those of {source}, got those of another source in {embeddings}")
     broken = np.ones(len(pairs), bool)
-    for path in shard_folders(embeddings):
-        broken[np.load(path / _ROWS)] = False
+    for _, rows, _ in _read_shards(embeddings):
+        broken[rows] = False
     if broken.all():
         raise ValueError(f"pairs: expected at least one readable image, got none of {len(pairs)}")
     exact = len(pairs) <= exact_up_to
@@ -243,9 +301,10 @@ def drop_duplicates(
 
     def dropped() -> Iterator[Dropped]:
         unreadable = read_skipped(embeddings)
+        unnamed = Skipped("", "unknown")  # where a report is damaged
         for index in np.flatnonzero(broken | (of >= 0)).tolist():
             if broken[index]:
-                yield Dropped(index, "broken image", {"error": next(unreadable).reason})
+                yield Dropped(index, "broken image", {"error": next(unreadable, unnamed).reason})
             else:
                 details = {
                     "of": int(of[index]),

@@ -104,7 +104,13 @@ def _finish(folder: Path, pairs: Pairs) -> None:
     """Write the files that describe all shards."""
     shards: list[dict[str, Any]] = []
     for path in shard_folders(folder):
-        count = len(np.load(path / INDEX, mmap_mode="r"))
+        try:
+            count = len(np.load(path / INDEX, mmap_mode="r"))
+        except Exception as error:  # on damaged bytes numpy raises nearly anything
+            raise ValueError(
+                f"{path}: expected a shard as it was written, got {type(error).__name__}: {error}; "
+                "delete it and encode again, which makes no other one"
+            ) from None
         sizes = {name: (path / name).stat().st_size for name in (CODES, CAPTIONS, INDEX)}
         shards.append({"name": path.name, "count": count, "bytes": sizes})
     if not any(shard["count"] for shard in shards):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import multiprocessing
 import re
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from ..files import check_new
 from .filters import LANGUAGES, Filters
-from .pairs import BrokenSample, Pairs
+from .pairs import SEPARATOR, BrokenSample, Pairs, captions_at
 from .sources.view import Dropped, write_view
 
 REASONS = (
@@ -66,7 +67,8 @@ def filter_pairs(
 ) -> dict[str, int]:
     """Write a view of the pairs that pass all filters; no pixel is decoded.
 
-    Memory: 18 bytes per pair. Captions count as repeated when they are equal but for case and white space.
+    Memory: 18 bytes per pair. Captions count as repeated when they are equal but for case and white space. All captions
+    of an image must pass, as training sees all.
 
     Args:
         folder: a new one, for the view and its report.
@@ -141,10 +143,12 @@ def judge(pairs: Pairs, filters: Filters, chunk: range) -> tuple[np.ndarray, np.
     reasons, hashes = np.empty(len(chunk), np.uint8), np.empty(len(chunk), np.uint64)
     for row, index in enumerate(chunk):
         try:
-            caption = pairs.caption(index)
-            plain = " ".join(caption.casefold().split())
+            captions = captions_at(pairs, index)
+            plain = SEPARATOR.join(" ".join(caption.casefold().split()) for caption in captions)
             hashes[row] = int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little")
-            reasons[row] = _reason(caption, partial(pairs.image_size, index), filters, language_of)
+            image_size = functools.cache(partial(pairs.image_size, index))
+            judged = (_reason(caption, image_size, filters, language_of) for caption in captions)
+            reasons[row] = next((reason for reason in judged if reason != KEPT), KEPT)
         except BrokenSample:
             hashes[row], reasons[row] = 0, BROKEN
     return reasons, hashes

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..files import new_folder, write_atomically
 from .batches import collate, start_worker
-from .pairs import BrokenSample, Pairs, Skipped
+from .pairs import SEPARATOR, BrokenSample, Pairs, Skipped, captions_at
 from .sources.view import fingerprint_of
 
 SETTINGS, SKIPPED = "settings.json", "skipped.jsonl"
@@ -67,7 +67,7 @@ class Shard(NamedTuple):
 
     rows: np.ndarray  # int64 [n], indices of the pairs
     values: np.ndarray  # [n, k, ...], for the k images made of each pair
-    captions: list[str]
+    captions: list[str]  # one text per pair, with SEPARATOR between several captions
 
 
 def process_in_shards(
@@ -137,7 +137,7 @@ def _settle(folder: Path, settings: dict[str, Any]) -> None:
     if path.is_file():
         try:
             found = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"output folder: expected settings in {path}, got {error}") from None
         for name, value in wanted.items():
             if found.get(name) != value:
@@ -177,18 +177,33 @@ class _Prepared(Dataset[tuple[list[int], np.ndarray, list[str], list[Skipped]]])
         for index in stretch:
             try:
                 image, caption = self._pairs[index]
+                several = captions_at(self._pairs, index)
             except BrokenSample as error:
                 skipped.append(Skipped(error.name, error.reason))
                 continue
             rows.append(index)
             images.append(self._prepare(image, index))
-            captions.append(caption)
+            captions.append(SEPARATOR.join(several) if len(several) > 1 else caption)
         return rows, np.concatenate(images) if images else np.empty(0, np.uint8), captions, skipped
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of the work in a folder, among them ``source``, the fingerprint of the pairs, and their number."""
-    return json.loads((folder / SETTINGS).read_text())
+    """The settings of the work in a folder, among them ``source``, the fingerprint of the pairs, and their number.
+
+    Raises:
+        ValueError: they are damaged.
+        OSError: there are none.
+    """
+    path = folder / SETTINGS
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        sizes = settings["pairs"], settings["shard_size"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"settings: expected those of some work in {path}, got {error!r}") from None
+    for name, size in zip(("pairs", "shard_size"), sizes, strict=True):
+        if type(size) is not int or size < 1:
+            raise ValueError(f"settings: expected {name} of 1 or more in {path}, got {size!r}")
+    return settings
 
 
 def shard_folders(folder: Path) -> list[Path]:
@@ -210,6 +225,13 @@ def write_skipped(path: Path, skipped: Iterable[Skipped]) -> int:
 def read_skipped(folder: Path) -> Iterator[Skipped]:
     """The samples that could not be read, over all shards in order."""
     for shard in shard_folders(folder):
-        with (shard / SKIPPED).open(encoding="utf-8") as file:
+        path = shard / SKIPPED
+        with path.open(encoding="utf-8", errors="replace") as file:
             for line in file:
-                yield Skipped(**json.loads(line))
+                try:
+                    fields = json.loads(line)
+                    yield Skipped(str(fields["name"]), str(fields["reason"]))
+                except (ValueError, TypeError, KeyError, RecursionError) as error:
+                    raise ValueError(
+                        f"skipped samples: expected lines of name and reason in {path}, got {error!r}"
+                    ) from None

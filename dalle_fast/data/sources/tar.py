@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,14 @@ class ShardPairs:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, number: int) -> Pair:
+        return self.seen_in(0, number)
+
+    def seen_in(self, epoch: int, number: int) -> Pair:
+        """The pair as an epoch sees it: with another of the image's captions each time, in turn."""
         files, record = self.find(number)
         try:
-            return Pair(decode_image(files.image(record)), files.caption(record))
+            image, captions = decode_image(files.image(record)), files.captions(record)
+            return Pair(image, captions[epoch % len(captions)])
         except Exception as error:  # on damaged bytes Pillow's decoders raise nearly anything
             raise BrokenSample(files.name(record), reason_of(error)) from error
 
@@ -58,12 +64,19 @@ class ShardPairs:
     def captions(self) -> Iterator[str]:
         """All captions in order, shard after shard, without reading an image."""
         for index in self._table:
-            yield from map(OpenShard(index).caption, index.records())
+            shard = OpenShard(index)
+            for record in index.records():
+                with suppress(Unusable):  # an index made before captions had to be clean
+                    yield from shard.captions(record)
 
     def caption(self, number: int) -> str:
+        return self.all_captions(number)[0]
+
+    def all_captions(self, number: int) -> list[str]:
+        """All captions of an image."""
         files, record = self.find(number)
         try:
-            return files.caption(record)
+            return files.captions(record)
         except (OSError, Unusable) as error:
             raise BrokenSample(files.name(record), reason_of(error)) from error
 

@@ -131,9 +131,9 @@ class OpenShard:
         """The image file of a sample, or its first ``size`` bytes."""
         return os.pread(self._shard, record.image_size if size is None else size, record.image * BLOCK)
 
-    def caption(self, record: Record) -> str:
-        """The caption of a sample. Raises Unusable."""
-        return record.caption_from(os.pread(self._shard, record.caption_size, record.caption * BLOCK))
+    def captions(self, record: Record) -> list[str]:
+        """The captions of a sample. Raises Unusable."""
+        return record.captions_from(os.pread(self._shard, record.caption_size, record.caption * BLOCK))
 
     def name(self, record: Record) -> str:
         """The name of a sample from its header in the shard; its place if the header cannot be read."""

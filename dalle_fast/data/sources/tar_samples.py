@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 from ..images import MAX_FILE_SIZE, reason_of
-from ..pairs import IMAGE_EXTENSIONS, Skipped, Unusable, caption_of, extension_of
+from ..pairs import IMAGE_EXTENSIONS, Skipped, Unusable, captions_of, extension_of
 
 BLOCK = tarfile.BLOCKSIZE
 MAX_HEADERS = 1 << 20  # bytes of all headers of a member
@@ -35,15 +35,15 @@ class Record(NamedTuple):
     header: int  # blocks from the start of the image's header, which holds the sample's name, to the image
     caption_is_json: int
 
-    def caption_from(self, content: bytes) -> str:
-        """The caption in a ``.txt``, or under ``caption`` in a ``.json``. Raises Unusable."""
+    def captions_from(self, content: bytes) -> list[str]:
+        """The captions: lines of a ``.txt``, or a text or list under ``caption`` in a ``.json``. Raises Unusable."""
         if not self.caption_is_json:
-            return caption_of(content)
+            return captions_of(content)
         try:
             fields = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise Unusable(f"the caption is not JSON: {error}") from None
-        return caption_of(fields.get("caption") if isinstance(fields, dict) else None)
+        return captions_of(fields.get("caption") if isinstance(fields, dict) else None)
 
 
 class Member(NamedTuple):
@@ -272,5 +272,5 @@ def _record(file: BinaryIO, file_size: int, image: Member, caption: Member) -> R
     for name, size, most in (("image", image.size, MAX_FILE_SIZE), ("caption", caption.size, _MAX_CAPTION)):
         if size > most:
             raise Unusable(f"expected at most {most:,} bytes for the {name}, got {size:,}")
-    record.caption_from(os.pread(file.fileno(), caption.size, caption.offset_data))
+    record.captions_from(os.pread(file.fileno(), caption.size, caption.offset_data))
     return record
