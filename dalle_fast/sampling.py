@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -86,11 +87,12 @@ def draw_codes(
             logits = guide(logits, guidance)
         if logits.dtype == torch.float64:
             logits = logits.float()
-        options = {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
         # The noise of an image depends on its place among those of its caption and on the step alone.
-        parts = [
-            sample(part, seed, first=position * vocab, pitch=steps * vocab, **options) for part in logits.chunk(prompts)
-        ]
+        draw = partial(
+            sample, seed=seed, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
+            first=position * vocab, pitch=steps * vocab,
+        )  # fmt: skip
+        parts = [draw(part) for part in logits.chunk(prompts)]
         drawn = torch.cat(parts) if prompts > 1 else parts[0]
         codes.index_copy_(1, position, torch.where(keep[position], given[position], drawn)[:, None])
 
