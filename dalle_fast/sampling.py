@@ -87,9 +87,12 @@ def draw_codes(
             logits = guide(logits, guidance)
         if logits.dtype == torch.float64:
             logits = logits.float()
-        shape = partial(sample, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
         # The noise of an image depends on its place among those of its caption and on the step alone.
-        parts = [shape(part, seed, first=position * vocab, pitch=steps * vocab) for part in logits.chunk(prompts)]
+        draw = partial(
+            sample, seed=seed, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
+            first=position * vocab, pitch=steps * vocab,
+        )  # fmt: skip
+        parts = [draw(part) for part in logits.chunk(prompts)]
         drawn = torch.cat(parts) if prompts > 1 else parts[0]
         codes.index_copy_(1, position, torch.where(keep[position], given[position], drawn)[:, None])
 

@@ -279,11 +279,11 @@ class DALLE(TrainableModel):
 
     def renew_packed_weights(self) -> None:
         """Copy the weights as they are now, if ``pack`` has asked for that."""
-        on_cpu = self.device.type == "cpu" and self.start.dtype == torch.float32
-        format = self.packed_format if on_cpu else None
+        format = self.packed_format
+        packs = self.device.type == "cpu" and self.start.dtype == torch.float32
         for module in self.modules():
             if isinstance(module, Linear):
-                module.packed = pack_linear(module.weight, format) if format is not None else None
+                module.packed = pack_linear(module.weight, format) if packs and format else None
 
     def prefill(self, text_tokens: torch.Tensor, candidates: int) -> tuple[torch.Tensor, list[Caches]]:
         """Read each prompt once: [P, T] -> logits of the first code [P, image_vocab], and the caches of every layer.
