@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -22,8 +22,14 @@ def _check_size(name: str, value: Any, largest: int = LARGEST) -> None:
         raise ValueError(f"{name}: expected an integer from 1 to {largest}, got {_shown(value)}")
 
 
+def _is_finite(value: Any) -> bool:
+    """A number that a float can hold; an int may be beyond."""
+    largest = sys.float_info.max
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -largest <= value <= largest
+
+
 def _check_number(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < math.inf:
+    if not _is_finite(value):
         raise ValueError(f"{name}: expected a finite number, got {_shown(value)}")
 
 
@@ -150,14 +156,14 @@ class Sampling:
     seed: int = 0  # The same seed gives the same images.
 
     def __post_init__(self) -> None:
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature: expected a finite number above 0, got {self.temperature}")
+        if not (_is_finite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"temperature: expected a finite number above 0, got {_shown(self.temperature)}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k: expected 1 or more, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a share in (0, 1], got {self.top_p}")
-        if self.guidance is not None and not math.isfinite(self.guidance):
-            raise ValueError(f"guidance: expected a finite number, got {self.guidance}")
+        if self.guidance is not None and not _is_finite(self.guidance):
+            raise ValueError(f"guidance: expected a finite number, got {_shown(self.guidance)}")
         if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed: expected an integer of 64 bits, got {self.seed!r}")
 

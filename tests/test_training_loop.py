@@ -8,40 +8,25 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers.pretend_cuda import pretended_cuda
-from helpers.training import KINDS, checkpoint, same, settings, task
-from torch import nn
+from helpers.training import KINDS, checkpoint, records, same, settings, state_of, stop_after, task
 from torch.overrides import TorchFunctionMode
 
 import dalle_fast as df
-from dalle_fast.figures import plot_logs
 from dalle_fast.models import load_model
 from dalle_fast.ops import _library
-from dalle_fast.training import TrainingDiverged, TrainingStopped, fit
+from dalle_fast.training import TrainingDiverged, fit
 from dalle_fast.training import loop as training_loop
 from dalle_fast.training.loop import new_state, parameter_groups
-from dalle_fast.training.metrics import Incidents, Log, LossSpikes, perplexity
+from dalle_fast.training.metrics import Incidents, LossSpikes
 from dalle_fast.training.state import places_of
 from dalle_fast.training.stopping import stop_signals
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def records(out: Path, kind: str) -> list[dict]:
-    return [json.loads(line) for line in (out / kind / "log.jsonl").read_text().splitlines()]
-
-
-def timeless(out: Path, kind: str) -> list[dict]:
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in records(out, kind)]
-
-
-def state_of(out: Path, kind: str) -> dict:
-    return {name: value for name, value in checkpoint(out, kind).items() if name != "seconds"}
 
 
 # ---------------------------------------------------------------------------------------------- resume
@@ -64,21 +49,6 @@ def test_resumed_equals_uninterrupted_bitwise(kind, tmp_path):
     }
     exported = load_model(tmp_path / "whole" / f"{kind}.safetensors")
     assert same(dict(exported.state_dict()), dict(model.state_dict()))
-
-
-def stop_after(step: int, stopped_task, config, out: Path, signum: int = signal.SIGINT) -> TrainingStopped:
-    """Train and send a signal during a step."""
-    loss = stopped_task.loss
-
-    def loss_and_signal(model, batch, at):
-        if at == step - 1:
-            os.kill(os.getpid(), signum)
-        return loss(model, batch, at)
-
-    stopped_task.loss = loss_and_signal
-    with pytest.raises(TrainingStopped) as stopped:
-        fit(stopped_task, config, out)
-    return stopped.value
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -331,231 +301,6 @@ def test_the_step_size_follows_the_schedule_and_the_plateau(tmp_path):
     assert rates == sorted(rates[:2]) + sorted(rates[2:], reverse=True)
 
 
-# ---------------------------------------------------------------------------------------------- log
-
-
-def test_the_log_has_what_a_newcomer_looks_for(tmp_path):
-    config = settings("dvae")
-    _, metrics = fit(task("dvae", config), config, tmp_path)
-    lines = records(tmp_path, "dvae")
-    assert [r["step"] for r in lines if "loss" in r] == [2, 4, 6, 7]
-    assert [r["step"] for r in lines if "val_loss" in r] == [3, 6, 7]
-    training, validation = lines[-2], lines[-1]
-    assert {
-        "loss",
-        "nll",
-        "kl",
-        "mse",
-        "grad_norm",
-        "lr",
-        "codes_used",
-        "code_perplexity",
-        "seconds",
-    } <= training.keys()
-    assert {"val_loss", "val_nll", "val_mse", "val_codes_used", "val_code_perplexity"} <= validation.keys()
-    assert 1 <= training["code_perplexity"] <= training["codes_used"] <= 16
-    assert metrics == {k: v for r in (training, validation) for k, v in r.items() if k != "step"}
-    assert (tmp_path / "dvae" / "skipped.jsonl").exists()
-
-
-def test_a_resumed_log_drops_what_will_be_written_again(tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 3, "loss": 1}\n{"step": 4, "lo')
-    with Log(path, step=2) as log:
-        log.write(3, {"loss": float("nan"), "lr": 0.5})
-        log.write(3, {})
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"step": 1, "loss": 3}, {"step": 2, "loss": 2}, {"step": 3, "loss": None, "lr": 0.5},
-    ]  # fmt: skip
-
-
-def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):
-    written = []
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            written.append((folder, purge_step))
-
-        def add_scalar(self, name, value, step):
-            written.append((name, value, step))
-
-        def close(self):
-            written.append("closed")
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
-    with Log(tmp_path / "log.jsonl", step=4, tensorboard=True) as log:
-        log.write(5, {"loss": 0.5})
-    assert written == [(tmp_path / "tensorboard", 5), ("loss", 0.5, 5), "closed"]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match="pip install tensorboard"):
-        Log(tmp_path / "log.jsonl", step=4, tensorboard=True)
-
-
-def test_perplexity_counts_the_codes_that_matter():
-    assert perplexity(torch.tensor([5, 0, 0, 0])) == pytest.approx(1.0)
-    assert perplexity(torch.tensor([5, 5, 5, 5])) == pytest.approx(4.0)
-    assert 1.0 < perplexity(torch.tensor([9, 1, 0, 0])) < 2.0
-
-
-def test_the_random_start_is_the_seeds_alone():
-    torch.manual_seed(1)
-    first = task("clip", settings("clip")).model
-    drawn = torch.rand(1)
-    torch.manual_seed(1)
-    assert torch.equal(torch.rand(1), drawn)  # the caller's generator is untouched
-    second = task("clip", settings("clip")).model
-    assert isinstance(first, nn.Module)
-    assert same(dict(first.state_dict()), dict(second.state_dict()))
-    other = task("clip", settings("clip", seed=9)).model
-    assert not same(dict(first.state_dict()), dict(other.state_dict()))
-
-
-def test_lines_that_are_no_records_are_dropped_and_counted(tmp_path, capsys):
-    path = tmp_path / "log.jsonl"
-    good = [{"step": 1, "loss": 3.5, "log2_scales": [1.0, 2]}, {"step": 2, "loss": None, "nonfinite": {"start": 1}}]
-    bad = [
-        b"\xff{}",
-        b'{"step": null}',
-        b'{"step": "x"}',
-        b"[" * 200_000,
-        b'{"step": 1, "loss": "x"}',
-        b"7",
-        b"{",
-        b"\x00",
-    ]
-    bad += [
-        b'{"step": 1, "loss": NaN}',
-        b'{"step": 1, "loss": 1' + b"0" * 400 + b"}",
-        b'{"step": true}',
-        b'{"loss": 1}',
-    ]
-    bad += [
-        b'{"step": 1, "log2_scales": ["a"]}',
-        b'{"step": 1, "log2_scales": [[1]]}',
-        b'{"a":' * 100_000,
-        b'{"loss": 1}',
-        b"\x00",
-    ]
-    lines = [json.dumps(record).encode() for record in good]
-    path.write_bytes(b"\n".join([bad[0], lines[0], *bad[1:], lines[1], b'{"step": 3, "loss": 1}', b'{"step": 4, "lo']))
-    with Log(path, step=2) as log:
-        log.write(3, {"loss": 2.0})
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [*good, {"step": 3, "loss": 2.0}]
-    assert capsys.readouterr().err == f"{path}: {len(bad) + 1} damaged lines dropped\n"
-
-
-def test_a_damaged_log_is_plotted(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    (tmp_path / "dalle").mkdir()
-    log = tmp_path / "dalle" / "log.jsonl"
-    log.write_bytes(
-        b'{"step": 1, "loss": 1, "log2_scales": [1, 2]}\n\xff\n{"step": 2, "loss": [1]}\n{"step": "a", "loss": 2}\n'
-        b'{"step": 3, "log2_scales": 7}\n{"step": 4, "log2_scales": [1]}\n'
-        b'{"step": 5, "loss": 2, "log2_scales": [1, 2]}\n'
-    )
-    assert [path.name for path in plot_logs(tmp_path)] == ["losses.png", "scales.png"]
-    assert "log.jsonl: 2 damaged lines dropped" in capsys.readouterr().err
-
-
-# ---------------------------------------------------------------------------------------------- divergence
-
-
-def steps_saved(out: Path, kind: str = "dvae") -> list[int]:
-    return sorted(int(path.name[5:]) for path in (out / kind / "checkpoints").glob("step-*[0-9]"))
-
-
-def spoilt(config, bad, kind: str = "dvae"):
-    """A task whose loss is not finite in the steps, from 0, for which ``bad`` is true."""
-    some = task(kind, config)
-    loss = some.loss
-
-    def spoil(model, batch, step):
-        value, metrics = loss(model, batch, step)
-        return value * (float("nan") if bad(step) else 1.0), metrics
-
-    some.loss = spoil
-    return some
-
-
-@pytest.mark.parametrize("first", [6, 5, 0])
-def test_a_training_that_ends_with_skipped_steps_fails_and_exports_nothing(first, tmp_path):
-    config = settings("dvae", save_every=2, log_every=100)
-    (tmp_path / "dvae.safetensors").write_bytes(b"an earlier model")
-    with pytest.raises(
-        TrainingDiverged, match=rf"none in {7 - first} steps; the last good step is {first}\. Use a smaller lr"
-    ):
-        fit(spoilt(config, lambda step: step >= first), config, tmp_path)
-    assert (tmp_path / "dvae.safetensors").read_bytes() == b"an earlier model"
-    assert steps_saved(tmp_path) == {6: [4], 5: [2, 4], 0: []}[first]  # that of step 6 is set aside
-    fit(task("dvae", config), config, tmp_path)
-    assert load_model(tmp_path / "dvae.safetensors")
-    assert checkpoint(tmp_path, "dvae")["skipped_updates"] == 0
-
-
-def test_no_checkpoint_is_written_while_steps_are_skipped(tmp_path):
-    config = settings("dvae", steps=10, save_every=2, keep_checkpoints=2)
-    seen = {}
-    some = spoilt(config, lambda step: 4 < step < 8)
-    loss = some.loss
-    some.loss = lambda model, batch, step: seen.update({step: steps_saved(tmp_path)}) or loss(model, batch, step)
-    fit(some, config, tmp_path)
-    assert max(seen[8]) <= 4  # not 6 or 8, when steps were skipped
-    assert steps_saved(tmp_path) == [9, 10]  # the one that was due came with the first good step
-
-
-def test_a_run_of_skipped_steps_survives_a_resume(tmp_path, monkeypatch):
-    monkeypatch.setattr(training_loop, "MAX_SKIPPED_IN_A_ROW", 4)
-    config = settings("dvae", steps=50, save_every=2)
-    some = spoilt(config, lambda step: step >= 4)
-    stop_after(6, some, config, tmp_path)
-    assert checkpoint(tmp_path, "dvae")["skipped_in_a_row"] == 2
-    assert steps_saved(tmp_path) == [2, 4, 6]  # none is deleted for it
-    assert not (tmp_path / "dvae.safetensors").exists()
-    with pytest.raises(TrainingDiverged, match=r"none in 4 steps; the last good step is 4\."):
-        fit(spoilt(config, lambda step: step >= 4), config, tmp_path)
-    assert steps_saved(tmp_path) == [2]
-    assert [path.name for path in (tmp_path / "dvae" / "checkpoints").glob("*.diverged")] == ["step-00000006.diverged"]
-    fit(task("dvae", config), replace(config, steps=8), tmp_path)
-    assert steps_saved(tmp_path)[-1] == 8
-
-
-@pytest.mark.parametrize("lr", [1e30, 1e38])
-@pytest.mark.parametrize("kind", KINDS)
-def test_too_large_a_step_size_never_ends_well(kind, lr, tmp_path):
-    for steps in (1, 2, 3, 9):
-        config = settings(kind, steps=steps, lr=lr, warmup_steps=0, log_every=1, save_every=1)
-        config = replace(config, lr_end=lr) if kind == "dvae" else config
-        out = tmp_path / str(steps)
-        try:
-            model, _ = fit(task(kind, config), config, out)
-        except TrainingDiverged:
-            assert not (out / f"{kind}.safetensors").exists()
-        else:
-            assert all(bool(p.isfinite().all()) for p in model.parameters())
-
-
-def test_a_training_whose_scales_still_come_down_ends_well_if_anything_was_learnt(tmp_path):
-    def overflowing(first: int, steps: int):
-        config = settings("dalle", steps=steps, resblock_dtype="float16", recompute=False)
-        some = task("dalle", config)
-        loss = some.loss
-
-        def overflow(model, batch, step):
-            value, metrics = loss(model, batch, step)
-            total = model.start.sum()
-            return value + ((total - total.detach()).sqrt() if step >= first else 0.0), metrics  # 0, of slope Inf
-
-        some.loss = overflow
-        return some, config
-
-    some, config = overflowing(4, 5)
-    fit(some, config, tmp_path / "learnt")
-    assert checkpoint(tmp_path / "learnt", "dalle")["skipped_in_a_row"] == 1
-    some, config = overflowing(0, 5)
-    with pytest.raises(TrainingDiverged, match="none in 5 steps; the last good step is 0"):
-        fit(some, config, tmp_path / "not learnt")
-
-
 # ---------------------------------------------------------------------------------------------- signals to the group
 
 GROUP = """
@@ -599,81 +344,3 @@ def test_under_nohup_a_closed_terminal_is_ignored():
         assert received == []
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-# ---------------------------------------------------------------------------------------------- accumulation
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes"),
-    [("dalle", {}), ("dalle", {"recompute": False}), ("dalle", {"resblock_dtype": "float16"}), ("dalle", {"seed": 8})],
-)
-@pytest.mark.parametrize("parts", [2, 3, 6])
-def test_a_batch_in_parts_has_the_loss_and_the_gradients_of_the_whole(kind, changes, parts):
-    config = settings(kind, batch_size=6, **changes)
-    states, seen = [], []
-    for accumulate in (1, parts):
-        some = task(kind, config)
-        state = new_state(some.model, config, some.scales)
-        loss, metrics = training_loop.add_gradients(state, some, next(some.batches(3)), accumulate)
-        states.append(state)
-        seen.append({"loss": loss, **metrics})
-    whole, in_parts = states
-    close = 2e-2 if "resblock_dtype" in changes else 1e-5
-    for name, value in seen[0].items():
-        assert seen[1][name].item() == pytest.approx(value.item(), rel=close), name
-    for a, b in zip(whole.parameters, in_parts.parameters, strict=True):
-        assert (a.grad - b.grad).norm() <= close * a.grad.norm()
-    if whole.scales:
-        assert torch.equal(whole.scales.scale, in_parts.scales.scale)
-
-
-def test_accumulation_changes_a_training_by_rounding_alone(tmp_path):
-    losses = []
-    for parts in (1, 4):
-        config = settings("dalle", batch_size=4, accumulate=parts, log_every=1, lr=1e-3)
-        fit(task("dalle", config), config, tmp_path / str(parts))
-        losses.append([record["loss"] for record in records(tmp_path / str(parts), "dalle") if "loss" in record])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    assert losses[1] != losses[0]
-
-
-def test_an_overflow_in_one_part_skips_the_step():
-    config = settings("dalle", batch_size=4, accumulate=4)
-    some = task("dalle", config)
-    loss, calls = some.loss, []
-
-    def sometimes_infinite(model, batch, step):
-        calls.append(len(batch["codes"]))
-        value, metrics = loss(model, batch, step)
-        return value * (float("inf") if len(calls) == 2 else 1.0), metrics
-
-    some.loss = sometimes_infinite
-    state = new_state(some.model, config)
-    before = [p.detach().clone() for p in state.parameters]
-    finite, _ = training_loop.train_step(state, some, next(some.batches(0)), 1e-3, config)
-    assert not finite and calls == [1, 1, 1, 1]
-    assert same(before, [p.detach() for p in state.parameters])
-
-
-def test_the_dvae_draws_other_noise_in_each_part(tmp_path):
-    config = settings("dvae", batch_size=4, accumulate=2, grain=0.1)
-    some = task("dvae", config)
-    batch = {"image": next(some.batches(0))["image"][:1].expand(4, -1, -1, -1)}
-    losses = [some.loss(some.model, part, 0)[0].item() for part in training_loop.split(batch, 2)]
-    assert losses[0] != losses[1]
-    _, metrics = fit(some, config, tmp_path)
-    assert np.isfinite(metrics["loss"]) and 1 <= metrics["codes_used"] <= 16
-
-
-def test_batches_that_cannot_be_had_in_parts_are_refused():
-    with pytest.raises(ValueError, match="accumulate: expected a divisor of batch_size 4, got 3"):
-        settings("dalle", accumulate=3)
-    with pytest.raises(ValueError, match="accumulate: expected 1 or more, got 0"):
-        settings("dvae", accumulate=0)
-    with pytest.raises(ValueError, match=r"accumulate: expected 1, as the loss of CLIP needs the whole batch.*got 2"):
-        settings("clip", accumulate=2)
-    with pytest.raises(ValueError, match="accumulate: expected 1 with PowerSGD, got 2"):
-        settings("dalle", accumulate=2, powersgd_rank=8)
-    with pytest.raises(ValueError, match="accumulate: expected a divisor of the 4 samples of each process, got 3"):
-        list(training_loop.split({"codes": torch.zeros(4, 2)}, 3))

@@ -1,11 +1,14 @@
 """Models and data small enough for a test to train a few steps."""
 
 import json
+import os
+import signal
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,7 +19,7 @@ from dalle_fast.data.pairs import Pair
 from dalle_fast.distributed.sharding import local
 from dalle_fast.distributed.world import ALONE, World
 from dalle_fast.tokenizer import Tokenizer
-from dalle_fast.training import TrainCLIP, TrainDALLE, TrainDVAE
+from dalle_fast.training import TrainCLIP, TrainDALLE, TrainDVAE, TrainingStopped, fit
 from dalle_fast.training.checkpoint import RUN_FILE, load_tensors, saved_tensors
 from dalle_fast.training.clip import CLIPTask
 from dalle_fast.training.dalle import DALLETask
@@ -121,3 +124,30 @@ class Memory(TorchDispatchMode):
     def _free(self, storage: int, size: int) -> None:
         self._known.discard(storage)
         self.now -= size
+
+
+def records(out: Path, kind: str) -> list[dict]:
+    return [json.loads(line) for line in (out / kind / "log.jsonl").read_text().splitlines()]
+
+
+def timeless(out: Path, kind: str) -> list[dict]:
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records(out, kind)]
+
+
+def state_of(out: Path, kind: str) -> dict:
+    return {name: value for name, value in checkpoint(out, kind).items() if name != "seconds"}
+
+
+def stop_after(step: int, stopped_task, config, out: Path, signum: int = signal.SIGINT) -> TrainingStopped:
+    """Train and send a signal during a step."""
+    loss = stopped_task.loss
+
+    def loss_and_signal(model, batch, at):
+        if at == step - 1:
+            os.kill(os.getpid(), signum)
+        return loss(model, batch, at)
+
+    stopped_task.loss = loss_and_signal
+    with pytest.raises(TrainingStopped) as stopped:
+        fit(stopped_task, config, out)
+    return stopped.value
