@@ -1,42 +1,19 @@
 """Sources of image-caption pairs: good samples are read, broken ones are named and skipped."""
 
-import csv
-import errno
 import io
 import json
-import os
 import pickle
-import re
-from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+from helpers.sources import captions, skipped, write
 from helpers.tars import BLUE, RED, png, shard_of, write_tar
 from PIL import Image
 
-from dalle_fast.data import Batches, BrokenSample, images, open_pairs
+from dalle_fast.data import BrokenSample, images, open_pairs
 from dalle_fast.data.images import decode_image
-from dalle_fast.data.sources.files import COLUMNS
-from dalle_fast.data.sources.view import Dropped, write_view
-
-
-def write(root: Path, files: dict[str, str | bytes]) -> Path:
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return root
-
-
-def captions(pairs) -> list[str]:
-    return [pairs[i].caption for i in range(len(pairs))]
-
-
-def skipped(pairs) -> dict[str, str]:
-    return dict(pairs.skipped)
-
 
 # ---------------------------------------------------------------------------------------------- images
 
@@ -305,192 +282,12 @@ def test_a_source_of_nothing_but_bad_samples_says_why(tmp_path: Path) -> None:
         open_pairs(write(tmp_path, {"a.png": png()}))
 
 
-# ---------------------------------------------------------------------------------------------- odd files and folders
-
-
-def test_linked_folders_are_read_once_and_loops_end(tmp_path: Path) -> None:
-    write(tmp_path / "real", {"a.png": png(RED), "a.txt": "red", "sub/b.png": png(), "sub/b.txt": "blue"})
-    write(tmp_path / "data", {"z.png": png(), "z.txt": "own"})
-    links = {"part0": "../real", "part1": "../real/sub", "loop": ".", "up": "..", "gone": "nowhere"}
-    for name, target in links.items():
-        (tmp_path / "data" / name).symlink_to(target)
-    (tmp_path / "real" / "back").symlink_to(tmp_path / "data")
-    pairs = open_pairs(tmp_path / "data")
-    assert captions(pairs) == ["own", "red", "blue"]
-    assert [pairs.name(i) for i in range(3)] == ["z.png", "part0/a.png", "part0/sub/b.png"]
-    assert skipped(pairs) == {"gone": "a link to nothing", "up": "a link to a folder that this one is in"}
-
-
-def test_folders_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, {"a.png": png(), "a.txt": "a", "deep/locked/b.png": png(), "deep/locked/b.txt": "b"})
-    scandir = os.scandir
-
-    def refuse(path: str) -> Iterator[os.DirEntry[str]]:
-        if os.fspath(path).endswith("locked"):
-            raise PermissionError(errno.EACCES, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    pairs = open_pairs(tmp_path)
-    assert captions(pairs) == ["a"]
-    assert skipped(pairs) == {"deep/locked": "the folder cannot be read: Permission denied"}
-
-
-def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
-    write(tmp_path, {"good.png": png(), "good.txt": "good", "fifo.png": png(), "zero.png": png(), "pipe.txt": "x"})
-    os.mkfifo(tmp_path / "fifo.txt")
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "zero.txt").symlink_to("/dev/zero")
-    rows = [{"image": name, "caption": "x"} for name in ("pipe.png", "/dev/zero", "good.png")]
-    write(tmp_path, {"list.jsonl": "\n".join(map(json.dumps, rows))})
-    pairs = open_pairs(tmp_path)
-    assert captions(pairs) == ["good"]
-    assert skipped(pairs) == dict.fromkeys(("fifo.png", "zero.png", "pipe.png"), "not a file")
-    assert skipped(open_pairs(tmp_path / "list.jsonl")) == dict.fromkeys(("list.jsonl:1", "list.jsonl:2"), "not a file")
-    (tmp_path / "good.png").unlink()
-    os.mkfifo(tmp_path / "good.png")
-    with pytest.raises(BrokenSample, match="not a file"):
-        pairs[0]
-    with pytest.raises(BrokenSample, match="not a file"):
-        pairs.image_size(0)
-
-
-def test_a_caption_file_beyond_the_limit_is_named(tmp_path: Path) -> None:
-    files = {"a.png": png(), "a.txt": "x" * 1_000_001, "b.png": png(), "b.txt": "y" * 10_001, "c.png": png()}
-    pairs = open_pairs(write(tmp_path, {**files, "c.txt": "z" * 10_000}))
-    assert captions(pairs) == ["z" * 10_000]
-    assert skipped(pairs) == {
-        "a.png": "the caption file has more than 1,000,000 bytes",
-        "b.png": "caption: expected at most 10,000 characters, got 10,001",
-    }
-
-
-# ---------------------------------------------------------------------------------------------- tables of strangers
-
-
-def test_deep_json_is_a_bad_row(tmp_path: Path) -> None:
-    lines = ["[" * 200_000, '{"image":' * 100_000, json.dumps({"image": "a.png", "caption": "a"})]
-    pairs = open_pairs(write(tmp_path, {"a.png": png(), "d.jsonl": "\n".join(lines)}) / "d.jsonl")
-    assert captions(pairs) == ["a"]
-    assert [name for name, _ in pairs.skipped] == ["d.jsonl:1", "d.jsonl:2"]
-
-
-def test_a_line_beyond_the_limit_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
-    row = json.dumps({"image": "a.png", "caption": "a"})
-    lines = [row, json.dumps({"image": "a.png", "caption": row * 50_000}), row]
-    pairs = open_pairs(write(tmp_path, {"a.png": png(), "d.jsonl": "\n".join(lines)}) / "d.jsonl")
-    assert captions(pairs) == ["a", "a"]
-    assert skipped(pairs) == {"d.jsonl:2": "not a row: more than 1,000,000 characters"}
-
-
-@pytest.mark.parametrize("size", [300_000, 2_000_000])
-def test_no_row_comes_out_of_a_caption(tmp_path: Path, size: int) -> None:
-    inside = "x" * (size // 2) + "\na.png,INJECTED\n" + "y" * (size // 2)
-    table = f'image,caption\na.png,first\na.png,"{inside}"\na.png,last\n'
-    pairs = open_pairs(write(tmp_path, {"a.png": png(), "d.csv": table}) / "d.csv")
-    assert captions(pairs) == (["first", "last"] if size < 1_000_000 else ["first"])
-    assert len(skipped(pairs)) == 1
-    assert csv.field_size_limit() == 131_072
-
-
-@pytest.mark.parametrize(
-    ("rows", "expected", "problem"),
-    [
-        ('a.png,"never closed\na.png,b\n', ["first"], ("d.csv:3", "a quote that is never closed")),
-        ('a.png,"never closed\na.png,"b"\na.png,c\n', ["first"], ("d.csv:3", "',' expected after")),
-        ('a.png,"red" box\na.png,c\n', ["first", "red box", "c"], None),
-        ('\na.png,"two\nlines"\na.png\na.png,c,more\n', ["first", "two lines", "c"], ("d.csv:6", "no caption")),
-    ],
-)
-def test_quotes(tmp_path: Path, rows: str, expected: list[str], problem: tuple[str, str] | None) -> None:
-    write(tmp_path, {"a.png": png(), "d.csv": "image,caption\na.png,first\n" + rows})
-    pairs = open_pairs(tmp_path / "d.csv")
-    assert captions(pairs) == expected
-    if problem:
-        ((name, reason),) = pairs.skipped
-        assert (name, problem[1] in reason) == (problem[0], True)
-
-
-@pytest.mark.parametrize("columns", COLUMNS)
-def test_names_of_columns(tmp_path: Path, columns: tuple[str, str]) -> None:
-    image, caption = columns
-    write(tmp_path, {"a.png": png(), "d.tsv": f'id\t{caption}\t{image}\n1\t"red, or so"\ta.png\n'})
-    write(tmp_path, {"d.jsonl": json.dumps({image: "a.png", caption: ["red, or so", " ", "b"]})})
-    assert captions(open_pairs(tmp_path / "d.tsv")) == captions(open_pairs(tmp_path / "d.jsonl")) == ["red, or so"]
-    write(tmp_path, {"e.tsv": f"id,{caption},{image}\n"})
-    with pytest.raises(ValueError, match=f"expected the columns .*file_name and text.*got .*{image}"):
-        open_pairs(tmp_path / "e.tsv")
-
-
-# ---------------------------------------------------------------------------------------------- several captions
-
-
-def test_lines_of_a_caption_file_are_captions_in_turn(tmp_path: Path) -> None:
-    lines = ["a red box", "a box that is red", "red paint"]
-    source = write(tmp_path / "in", {"a.png": png(RED), "a.txt": "\n".join([lines[0], "", *lines[1:], " "])})
-    pairs = open_pairs(source)
-    write_view(tmp_path / "view", source, pairs, [], {})
-    for some in (pairs, open_pairs(tmp_path / "view")):
-        assert list(some.captions()) == lines
-        assert some[0].caption == some.caption(0) == lines[0]
-        batches = Batches(some, 1, lambda pair, _: {"caption": pair.caption}, seed=0)
-        stream = [batches.batch_at(step)["caption"][0] for step in range(6)]
-        assert stream == lines * 2
-        assert next(batches.iterate(4))["caption"] == [stream[4]]
-
-
-# ---------------------------------------------------------------------------------------------- names of shards
-
-
-def test_braces_and_joined_names(tmp_path: Path) -> None:
-    for number in range(3):
-        shard_of(tmp_path / f"{number:05}.tar", 3 * number)
-    (tmp_path / "more").mkdir()
-    shard_of(tmp_path / "more" / "x.tar", 9)
-    for name, count in {
-        "{00000..00002}.tar": 9,
-        "{00000,00002}.tar": 6,
-        "0000{1..2}.tar::more/{x,x}.tar": 9,
-        "00001.tar::more": 6,
-        "0000[01].tar::more/*.tar": 9,
-    }.items():
-        pairs = open_pairs("::".join(f"{tmp_path}/{part}" for part in name.split("::")))
-        assert len(pairs) == count
-    assert captions(open_pairs(f"{tmp_path}/{{00002,00000}}.tar")) == [f"number {i}" for i in (6, 7, 8, 0, 1, 2)]
-    bad = {"{00000..00004}.tar": "00003", "00000.tar::gone.tar": "gone", "{a..b}.tar::00000.tar": "{a..b}"}
-    for name, missing in bad.items():
-        with pytest.raises(ValueError, match=f"got none by .*{re.escape(missing)}.tar"):
-            open_pairs("::".join(f"{tmp_path}/{part}" for part in name.split("::")))
-    with pytest.raises(ValueError, match="at most 1,000,000 files"):
-        open_pairs("{0..9999999999}.tar")
-
-
-def test_views_of_braces_open_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number in range(2):
-        shard_of(tmp_path / f"{number}.tar", 3 * number)
-    monkeypatch.chdir(tmp_path)
-    for number, name in enumerate(("{0..1}.tar", "0.tar::1.tar")):
-        write_view(tmp_path / f"view{number}", name, open_pairs(name), [Dropped(0, "first", {})], {})
-        with monkeypatch.context() as elsewhere:
-            elsewhere.chdir(tmp_path / f"view{number}")
-            assert len(open_pairs(tmp_path / f"view{number}")) == 5
-
-
-def test_shards_further_down_are_named(tmp_path: Path) -> None:
-    (tmp_path / "one").mkdir()
-    shard_of(tmp_path / "one" / "00000.tar", 0)
-    with pytest.raises(ValueError, match=r"00000\.tar: a tar shard among folders; open such shards by .*/\*\*/\*\.tar"):
-        open_pairs(tmp_path)
-    (tmp_path / "UPPER.TAR").write_bytes((tmp_path / "one" / "00000.tar").read_bytes())
-    assert len(open_pairs(tmp_path)) == 3
-
-
-def test_captions_of_shards_take_turns(tmp_path: Path) -> None:
-    members = {"0.png": png(), "0.txt": "a red box\r\n\r\na box\n", "1.png": png()}
-    members["1.json"] = json.dumps({"caption": ["one", "", "two &amp; two", "three"]})
-    pairs = open_pairs(write_tar(tmp_path / "a.tar", members))
-    assert list(pairs.captions()) == ["a red box", "a box", "one", "two & two", "three"]
-    assert captions(pairs) == [pairs.caption(i) for i in range(2)] == ["a red box", "one"]
-    batches = Batches(pairs, 2, lambda pair, _: {"caption": pair.caption}, seed=0)
-    epochs = [set(batches.batch_at(step)["caption"]) for step in range(4)]
-    assert epochs == [{"a red box", "one"}, {"a box", "two & two"}, {"a red box", "three"}, {"a box", "one"}]
+@pytest.mark.parametrize("extension", ["jpg", "JPEG", "png", "webp", "bmp", "gif", "tif", "tiff"])
+def test_extensions_of_images(extension: str, tmp_path: Path) -> None:
+    """In folders and in shards."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), RED).save(file, Image.registered_extensions()[f".{extension.lower()}"])
+    files = {f"a.{extension}": file.getvalue(), "a.txt": "red"}
+    for pairs in (open_pairs(write(tmp_path / "in", files)), open_pairs(write_tar(tmp_path / "a.tar", files))):
+        assert len(pairs) == 1 and pairs.image_size(0) == (8, 8)
+        assert np.abs(pairs[0].image.astype(int) - RED).max() < 10

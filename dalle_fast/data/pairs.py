@@ -10,7 +10,7 @@ import numpy as np
 
 from ..captions import clean_caption
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")  # formats of images.py
 MAX_CAPTION_BYTES = 1_000_000  # of a file of captions, or of a line of a manifest
 SEPARATOR = "\x1f"  # between the captions of an image in one text; it is white space, so none of them holds it
 
