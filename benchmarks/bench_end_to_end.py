@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 import dalle_fast as df
 from dalle_fast.config import PRESETS, DALLEConfig
-from dalle_fast.sampling import repeat
+from dalle_fast.sampling import Repeat
 
 CONFIG = DALLEConfig(d_model=512, n_layer=12)
 PICTURES = 64
@@ -139,7 +139,7 @@ def torch_generate_captured(model: df.DALLE, text: torch.Tensor) -> torch.Tensor
         choose(x)
 
     choose(x)
-    repeat(step, model.cfg.image_len - 1, graph_on=x.device)
+    Repeat(step, x.device).run(model.cfg.image_len - 1)
     for layer in model.layers:
         del layer.attn.cache_k, layer.attn.cache_v  # tens of GB
     return codes
