@@ -8,7 +8,6 @@ import sys
 import threading
 import warnings
 import zlib
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers.training import CLIP, checkpoint, pairs, same, settings, task, tokenizer
+from helpers.training import checkpoint, same, settings, task
 
 from dalle_fast.training import fit
 from dalle_fast.training.checkpoint import (
@@ -27,7 +26,6 @@ from dalle_fast.training.checkpoint import (
     saved_tensors,
     set_random_state,
 )
-from dalle_fast.training.clip import CLIPTask
 from dalle_fast.training.state import check_values
 
 RUN = {"fingerprint": {"kind": "dvae", "seed": 0}}
@@ -372,41 +370,3 @@ def test_run_json_in_pieces_counts_as_damage(tmp_path):
         (path / "run.json").write_bytes(content)
         with pytest.warns(UserWarning, match=r"step-00000003: ignored, damaged is run\.json"):
             assert newest_checkpoint(path.parent, fingerprint)[0].name == "step-00000002"
-
-
-# ---------------------------------------------------------------------------------------------- the corpus
-
-
-def test_a_checkpoint_of_another_corpus_is_refused(tmp_path):
-    config = settings("clip", steps=2)
-    fit(task("clip", config), config, tmp_path)
-    for change in (lambda: pairs(11), lambda: named_pairs(10, "b")):
-        other = CLIPTask(change(), None, tokenizer(), CLIP, config)
-        with pytest.raises(ValueError, match=r"step-00000002: expected corpus=1\d pairs.*, got corpus=10 pairs;"):
-            fit(other, config, tmp_path)
-
-
-def test_corpora_of_equal_numbers_are_told_apart_by_names_and_captions(tmp_path):
-    config = settings("clip", steps=2)
-    fit(CLIPTask(named_pairs(10, "a"), None, tokenizer(), CLIP, config), config, tmp_path)
-    fit(CLIPTask(named_pairs(10, "a"), None, tokenizer(), CLIP, config), replace(config, steps=3), tmp_path)
-    with pytest.raises(ValueError, match=r"expected corpus=10 pairs of hash \w+, got corpus=10 pairs of hash"):
-        fit(CLIPTask(named_pairs(10, "b"), None, tokenizer(), CLIP, config), replace(config, steps=4), tmp_path)
-
-
-class NamedPairs(list):
-    """Pairs with names, as ``open_pairs`` opens them."""
-
-    folder = ""
-
-    def name(self, index: int) -> str:
-        return f"{self.folder}/{index}.png"
-
-    def caption(self, index: int) -> str:
-        return self[index].caption
-
-
-def named_pairs(n: int, folder: str) -> NamedPairs:
-    named = NamedPairs(pairs(n))
-    named.folder = folder
-    return named

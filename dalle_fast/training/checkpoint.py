@@ -36,7 +36,8 @@ from .metadata import METADATA_FILE, MetadataReader, files_of, read_metadata
 RUN_FILE = "run.json"  # written last
 UNFINISHED = ".tmp"  # suffix of a folder that is being written or deleted
 DIVERGED = ".diverged"  # suffix of a checkpoint from which a training diverged
-CORPUS = "corpus"  # in a fingerprint; old checkpoints lack it
+# Keys of a fingerprint that one of two runs may lack: old checkpoints have neither.
+CORPUS, TRAINED_WITH = "corpus", "trained with "  # the latter in front of the name of a part
 Tensors = Mapping[str, torch.Tensor]
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one process needs no process group
@@ -210,7 +211,8 @@ def newest_checkpoint(
     Incomplete and damaged ones are skipped with a warning that names them.
 
     Args:
-        fingerprint: expected value of ``values["fingerprint"]``. The corpus may be missing there, as in old ones.
+        fingerprint: expected value of ``values["fingerprint"]``. The corpus, and the parts of the system that the model
+            is trained with, may be missing in either.
         check: raises ValueError for values that are none of a run after so many steps: they count as damaged.
 
     Raises:
@@ -235,10 +237,11 @@ def newest_checkpoint(
             warnings.warn(f"checkpoint {path}: ignored, damaged is {', '.join(damaged)}", stacklevel=2)
             continue
         found = values["fingerprint"]
-        expected = {name: value for name, value in fingerprint.items() if name != CORPUS or CORPUS in found}
-        differing = sorted(name for name in {**expected, **found} if expected.get(name) != found.get(name))
+        optional = {name for name in fingerprint.keys() ^ found.keys() if name.startswith((CORPUS, TRAINED_WITH))}
+        compared = (fingerprint.keys() | found.keys()) - optional
+        differing = sorted(name for name in compared if fingerprint.get(name) != found.get(name))
         if differing:
-            wanted, got = (", ".join(f"{k}={run.get(k)}" for k in differing) for run in (expected, found))
+            wanted, got = (", ".join(f"{k}={run.get(k)}" for k in differing) for run in (fingerprint, found))
             raise ValueError(
                 f"checkpoint {path}: expected {wanted}, got {got}; choose another folder or resume nothing"
             )

@@ -29,7 +29,7 @@ from ..distributed.world import ALONE, World
 from ..models import save_model
 from ..models.base import TrainableModel
 from ..ops import gradient_norm
-from .checkpoint import CORPUS, CheckpointWriter, newest_checkpoint, random_state, set_random_state
+from .checkpoint import CORPUS, TRAINED_WITH, CheckpointWriter, newest_checkpoint, random_state, set_random_state
 from .lock import locked
 from .metrics import Log, Meter, Metrics
 from .scales import Scales
@@ -346,11 +346,12 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def fingerprint_of(task: Task[Model], config: TrainConfig) -> dict[str, Any]:
-    """Values in which a checkpoint must agree with the run that resumes it: model, moments, and the order of data."""
+    """Values in which a checkpoint must agree with the run that resumes it: model, moments, data and trained parts."""
     sizes = json.loads(json.dumps(asdict(task.model.cfg)))  # tuples become lists, as they are read back
     moments = [group["moments"] for group in parameter_groups(task.model, config)]
     run = {"kind": task.kind, CORPUS: task.corpus, "seed": config.seed, "batch_size": config.batch_size}
-    return {**run, "moments": moments, **sizes}
+    parts = {TRAINED_WITH + part: value for part, value in cast(Any, task.model).trained_with.items()}
+    return {**run, "moments": moments, **parts, **sizes}
 
 
 def keep_freed_memory() -> bool:
