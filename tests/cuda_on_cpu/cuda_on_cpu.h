@@ -16,6 +16,8 @@
 #include <type_traits>
 #include <utility>
 
+using std::isfinite;  // which CUDA has without a namespace
+
 #define __global__
 #define __device__
 #define __host__
