@@ -156,7 +156,13 @@ def _is_number(value: Any) -> bool:
 
 
 def crc_of(path: Path) -> int:
-    """The CRC-32 of a file, which tells damage, not malice."""
+    """The CRC-32 of a file, which tells damage, not malice.
+
+    Raises:
+        ValueError: something that is not a file, such as a FIFO, which could not be read to its end.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"expected a file, got {path}")
     crc = 0
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ..distributed.sharding import local, sharded_like
 from ..distributed.world import ALONE, World
-from ..files import sync, write_atomically
+from ..files import crc_of, sync, write_atomically
 from .metadata import METADATA_FILE, MetadataReader, files_of, read_metadata
 
 RUN_FILE = "run.json"  # written last
@@ -145,7 +145,7 @@ class CheckpointWriter:
             raise OSError(f"checkpoint {path}: expected to write it, got {_first_failure(error)}") from error
         if not self.world.is_first:
             return
-        run = {"files": {file.name: _checksum(file) for file in unfinished.iterdir()}, **json.loads(values)}
+        run = {"files": {file.name: crc_of(file) for file in unfinished.iterdir()}, **json.loads(values)}
         write_atomically(unfinished / RUN_FILE, json.dumps({"checksum": _checksum_of_values(run), **run}))
         if path.exists():
             _delete(path)  # damaged: otherwise this run would have gone on from it
@@ -184,16 +184,6 @@ def _delete(path: Path) -> None:
 
 def _checksum_of_values(values: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(values, sort_keys=True).encode())
-
-
-def _checksum(path: Path) -> int:
-    if path.exists() and not path.is_file():
-        raise ValueError(f"expected a file, got {path}")
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
 
 
 def _first_failure(error: dcp.CheckpointException) -> BaseException:
@@ -263,7 +253,7 @@ def _read_run(path: Path, check: Callable[[int, dict[str, Any]], None] | None) -
         raise ValueError(f"files: expected names of files in the folder, {METADATA_FILE} among them, got {list(files)}")
     if check:
         check(_step_of(path), values)
-    return values, [name for name, checksum in files.items() if _checksum(path / name) != checksum]
+    return values, [name for name, checksum in files.items() if crc_of(path / name) != checksum]
 
 
 def saved_tensors(path: Path) -> dict[str, torch.Tensor]:
